@@ -1,0 +1,411 @@
+"""The pipeline: a prompt, an image or the start of a video in; frames out.
+
+Prompt -> embeddings -> noise -> for each sigma, guidance around the LinearDiT -> latents -> frames.
+One pipeline for the released 4B model and for kairos-tiny, for base and distilled models: they differ by their
+components and by `defaults`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan, DiffusionPipeline
+from diffusers.utils import BaseOutput
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
+
+from kairos.conditioning import TEMPLATES, PromptTemplate, encode_prompts
+from kairos.errors import UserError
+from kairos.models import vae as video_vae
+from kairos.models.transformer import KairosTransformer3DModel
+from kairos.schedulers import FewStepScheduler, FlowMatchScheduler
+
+logger = logging.getLogger(__name__)
+
+SPATIAL, TEMPORAL = 8, 4
+"""Pixels a latent, along height and width and along time (the first frame stands alone)."""
+
+
+@dataclass
+class KairosPipelineOutput(BaseOutput):
+    """`frames`: (B, F, H, W, 3) in [0, 1] as NumPy; (B, F, 3, H, W) as a tensor; lists of PIL images; or latents."""
+
+    frames: Any
+
+
+class KairosPipeline(DiffusionPipeline):
+    """Text to video, image to video, both, and continuation of a video.
+
+    Components: `transformer`, `vae`, `text_encoder` with `tokenizer` (and `processor`, where images go into the
+    prompt), `scheduler`. `prompt_template` names one of `kairos.conditioning.TEMPLATES`; `defaults` holds what a call
+    does not say: height, width, num_frames, fps, num_inference_steps, guidance_scale.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _optional_components = ["processor"]  # noqa: RUF012 (diffusers' protocol)
+
+    def __init__(
+        self,
+        transformer: KairosTransformer3DModel,
+        vae: AutoencoderKLWan,
+        text_encoder: Qwen2_5_VLForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerBase,
+        scheduler: FlowMatchScheduler | FewStepScheduler,
+        processor: Any = None,
+        prompt_template: str = "2025-12",
+        defaults: dict[str, float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            transformer=transformer,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            scheduler=scheduler,
+            processor=processor,
+        )
+        if prompt_template not in TEMPLATES:
+            raise UserError(f"prompt_template must be one of {', '.join(TEMPLATES)}, got {prompt_template!r}")
+        self.register_to_config(prompt_template=prompt_template, defaults=RELEASED_DEFAULTS | (defaults or {}))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] = "",
+        image: Image.Image | None = None,
+        video: np.ndarray | Sequence[Image.Image] | None = None,
+        *,
+        negative_prompt: str = "",
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_videos_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: tuple[Tensor, Tensor] | None = None,
+        negative_prompt_embeds: tuple[Tensor, Tensor] | None = None,
+        output_type: str = "np",
+        tiled: bool = False,
+        after_encoding: str = "keep",
+        callback_on_step_end: Callable[[KairosPipeline, int, Tensor, dict], dict | None] | None = None,
+        return_dict: bool = True,
+    ) -> KairosPipelineOutput | tuple:
+        """Make videos.
+
+        Args:
+            prompt: what happens; "" leaves it to the image or video.
+            image: the first frame, any size: scaled and cropped at the centre to height x width.
+            video: the first k frames, k = 4n + 1, as (k, H, W, 3) uint8 or PIL images.
+            negative_prompt: what guidance leads away from.
+            height, width: in pixels, rounded up to multiples of 16.
+            num_frames: rounded up to 4n + 1, the given frames included.
+            num_inference_steps: a few-step scheduler has its own and ignores it.
+            guidance_scale: 1 or less turns guidance off.
+            generator: on the CPU, so that one seed gives one video on every device; or one for each video.
+            latents: the starting noise, (B, 16, F, h, w), instead of the generator's.
+            prompt_embeds, negative_prompt_embeds: (embeddings (B, T, C), mask (B, T)) instead of the texts.
+            output_type: "np", "pt", "pil" or "latent".
+            tiled: encode and decode in tiles, for frames too large for the memory.
+            after_encoding: what becomes of the text encoder: "keep", "cpu" (moved off the device), "free" (dropped).
+            callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) and may return new latents;
+                setting `pipeline.interrupt = True` in it ends the sampling there, with the latents as they are.
+
+        Raises:
+            UserError: for input that cannot be used, with the rule and the fix.
+        """
+        defaults = self.config.defaults
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        height, width = self._rounded_size(height or defaults["height"], width or defaults["width"])
+        num_frames = self._rounded_frames(num_frames or defaults["num_frames"])
+        steps = num_inference_steps or int(defaults["num_inference_steps"])
+        guidance = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
+        if isinstance(self.scheduler, FewStepScheduler):
+            guidance = 1.0
+        if output_type not in ("np", "pt", "pil", "latent"):
+            raise UserError(f'output_type must be "np", "pt", "pil" or "latent", got {output_type!r}')
+        if after_encoding not in ("keep", "cpu", "free"):
+            raise UserError(f'after_encoding must be "keep", "cpu" or "free", got {after_encoding!r}')
+        given = self._given_frames(image, video, num_frames)
+        device, dtype = self._execution_device, self.transformer.dtype
+
+        # 1. Prompts to embeddings; the image is part of the positive prompt where the template says so.
+        picture = given[0] if given else None
+        positive = prompt_embeds or self.encode_prompt(prompts, image=picture)
+        guided = guidance > 1
+        negative = None
+        if guided:
+            negative = negative_prompt_embeds or self.encode_prompt([negative_prompt] * len(positive[0]))
+        self._release_text_encoder(after_encoding)
+        positive, negative = (
+            tuple(t.repeat_interleave(num_videos_per_prompt, 0).to(device) for t in branch) if branch else None
+            for branch in (positive, negative)
+        )
+        batch = len(positive[0])
+
+        # 2. The clean frames and the noise.
+        known = self._encode_frames(given, height, width, device, tiled)
+        known_frames = 0 if known is None else known.shape[2]
+        shape = (
+            batch,
+            self.transformer.config.in_channels,
+            (num_frames - 1) // TEMPORAL + 1,
+            height // SPATIAL,
+            width // SPATIAL,
+        )
+        if latents is None:
+            latents = draw_noise(shape, generator)
+        elif tuple(latents.shape) != shape:
+            raise UserError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
+        latents = latents.to(device, torch.float32)
+
+        # 3. Denoise, and 4. decode.
+        patch = self.transformer.config.patch_size
+        self.scheduler.set_timesteps(
+            steps,
+            latent_frames=shape[2],
+            tokens_per_frame=shape[3] * shape[4] // (patch[1] * patch[2]),
+            device=device,
+        )
+        self.interrupt = False
+        with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:
+
+            def after_step(step: int, timestep: Tensor, latents: Tensor) -> Tensor | None:
+                progress.update()
+                if callback_on_step_end is not None:
+                    latents = (callback_on_step_end(self, step, timestep, {"latents": latents}) or {}).get(
+                        "latents", latents
+                    )
+                return latents, self.interrupt
+
+            latents = denoise(
+                self.transformer,
+                self.scheduler,
+                latents,
+                positive=positive,
+                negative=negative,
+                guidance_scale=guidance,
+                known=known,
+                generator=generator,
+                after_step=after_step,
+            )
+        frames = self._decode(latents, output_type, tiled)
+        self.maybe_free_model_hooks()
+        return KairosPipelineOutput(frames=frames) if return_dict else (frames,)
+
+    def encode_prompt(self, prompts: list[str], image: Image.Image | None = None) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, T, C) and their mask (B, T) of `prompts`, from the cache where they are known."""
+        if self.text_encoder is None:
+            raise UserError("the text encoder was freed; load the pipeline again or pass prompt_embeds")
+        template: PromptTemplate = TEMPLATES[self.config.prompt_template]
+        return encode_prompts(
+            self.text_encoder,
+            self.tokenizer,
+            prompts,
+            template=template,
+            processor=self.processor,
+            images=[image] * len(prompts) if image is not None and template.image_in_prompt else None,
+            device=self._execution_device,
+            dtype=self.transformer.dtype,
+        )
+
+    @classmethod
+    def from_original(
+        cls,
+        *,
+        dit: str | Path,
+        vae: str | Path,
+        text_encoder: str | Path,
+        few_step: bool = False,
+        prompt_template: str = "2026",
+        dtype: torch.dtype = torch.bfloat16,
+        defaults: dict[str, float] | None = None,
+        **transformer_config: Any,
+    ) -> KairosPipeline:
+        """Build the pipeline from the released files.
+
+        Args:
+            dit: the LinearDiT's safetensors file, or a folder of them.
+            vae: Wan2.1_VAE.pth, or a folder in diffusers' layout.
+            text_encoder: a Qwen2.5-VL folder in transformers' layout (or with `text_encoder/` and `tokenizer/` in it).
+            few_step: a distilled checkpoint: four steps, no guidance.
+            transformer_config: what the file does not tell, such as `dilation`.
+        """
+        from kairos.conditioning import load_text_encoder
+        from kairos.weights import load_transformer_file, load_vae_file
+
+        encoder, tokenizer, processor = load_text_encoder(text_encoder, dtype=dtype)
+        return cls(
+            transformer=load_transformer_file(dit, dtype=dtype, **transformer_config),
+            vae=load_vae_file(vae),
+            text_encoder=encoder,
+            tokenizer=tokenizer,
+            processor=processor,
+            scheduler=FewStepScheduler() if few_step else FlowMatchScheduler(),
+            prompt_template=prompt_template,
+            defaults=defaults,
+        )
+
+    def _rounded_size(self, height: float, width: float) -> tuple[int, int]:
+        """Height and width rounded up to whole patches of latents, and said so."""
+        patch = self.transformer.config.patch_size
+        unit_y, unit_x = SPATIAL * patch[1], SPATIAL * patch[2]
+        if min(height, width) < 1:
+            raise UserError(f"height and width must be positive, got {height} x {width}")
+        rounded = int(-(-height // unit_y) * unit_y), int(-(-width // unit_x) * unit_x)
+        if rounded != (height, width):
+            logger.warning("%d x %d is rounded up to %d x %d", height, width, *rounded)
+        return rounded
+
+    def _rounded_frames(self, num_frames: float) -> int:
+        """The number of frames rounded up to 4n + 1, and said so."""
+        if num_frames < 1:
+            raise UserError(f"num_frames must be 4n + 1, got {num_frames}; try {RELEASED_DEFAULTS['num_frames']}")
+        rounded = int(-(-(num_frames - 1) // TEMPORAL) * TEMPORAL + 1)
+        if rounded != num_frames:
+            logger.warning("%d frames are rounded up to %d", num_frames, rounded)
+        return rounded
+
+    @staticmethod
+    def _given_frames(image: Any, video: Any, num_frames: int) -> list[Image.Image]:
+        """The frames that the video begins with: none, the image, or those of `video`."""
+        if image is not None and video is not None:
+            raise UserError("image and video exclude each other: the video's first frame is the image")
+        if video is None:
+            return [] if image is None else [image.convert("RGB")]
+        given = [f.convert("RGB") if isinstance(f, Image.Image) else Image.fromarray(np.asarray(f)) for f in video]
+        if len(given) % TEMPORAL != 1:
+            fewer = (len(given) - 1) // TEMPORAL * TEMPORAL + 1
+            raise UserError(f"a given video must have 4n + 1 frames, got {len(given)}; give its first {max(fewer, 1)}")
+        if len(given) >= num_frames:
+            raise UserError(f"the given video has {len(given)} frames, so num_frames must be larger, got {num_frames}")
+        return given
+
+    def _encode_frames(
+        self, given: list[Image.Image], height: int, width: int, device: torch.device, tiled: bool
+    ) -> Tensor | None:
+        """The latents (1, 16, f, h, w) of the given frames, or None."""
+        if not given:
+            return None
+        pixels = np.stack([np.asarray(fill_frame(frame, height, width)) for frame in given])
+        video = torch.from_numpy(pixels).permute(3, 0, 1, 2)[None].to(device, self.vae.dtype) / 127.5 - 1
+        return video_vae.encode(self.vae, video, tiled=tiled).float()
+
+    def _decode(self, latents: Tensor, output_type: str, tiled: bool) -> Any:
+        if output_type == "latent":
+            return latents
+        # One video at a time: a batch would need its memory all at once.
+        videos = [video_vae.decode(self.vae, one.to(self.vae.dtype), tiled=tiled) for one in latents.split(1)]
+        frames = (torch.cat(videos).float() / 2 + 0.5).clamp(0, 1).transpose(1, 2).cpu()
+        if output_type == "pt":
+            return frames
+        array = frames.permute(0, 1, 3, 4, 2).numpy()
+        if output_type == "np":
+            return array
+        return [[Image.fromarray((frame * 255).round().astype(np.uint8)) for frame in video] for video in array]
+
+    def _release_text_encoder(self, after_encoding: str) -> None:
+        if after_encoding == "cpu" and self.text_encoder is not None:
+            self.text_encoder.to("cpu")
+        elif after_encoding == "free":
+            self.text_encoder = None
+        if after_encoding != "keep" and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+RELEASED_DEFAULTS: dict[str, float] = {
+    "height": 480,
+    "width": 640,
+    "num_frames": 81,
+    "fps": 16,
+    "num_inference_steps": 50,
+    "guidance_scale": 5.0,
+}
+
+
+def denoise(
+    transformer: KairosTransformer3DModel,
+    scheduler: FlowMatchScheduler | FewStepScheduler,
+    latents: Tensor,
+    *,
+    positive: tuple[Tensor, Tensor],
+    negative: tuple[Tensor, Tensor] | None = None,
+    guidance_scale: float = 1.0,
+    known: Tensor | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    after_step: Callable[[int, Tensor, Tensor], tuple[Tensor, bool]] | None = None,
+) -> Tensor:
+    """Noise to latents (B, 16, F, h, w), float32, along the scheduler's timesteps.
+
+    The first frames stay as `known` (1 or B, 16, f, h, w), at t = 0; a chunk-causal model sees them as the past.
+    `after_step(step, timestep, latents)` may change the latents and says whether to stop.
+    """
+    batch, _, frames = latents.shape[:3]
+    known_frames = 0 if known is None else known.shape[2]
+    chunk_frames = None
+    if transformer.config.causal == "chunk" and known_frames:
+        chunk_frames = (known_frames, frames - known_frames)
+
+    def velocity(prompt: tuple[Tensor, Tensor], latents: Tensor, timestep: Tensor) -> Tensor:
+        embeds, mask = prompt
+        (output,) = transformer(
+            latents.to(transformer.dtype),
+            timestep,
+            embeds.to(transformer.dtype),
+            encoder_attention_mask=mask,
+            chunk_frames=chunk_frames,
+            return_dict=False,
+        )
+        return output.float()
+
+    for step, time in enumerate(scheduler.timesteps):
+        if known is not None:
+            latents[:, :, :known_frames] = known
+        timestep = time.expand(batch)
+        if known_frames:
+            timestep = time.expand(batch, frames).clone()
+            timestep[:, :known_frames] = 0
+        prediction = velocity(positive, latents, timestep)
+        if negative is not None:
+            unguided = velocity(negative, latents, timestep)
+            prediction = unguided + guidance_scale * (prediction - unguided)
+        latents = scheduler.step(prediction, time, latents, generator=generator, return_dict=False)[0]
+        if after_step is not None:
+            latents, stop = after_step(step, time, latents)
+            if stop:
+                break
+    if known is not None:
+        latents[:, :, :known_frames] = known
+    return latents
+
+
+def draw_noise(shape: Sequence[int], generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
+    """Standard normal noise, float32, drawn on the CPU; with a list, each video from its own generator."""
+    generators = generator if isinstance(generator, list) else [generator]
+    if any(g is not None and g.device.type != "cpu" for g in generators):
+        raise UserError('the generator must be on the CPU (torch.Generator("cpu")): noise is drawn there')
+    if not isinstance(generator, list):
+        return torch.randn(*shape, generator=generator)
+    if len(generator) != shape[0]:
+        raise UserError(f"give one generator, or one for each of the {shape[0]} videos, got {len(generator)}")
+    return torch.cat([torch.randn(1, *shape[1:], generator=g) for g in generator])
+
+
+def fill_frame(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Scale the image until it covers height x width, and cut what sticks out on both sides."""
+    if image.size == (width, height):
+        return image
+    scale = max(height / image.height, width / image.width)
+    box_width, box_height = width / scale, height / scale
+    left, top = (image.width - box_width) / 2, (image.height - box_height) / 2
+    return image.resize(
+        (width, height), Image.Resampling.LANCZOS, box=(left, top, left + box_width, top + box_height)
+    )
