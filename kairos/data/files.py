@@ -1,0 +1,70 @@
+"""Files that appear whole or not at all, and what went wrong with one in words."""
+
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kairos.errors import KairosError, MachineError, UserError
+
+# The disk or its quota is at its end, or it fails: not something that the user typed.
+_MACHINE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write `data` to `path`: a reader sees the old file or the whole new one, never a part.
+
+    The bytes go to a hidden file beside `path` that takes its place at the end and is removed on any failure,
+    Ctrl-C included. Raises UserError where the folder cannot be written to, MachineError where the disk is full.
+    """
+    path = Path(path)
+    with _explained(path):
+        if path.is_dir():
+            raise UserError(f"cannot write {path}: it is a folder; give the name of a file in it")
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:64]}.", suffix=".part", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+def prepare_folder(folder: str | os.PathLike[str]) -> None:
+    """Make `folder` where it is missing and try that a file can be written there, before hours are spent on one.
+
+    Raises UserError where it cannot, MachineError where the disk is full.
+    """
+    folder = Path(folder)
+    with _explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix=".kairos.", dir=folder) as file:
+            file.write(b"\0")
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn the operating system's errors about writing `path` into one clear line."""
+    try:
+        yield
+    except KairosError:
+        raise
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise MachineError(f"cannot write {path}: {reason}; free some space or choose another disk") from error
+        if error.errno in _MACHINE_ERRNOS:
+            raise MachineError(f"cannot write {path}: {reason}") from error
+        raise UserError(f"cannot write {path}: {reason}; choose a folder that you may write to") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,222 @@
+"""Images and videos: in from files, out to mp4 with their request inside."""
+
+import io
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.video.reformatter import ColorRange, Colorspace
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+
+from kairos.data.files import write_atomically
+from kairos.errors import UserError
+
+Frames = NDArray[np.uint8]  # (F, H, W, 3), RGB
+
+MIN_SHOWN_SIZE = 256  # pixels; smaller videos are enlarged when written, players show them badly
+_CRF = "14"  # visually lossless; these clips are short
+_ENCODER_THREADS = 4  # fixed: x264's output depends on their number, and the same frames shall give the same bytes
+_BT709 = 1  # H.273's code for the primaries, the transfer curve and the matrix
+
+
+def read_image(path: str | os.PathLike[str]) -> Image.Image:
+    """An image file as RGB, turned upright as its EXIF orientation says. Raises UserError if it cannot be read."""
+    path = _existing_file(path, "image")
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I;16"):  # Pillow would clip 16-bit greys to white
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            return upright.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise UserError(f"cannot read image {path}: not an image in a known format (PNG, JPEG, WebP, ...)") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read image {path}: {_one_line(error)}") from error
+
+
+def read_video(path: str | os.PathLike[str], fps: float | None = None, max_frames: int | None = None) -> Frames:
+    """The frames of a video file, (F, H, W, 3) uint8 RGB, upright.
+
+    With `fps` they are taken at that rate: frame k is the one on screen at k / fps seconds. At most `max_frames`
+    are read. Raises UserError where there is no such file or no video in it.
+    """
+    path = _existing_file(path, "video")
+    if fps is not None and not fps > 0:
+        raise UserError(f"fps must be above 0, got {fps}")
+    frames: list[NDArray[np.uint8]] = []
+    with _reading(path) as container:
+        for frame, repeats in _on_screen(container, fps):
+            pixels = frame.to_ndarray(format="rgb24")
+            turns = round(frame.rotation / 90) % 4
+            frames.extend([np.rot90(pixels, turns) if turns else pixels] * repeats)
+            if max_frames is not None and len(frames) >= max_frames:
+                break
+    if not frames:
+        raise UserError(f"cannot read video {path}: it has no frames")
+    return np.stack(frames[:max_frames])
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The metadata that `write_video` put into a file. Raises UserError where there is none."""
+    path = _existing_file(path, "video")
+    with _reading(path) as container:
+        comment = container.metadata.get("comment", "")
+    try:
+        metadata = json.loads(comment)
+    except json.JSONDecodeError:
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise UserError(f"{path} does not carry a request: it was not written by kairos, or was converted since")
+    return metadata
+
+
+def write_video(
+    path: str | os.PathLike[str],
+    frames: Frames,
+    fps: float,
+    metadata: Mapping[str, Any] | None = None,
+    scale: int | None = None,
+) -> None:
+    """Write frames, (F, H, W, 3) uint8 RGB, to an H.264 mp4, whole or not at all.
+
+    scale enlarges by a whole factor without smoothing; None takes the smallest that gives both sides
+    MIN_SHOWN_SIZE pixels, 1 keeps them as made. An odd side gets its last line repeated, for H.264's
+    4:2:0 colour works on pairs. metadata goes, as JSON, into the comment tag. The same input gives the same bytes.
+    Raises UserError where the file cannot be written, MachineError where the disk is full.
+    """
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or len(frames) == 0:
+        raise ValueError(f"frames must be (F, H, W, 3) uint8 with F >= 1, got {frames.shape} {frames.dtype}")
+    if scale is None:
+        scale = automatic_scale(*frames.shape[1:3])
+    # Encoded in memory, for the clips are short: what can fail on the way to the disk is then plain file writing.
+    write_atomically(path, _encode(frames, fps, scale, json.dumps(metadata, ensure_ascii=False) if metadata else None))
+
+
+def automatic_scale(height: int, width: int) -> int:
+    """The smallest whole factor that brings both sides to MIN_SHOWN_SIZE."""
+    return max(1, math.ceil(MIN_SHOWN_SIZE / min(height, width)))
+
+
+def write_contact_sheet(
+    path: str | os.PathLike[str],
+    videos: Sequence[Frames],
+    columns: int = 8,
+    captions: Sequence[str] | None = None,
+    scale: int = 2,
+) -> None:
+    """Write a PNG with one row for each video: `columns` frames evenly spread over it, its caption above.
+
+    All videos, (F, H, W, 3) uint8 RGB, have one height and width; scale enlarges them by a whole factor.
+    """
+    if captions is not None and len(captions) != len(videos):
+        raise ValueError(f"{len(videos)} videos need as many captions, got {len(captions)}")
+    gap, text_height = 4, 20 if captions is not None else 0
+    height, width = (side * scale for side in videos[0].shape[1:3])
+    row_height = text_height + height + gap
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, len(videos) * row_height + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, video in enumerate(videos):
+        top = gap + row * row_height
+        if captions is not None:
+            draw.text((gap, top), captions[row], fill="black", font=ImageFont.load_default(14))
+        for column, index in enumerate(np.linspace(0, len(video) - 1, columns).round().astype(int)):
+            picture = Image.fromarray(video[index]).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(picture, (gap + column * (width + gap), top + text_height))
+    buffer = io.BytesIO()
+    sheet.save(buffer, format="PNG", optimize=True)
+    write_atomically(path, buffer.getvalue())
+
+
+def _encode(frames: Frames, fps: float, scale: int, comment: str | None) -> bytes:
+    _, height, width, _ = frames.shape
+    buffer = io.BytesIO()
+    with av.open(buffer, mode="w", format="mp4") as container:
+        if comment is not None:
+            container.metadata["comment"] = comment
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.width, stream.height = (side * scale + side * scale % 2 for side in (width, height))
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": _CRF, "preset": "medium"}
+        context = stream.codec_context
+        context.thread_count = _ENCODER_THREADS
+        context.color_primaries = context.color_trc = context.colorspace = _BT709
+        context.color_range = ColorRange.MPEG
+        for pixels in frames:
+            picture = av.VideoFrame.from_ndarray(_enlarged(pixels, scale), format="rgb24")
+            picture = picture.reformat(
+                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+            )
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def _enlarged(pixels: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:
+    """Each pixel `scale` times, (H, W, 3) -> (H * scale, W * scale, 3), odd sides made even."""
+    pixels = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
+    height, width, _ = pixels.shape
+    return np.ascontiguousarray(np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge"))
+
+
+def _on_screen(container: Any, fps: float | None) -> Iterator[tuple[Any, int]]:
+    """Every frame of the first video stream, with how often it is to be taken to play at `fps`."""
+    stream = container.streams.video[0]
+    stream.thread_type = "AUTO"
+    decoded = container.decode(stream)
+    if fps is None:
+        yield from ((frame, 1) for frame in decoded)
+        return
+    rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+    frame_s = float(1 / rate)  # how long the last one stays
+    taken, start_s, last = 0, None, None
+    for number, frame in enumerate(decoded):
+        time_s = float(frame.pts * frame.time_base) if frame.pts is not None else number * frame_s
+        start_s = time_s if start_s is None else start_s
+        if last is not None:
+            due = _ticks_before(time_s - start_s, fps)
+            yield last, due - taken
+            taken = due
+        last, last_s = frame, time_s
+    if last is not None and start_s is not None:
+        yield last, _ticks_before(last_s - start_s + frame_s, fps) - taken
+
+
+def _ticks_before(time_s: float, fps: float) -> int:
+    """How many of the moments 0, 1 / fps, 2 / fps, ... are before `time_s`, give or take a clock's rounding."""
+    return math.ceil(time_s * fps - 1e-3)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Any]:
+    try:
+        with av.open(str(path), mode="r") as container:
+            if not container.streams.video:
+                raise UserError(f"cannot read video {path}: there is no video in it")
+            yield container
+    except av.error.FFmpegError as error:
+        raise UserError(f"cannot read video {path}: {_one_line(error.strerror or error)}") from error
+
+
+def _existing_file(path: str | os.PathLike[str], kind: str) -> Path:
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise UserError(f"cannot read {kind} {path}: it is a folder, not a file")
+        if not path.exists():
+            raise UserError(f"{kind} not found: {path}")
+        path.open("rb").close()
+    except OSError as error:
+        raise UserError(f"cannot read {kind} {path}: {_one_line(error.strerror or error)}") from error
+    return path
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
