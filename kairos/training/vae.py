@@ -31,22 +31,15 @@ PALETTE = np.array(
 
 @dataclass(frozen=True)
 class VAEStage:
-    """One stretch of the training: `seconds` of it, on clips of `num_frames`, `scenes` the share of physics clips."""
+    """One stretch of the training, on clips of `num_frames`; `scenes` is the share of physics clips among them."""
 
-    seconds: float
+    steps: int
     num_frames: int
     batch_size: int
     scenes: float = 0.0
     muon_lr: float = 0.02
     final_lr: float = 1.0
     """The learning rate falls linearly to this share of itself over the stage."""
-
-
-STAGES = (
-    VAEStage(seconds=420, num_frames=1, batch_size=16),
-    VAEStage(seconds=420, num_frames=5, batch_size=8, scenes=0.5, muon_lr=0.015),
-    VAEStage(seconds=660, num_frames=9, batch_size=4, scenes=0.7, muon_lr=0.01, final_lr=0.05),
-)
 
 
 def build_vae(base_dim: int = 16, num_res_blocks: int = 1) -> AutoencoderKLWan:
@@ -137,7 +130,7 @@ def vae_loss(vae: AutoencoderKLWan, video: Tensor, kl_weight: float) -> tuple[Te
 def train_vae(
     output: Path,
     *,
-    stages: tuple[VAEStage, ...] = STAGES,
+    stages: tuple[VAEStage, ...],
     scenes: tuple[str, ...] = ("uniform", "collision", "parabola"),
     kl_weight: float = 1e-4,
     seed: int = 0,
@@ -153,24 +146,20 @@ def train_vae(
     for number, stage in enumerate(stages):
         optimizer = Muon(split_parameters(vae, muon_lr=stage.muon_lr, adamw_lr=stage.muon_lr / 10))
         base = [group["lr"] for group in optimizer.param_groups]
-        start = report = time.monotonic()
-        step, average = 0, 0.0
-        while (progress := (time.monotonic() - start) / stage.seconds) < 1:
-            warmup = min(1.0, (step + 1) / 20)
-            for group, rate in zip(optimizer.param_groups, base, strict=True):
-                group["lr"] = rate * warmup * (1 + (stage.final_lr - 1) * progress)
+        reported, average = time.monotonic(), math.nan
+        for step in range(stage.steps):
+            rate = min(1.0, (step + 1) / 20) * (1 + (stage.final_lr - 1) * step / stage.steps)
+            for group, full in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = full * rate
             loss, squared = vae_loss(vae, draw_batch(rng, stage, scenes), kl_weight)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
             optimizer.step()
-            step += 1
-            average = squared.item() if step == 1 else 0.95 * average + 0.05 * squared.item()
-            if time.monotonic() - report > 15:
-                report = time.monotonic()
-                psnr = 10 * math.log10(4 / average)
-                logger.info("stage %d step %d: %.1f dB, %.0f %%", number, step, psnr, 100 * progress)
-        vae.save_pretrained(output)
+            average = squared.item() if math.isnan(average) else 0.95 * average + 0.05 * squared.item()
+            if time.monotonic() - reported > 15:
+                reported = time.monotonic()
+                logger.info("stage %d step %d/%d: %.1f dB", number, step, stage.steps, 10 * math.log10(4 / average))
         save_vae(vae, output, scenes)
 
 

@@ -1,0 +1,80 @@
+"""Small models with random weights: every test that needs a pipeline makes it from these."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def random_pipeline(seed: int = 0, **transformer_config):
+    """A whole pipeline of a few thousand weights, 32 x 32 pixels and 9 frames by default."""
+    import torch
+    from diffusers import AutoencoderKLWan
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    from kairos import FlowMatchScheduler, KairosPipeline, KairosTransformer3DModel
+
+    torch.manual_seed(seed)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+    core = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(specials)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    text_config = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 2048,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision_config = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "fullatt_block_indexes": [0],
+    }
+    encoder_config = Qwen2_5_VLConfig(text_config=text_config, vision_config=vision_config)
+    config = {
+        "hidden_size": 48,
+        "num_attention_heads": 2,
+        "ffn_dim": 96,
+        "num_layers": 4,
+        "gated_delta_head_dim": 16,
+        "text_dim": 32,
+        "freq_dim": 32,
+    }
+    return KairosPipeline(
+        transformer=KairosTransformer3DModel(**config | transformer_config).eval(),
+        vae=AutoencoderKLWan(base_dim=8, num_res_blocks=1).eval(),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(encoder_config).eval(),
+        tokenizer=tokenizer,
+        scheduler=FlowMatchScheduler(),
+        prompt_template="tiny",
+        defaults={"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 2, "guidance_scale": 2.0},
+    )
+
+
+@pytest.fixture
+def pipeline():
+    """A random pipeline whose progress bar is silent."""
+    pipe = random_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def chunk_causal_pipeline():
+    """The same, chunk-causal as kairos-tiny is."""
+    pipe = random_pipeline(causal="chunk", pad_dilated=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -1,0 +1,178 @@
+"""The pipeline: modes, determinism, given frames, rounding, cancelling, saving."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kairos import FewStepScheduler, KairosPipeline, UserError
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    gradient = np.linspace(0, 255, 32 * 32 * 3).reshape(32, 32, 3).astype(np.uint8)
+    return Image.fromarray(gradient)
+
+
+def test_a_prompt_becomes_frames_in_zero_to_one(pipeline):
+    frames = pipeline("a red ball", generator=seeded()).frames
+    assert frames.shape == (1, 9, 32, 32, 3)
+    assert frames.min() >= 0 and frames.max() <= 1
+
+
+def test_one_seed_gives_one_video_and_another_seed_another(pipeline):
+    first, again, other = (pipeline("a ball", generator=seeded(s)).frames for s in (1, 1, 2))
+    assert np.array_equal(first, again)
+    assert not np.allclose(first, other)
+
+
+def test_the_prompt_and_the_negative_prompt_change_the_video(pipeline):
+    plain = pipeline("a ball", generator=seeded()).frames
+    assert not np.array_equal(plain, pipeline("two blue balls", generator=seeded()).frames)
+    assert not np.array_equal(plain, pipeline("a ball", negative_prompt="blur", generator=seeded()).frames)
+
+
+def test_an_image_stays_the_first_latent_frame(pipeline, picture):
+    latents = pipeline("", image=picture, generator=seeded(), output_type="latent").frames
+    expected = pipeline._encode_frames([picture], 32, 32, torch.device("cpu"), False)
+    assert torch.equal(latents[:, :, :1], expected)
+
+
+def test_a_video_is_continued_from_its_latent_frames(chunk_causal_pipeline, picture):
+    video = np.stack([np.asarray(picture)] * 5)
+    latents = chunk_causal_pipeline("go on", video=video, generator=seeded(), output_type="latent").frames
+    expected = chunk_causal_pipeline._encode_frames(
+        [Image.fromarray(f) for f in video], 32, 32, torch.device("cpu"), False
+    )
+    assert expected.shape[2] == 2
+    assert torch.equal(latents[:, :, :2], expected)
+
+
+def test_clean_frames_are_told_as_time_zero(pipeline, picture, monkeypatch):
+    seen = []
+    forward = type(pipeline.transformer).forward
+
+    def spy(self, hidden_states, timestep, *args, **kwargs):
+        seen.append(timestep.clone())
+        return forward(self, hidden_states, timestep, *args, **kwargs)
+
+    monkeypatch.setattr(type(pipeline.transformer), "forward", spy)
+    pipeline("x", image=picture, generator=seeded())
+    assert all(t.shape == (1, 3) and t[0, 0] == 0 and (t[0, 1:] > 0).all() for t in seen)
+
+
+def test_sizes_are_rounded_up_and_said_so(pipeline, caplog):
+    logging.getLogger("kairos").setLevel(logging.WARNING)
+    with caplog.at_level(logging.WARNING, logger="kairos.pipeline"):
+        frames = pipeline("x", height=30, width=17, num_frames=6, generator=seeded()).frames
+    assert frames.shape == (1, 9, 32, 32, 3)
+    assert "30 x 17 is rounded up to 32 x 32" in caplog.text
+    assert "6 frames are rounded up to 9" in caplog.text
+
+
+def test_several_prompts_and_videos_come_in_one_batch_that_equals_single_calls(pipeline):
+    together = pipeline(
+        ["a ball", "two balls fall"], num_videos_per_prompt=2, generator=[seeded(s) for s in range(4)]
+    ).frames
+    alone = pipeline("two balls fall", generator=seeded(3)).frames
+    assert together.shape[0] == 4
+    np.testing.assert_allclose(together[3], alone[0], atol=1e-4)
+
+
+def test_guidance_of_one_runs_the_model_once_a_step(pipeline, monkeypatch):
+    calls = []
+    forward = type(pipeline.transformer).forward
+    monkeypatch.setattr(
+        type(pipeline.transformer), "forward", lambda self, *a, **k: calls.append(1) or forward(self, *a, **k)
+    )
+    pipeline("x", guidance_scale=1, num_inference_steps=3, generator=seeded())
+    assert len(calls) == 3
+    pipeline("x", guidance_scale=3, num_inference_steps=3, generator=seeded())
+    assert len(calls) == 9
+
+
+def test_a_few_step_scheduler_takes_four_steps_without_guidance(pipeline):
+    pipeline.scheduler = FewStepScheduler()
+    steps = []
+    pipeline("x", generator=seeded(), callback_on_step_end=lambda p, step, t, kw: steps.append(step))
+    assert steps == [0, 1, 2, 3]
+
+
+def test_a_callback_can_stop_the_sampling_and_change_the_latents(pipeline):
+    steps = []
+
+    def stop_after_two(pipe, step, timestep, kwargs):
+        steps.append(step)
+        pipe.interrupt = step == 1
+        return {"latents": torch.zeros_like(kwargs["latents"])}
+
+    latents = pipeline(
+        "x",
+        num_inference_steps=6,
+        generator=seeded(),
+        output_type="latent",
+        callback_on_step_end=stop_after_two,
+    ).frames
+    assert steps == [0, 1]
+    assert not latents.any()
+
+
+def test_every_output_type_holds_the_same_frames(pipeline):
+    array = pipeline("x", generator=seeded()).frames
+    tensor = pipeline("x", generator=seeded(), output_type="pt").frames
+    (pictures,) = pipeline("x", generator=seeded(), output_type="pil").frames
+    np.testing.assert_array_equal(array, tensor.permute(0, 1, 3, 4, 2).numpy())
+    np.testing.assert_array_equal((array[0, 3] * 255).round().astype(np.uint8), np.asarray(pictures[3]))
+
+
+def test_saving_and_loading_gives_the_same_video(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    again = KairosPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert again.config.prompt_template == "tiny"
+    assert again.config.defaults["num_frames"] == 9
+    np.testing.assert_array_equal(
+        pipeline("a ball", generator=seeded()).frames, again("a ball", generator=seeded()).frames
+    )
+
+
+def test_a_freed_text_encoder_is_missed_with_a_clear_line(pipeline):
+    embeds = pipeline.encode_prompt(["a ball"]), pipeline.encode_prompt([""])
+    with_text = pipeline("a ball", generator=seeded(), after_encoding="free").frames
+    assert pipeline.text_encoder is None
+    with pytest.raises(UserError, match="text encoder was freed"):
+        pipeline("a cube", generator=seeded())
+    with_embeds = pipeline(prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1], generator=seeded()).frames
+    np.testing.assert_array_equal(with_text, with_embeds)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"height": -4}, "must be positive"),
+        ({"num_frames": -3}, "4n \\+ 1"),
+        ({"output_type": "gif"}, "output_type"),
+        ({"after_encoding": "burn"}, "after_encoding"),
+        ({"latents": torch.zeros(1, 16, 2, 4, 4)}, "latents must have the shape"),
+        ({"video": np.zeros((4, 32, 32, 3), np.uint8)}, "4n \\+ 1 frames, got 4"),
+        ({"video": np.zeros((9, 32, 32, 3), np.uint8)}, "num_frames must be larger"),
+        ({"generator": [seeded()] * 3}, "one for each of the 1 videos"),
+    ],
+)
+def test_input_that_cannot_be_used_is_refused_in_one_line(pipeline, arguments, message):
+    with pytest.raises(UserError, match=message) as caught:
+        pipeline("x", **arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_image_and_a_video_together_are_refused(pipeline, picture):
+    with pytest.raises(UserError, match="exclude each other"):
+        pipeline("x", image=picture, video=np.zeros((5, 32, 32, 3), np.uint8))
