@@ -1,0 +1,136 @@
+"""What a scene is and what a clip holds; `simulate` makes clips.
+
+A scene is any object with the attributes of `Scene`: how things move, how they look, and what one says about them.
+Three random streams keep those apart, so colour and wording tell nothing about motion.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kairos.errors import UserError
+from kairos.worlds.captions import Ball, Caption
+from kairos.worlds.palette import COLORS
+from kairos.worlds.render import Disc, Shape, draw
+
+Floats = NDArray[np.float64]
+
+WORLD = 10.0
+"""Side of the square world that a picture shows."""
+DT = 0.1
+"""World time from one video frame to the next."""
+GRAVITY = -2.5
+FLOOR = 0.625
+"""Height of the ground in scenes with gravity: four pixels of 64."""
+SPLITS = ("train", "in", "interpolation", "out")
+PLANNED = 3.2
+"""World time that starting places are chosen for (33 frames). A longer clip of one index starts the same way."""
+
+
+@dataclass(frozen=True)
+class Motion:
+    """Where everything is at each asked time. n balls; `facts` are numbers of the scene that serve as labels."""
+
+    positions: Floats  # (F, n, 2)
+    velocities: Floats  # (F, n, 2)
+    radii: Floats  # (n,)
+    facts: dict[str, Any] = field(default_factory=dict)
+    behind: tuple[Shape, ...] = ()
+    before: tuple[Shape, ...] = ()
+
+
+class Scene(Protocol):
+    """One kind of world. Pass your own to `simulate` to measure a model on it."""
+
+    name: str
+    floor: bool
+
+    def move(self, rng: np.random.Generator, split: str, times: Floats) -> Motion:
+        """Draw the numbers of one clip within the split's ranges, and the exact state at `times` (F,)."""
+        ...
+
+    def describe(self, rng: np.random.Generator, balls: Sequence[Ball], facts: dict[str, Any]) -> Caption:
+        """One of the many true captions of the clip."""
+        ...
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip and all that is true of it. World units: 10 x 10, y up; velocities in units per unit of time."""
+
+    frames: NDArray[np.uint8]  # (F, size, size, 3)
+    caption: str
+    positions: Floats  # (F, n, 2)
+    velocities: Floats  # (F, n, 2)
+    radii: Floats  # (n,)
+    colors: tuple[str, ...]
+    parameters: dict[str, Any]
+    """Labels, all JSON values: scene, split, seed, index, count, colors, sizes, directions, speeds, radii, the scene's own
+    numbers, and `said`: which of them the caption names (None where it does not)."""
+    dt: float = DT
+
+
+def simulate(
+    scene: str | Scene, *, split: str = "train", seed: int = 0, index: int = 0, num_frames: int = 33, size: int = 64
+) -> Clip:
+    """The clip of (scene, split, seed, index), the same on every machine.
+
+    Splits: "train" and "in" draw from the same ranges by disjoint random streams; "interpolation" from a band that both
+    leave out; "out" from beyond the ranges. Raises UserError for an unknown scene or split, or a number below its least.
+    """
+    world = _scene(scene)
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}; one of {', '.join(SPLITS)}")
+    for name, value, least in (("seed", seed, 0), ("index", index, 0), ("num_frames", num_frames, 1), ("size", size, 16)):
+        if value < least:
+            raise UserError(f"{name} must be at least {least}, got {value}")
+
+    key = [zlib.crc32(world.name.encode()), zlib.crc32(split.encode()), seed, index]
+    motion_rng, look_rng, words_rng = (np.random.Generator(np.random.PCG64([*key, stream])) for stream in range(3))
+
+    motion = world.move(motion_rng, split, np.arange(num_frames) * DT)
+    # Rounding hides the last bits, in which the mathematics libraries of two machines may differ.
+    positions, velocities = motion.positions.round(9), motion.velocities.round(9)
+    count = len(motion.radii)
+    colors = tuple(str(color) for color in look_rng.permutation(list(COLORS))[:count])
+    balls = [Ball.of(colors[i], float(motion.radii[i]), velocities[0, i]) for i in range(count)]
+    caption = world.describe(words_rng, balls, motion.facts)
+    discs = [Disc(positions[:, i], float(motion.radii[i]), COLORS[colors[i]]) for i in range(count)]
+    frames = draw(
+        [*motion.behind, *discs, *motion.before],
+        num_frames=num_frames,
+        size=size,
+        world=WORLD,
+        floor=FLOOR if world.floor else None,
+    )
+    parameters = {
+        "scene": world.name,
+        "split": split,
+        "seed": seed,
+        "index": index,
+        "count": count,
+        "colors": list(colors),
+        "sizes": [ball.size for ball in balls],
+        "directions": [ball.direction for ball in balls],
+        "speeds": [ball.speed for ball in balls],
+        "radii": motion.radii.tolist(),
+        **motion.facts,
+        "said": caption.said,
+    }
+    return Clip(frames, caption.text, positions, velocities, motion.radii, colors, parameters)
+
+
+def _scene(scene: str | Scene) -> Scene:
+    if not isinstance(scene, str):
+        return scene
+    from kairos.worlds.scenes import SCENES
+
+    if scene not in SCENES:
+        raise UserError(f"unknown scene {scene!r}; one of {', '.join(SCENES)}")
+    return SCENES[scene]
