@@ -20,13 +20,11 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 from torch import Tensor
 
 from kairos.training.muon import Muon, split_parameters
+from kairos.worlds import BACKGROUND, COLORS, simulate
 
 logger = logging.getLogger(__name__)
 
-PALETTE = np.array(
-    [[220, 40, 40], [40, 90, 220], [40, 160, 70], [240, 200, 40], [240, 130, 30], [140, 60, 170], [40, 190, 200]],
-    dtype=np.float32,
-)
+PALETTE = np.array(list(COLORS.values()), dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -76,8 +74,7 @@ def draw_shapes(rng: np.random.Generator, batch: int, num_frames: int, size: int
     clips = np.empty((batch, num_frames, size, size, 3), dtype=np.float32)
     for clip in clips:
         light = rng.random() < 0.7
-        background = rng.uniform(215, 255, 3) if light else rng.uniform(0, 255, 3)
-        clip[:] = background.astype(np.float32)
+        clip[:] = BACKGROUND if light else rng.uniform(0, 255, 3)
         for _ in range(rng.integers(1, 8)):
             colour = PALETTE[rng.integers(len(PALETTE))] if rng.random() < 0.6 else rng.uniform(0, 255, 3)
             position = rng.uniform(0, size, 2)
@@ -104,8 +101,6 @@ def draw_batch(rng: np.random.Generator, stage: VAEStage, scenes: tuple[str, ...
     """(B, 3, F, 64, 64) in [-1, 1]: shapes, and for the stage's share clips of the physics scenes."""
     clips = draw_shapes(rng, stage.batch_size, stage.num_frames)
     if stage.scenes:
-        from kairos.worlds import simulate
-
         for slot in range(stage.batch_size):
             if rng.random() < stage.scenes:
                 scene = scenes[rng.integers(len(scenes))]
@@ -170,8 +165,6 @@ def save_vae(vae: AutoencoderKLWan, output: Path, scenes: tuple[str, ...]) -> No
     A channel that the VAE hardly uses keeps a standard deviation of at least a tenth of the largest one, so that
     normalising does not blow up its noise.
     """
-    from kairos.worlds import simulate
-
     vae.eval()
     means = []
     for index in range(24):
