@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kairos.errors import KairosError, MachineError, UserError
+from kairos.errors import MachineError, UserError
 
 # The disk or its quota is at its end, or it fails: not something that the user typed.
 _MACHINE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
@@ -16,8 +16,9 @@ _MACHINE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EM
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Write `data` to `path`: a reader sees the old file or the whole new one, never a part.
 
-    The bytes go to a hidden file beside `path` that takes its place at the end and is removed on any failure,
-    Ctrl-C included. Raises UserError where the folder cannot be written to, MachineError where the disk is full.
+    The bytes go to a hidden file beside `path`, which takes its place at the end and is removed on any
+    failure, Ctrl-C included. Raises UserError where the folder cannot be written to, MachineError where
+    the disk is full.
     """
     path = Path(path)
     with _explained(path):
@@ -37,7 +38,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def prepare_folder(folder: str | os.PathLike[str]) -> None:
-    """Make `folder` where it is missing and try that a file can be written there, before hours are spent on one.
+    """Make `folder` where it is missing and try that a file can be written there, before work is spent on it.
 
     Raises UserError where it cannot, MachineError where the disk is full.
     """
@@ -53,12 +54,12 @@ def _explained(path: Path) -> Iterator[None]:
     """Turn the operating system's errors about writing `path` into one clear line."""
     try:
         yield
-    except KairosError:
-        raise
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise MachineError(f"cannot write {path}: {reason}; free some space or choose another disk") from error
+            raise MachineError(
+                f"cannot write {path}: {reason}; free some space or choose another disk"
+            ) from error
         if error.errno in _MACHINE_ERRNOS:
             raise MachineError(f"cannot write {path}: {reason}") from error
         raise UserError(f"cannot write {path}: {reason}; choose a folder that you may write to") from error

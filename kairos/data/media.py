@@ -23,12 +23,12 @@ Frames = NDArray[np.uint8]  # (F, H, W, 3), RGB
 
 MIN_SHOWN_SIZE = 256  # pixels; smaller videos are enlarged when written, players show them badly
 _CRF = "14"  # visually lossless; these clips are short
-_ENCODER_THREADS = 4  # fixed: x264's output depends on their number, and the same frames shall give the same bytes
+_ENCODER_THREADS = 4  # fixed: x264's bytes depend on it, and the same frames shall give the same bytes
 _BT709 = 1  # H.273's code for the primaries, the transfer curve and the matrix
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
-    """An image file as RGB, turned upright as its EXIF orientation says. Raises UserError if it cannot be read."""
+    """An image file as RGB, upright as its EXIF orientation says. Raises UserError if it cannot be read."""
     path = _existing_file(path, "image")
     try:
         with Image.open(path) as image:
@@ -37,16 +37,18 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
                 upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
             return upright.convert("RGB")
     except UnidentifiedImageError as error:
-        raise UserError(f"cannot read image {path}: not an image in a known format (PNG, JPEG, WebP, ...)") from error
+        raise UserError(f"cannot read image {path}: not a PNG, JPEG, WebP or other known image") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read image {path}: {_one_line(error)}") from error
 
 
-def read_video(path: str | os.PathLike[str], fps: float | None = None, max_frames: int | None = None) -> Frames:
+def read_video(
+    path: str | os.PathLike[str], fps: float | None = None, max_frames: int | None = None
+) -> Frames:
     """The frames of a video file, (F, H, W, 3) uint8 RGB, upright.
 
-    With `fps` they are taken at that rate: frame k is the one on screen at k / fps seconds. At most `max_frames`
-    are read. Raises UserError where there is no such file or no video in it.
+    With `fps` they are taken at that rate: frame k is the one on screen at k / fps seconds. At most
+    `max_frames` are read. Raises UserError where there is no such file or no video in it.
     """
     path = _existing_file(path, "video")
     if fps is not None and not fps > 0:
@@ -74,7 +76,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     except json.JSONDecodeError:
         metadata = None
     if not isinstance(metadata, dict):
-        raise UserError(f"{path} does not carry a request: it was not written by kairos, or was converted since")
+        raise UserError(f"{path} carries no request: it was not written by kairos, or was converted since")
     return metadata
 
 
@@ -88,16 +90,18 @@ def write_video(
     """Write frames, (F, H, W, 3) uint8 RGB, to an H.264 mp4, whole or not at all.
 
     scale enlarges by a whole factor without smoothing; None takes the smallest that gives both sides
-    MIN_SHOWN_SIZE pixels, 1 keeps them as made. An odd side gets its last line repeated, for H.264's
-    4:2:0 colour works on pairs. metadata goes, as JSON, into the comment tag. The same input gives the same bytes.
+    MIN_SHOWN_SIZE pixels, 1 keeps them as made. An odd side gets its last line repeated, for
+    colour is stored for pairs of lines. metadata goes, as JSON, into the comment tag. The same input gives
+    the same bytes.
     Raises UserError where the file cannot be written, MachineError where the disk is full.
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or len(frames) == 0:
         raise ValueError(f"frames must be (F, H, W, 3) uint8 with F >= 1, got {frames.shape} {frames.dtype}")
     if scale is None:
         scale = automatic_scale(*frames.shape[1:3])
-    # Encoded in memory, for the clips are short: what can fail on the way to the disk is then plain file writing.
-    write_atomically(path, _encode(frames, fps, scale, json.dumps(metadata, ensure_ascii=False) if metadata else None))
+    comment = None if metadata is None else json.dumps(metadata, ensure_ascii=False)
+    # Encoded in memory, for clips are short: all that can fail at the disk is then plain file writing.
+    write_atomically(path, _encode(frames, fps, scale, comment))
 
 
 def automatic_scale(height: int, width: int) -> int:
@@ -190,7 +194,7 @@ def _on_screen(container: Any, fps: float | None) -> Iterator[tuple[Any, int]]:
 
 
 def _ticks_before(time_s: float, fps: float) -> int:
-    """How many of the moments 0, 1 / fps, 2 / fps, ... are before `time_s`, give or take a clock's rounding."""
+    """How many of the moments 0, 1 / fps, 2 / fps, ... come before `time_s`, but for a clock's rounding."""
     return math.ceil(time_s * fps - 1e-3)
 
 

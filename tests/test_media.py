@@ -1,0 +1,210 @@
+"""Images and videos in and out of files."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from kairos.data import files, media
+from kairos.errors import MachineError, UserError
+
+COLOURS = [(220, 30, 40), (40, 160, 60), (30, 60, 220), (250, 250, 250), (0, 0, 0), (240, 200, 40)]
+
+
+def moving_square(frames: int = 9, height: int = 64, width: int = 64) -> np.ndarray:
+    video = np.full((frames, height, width, 3), 230, np.uint8)
+    for index, frame in enumerate(video):
+        frame[20:36, 4 * index : 4 * index + 16] = (220, 30, 40)
+    return video
+
+
+def test_a_written_video_reads_back_enlarged_and_nearly_unchanged(tmp_path: Path) -> None:
+    frames = moving_square()
+    media.write_video(tmp_path / "out.mp4", frames, fps=16)
+    shown = media.read_video(tmp_path / "out.mp4")
+    assert shown.shape == (9, 256, 256, 3)
+    as_made = shown.reshape(9, 64, 4, 64, 4, 3).mean((2, 4))
+    assert np.abs(as_made - frames).mean() < 1.5
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+def test_colours_survive_the_file(tmp_path: Path, colour: tuple[int, int, int]) -> None:
+    media.write_video(tmp_path / "out.mp4", np.full((2, 64, 64, 3), colour, np.uint8), fps=16)
+    shown = media.read_video(tmp_path / "out.mp4")
+    assert np.abs(shown.astype(int) - colour).max() <= 4
+
+
+@pytest.mark.parametrize(
+    ("size", "scale", "written"),
+    [
+        ((64, 64), None, (256, 256)),
+        ((64, 96), None, (256, 384)),
+        ((63, 61), 1, (64, 62)),
+        ((63, 61), None, (316, 306)),
+        ((480, 640), None, (480, 640)),
+        ((64, 64), 1, (64, 64)),
+        ((64, 64), 3, (192, 192)),
+    ],
+)
+def test_small_videos_are_enlarged_by_a_whole_factor(
+    tmp_path: Path, size: tuple[int, int], scale: int | None, written: tuple[int, int]
+) -> None:
+    media.write_video(tmp_path / "out.mp4", np.zeros((1, *size, 3), np.uint8), fps=16, scale=scale)
+    assert media.read_video(tmp_path / "out.mp4").shape == (1, *written, 3)
+
+
+def test_the_same_frames_give_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("a.mp4", "b.mp4"):
+        media.write_video(tmp_path / name, moving_square(), fps=16, metadata={"seed": 1})
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+def test_metadata_comes_back_as_it_was(tmp_path: Path) -> None:
+    metadata = {"request": {"prompt": 'a "red" ball; 球, ümlaut\n# second line = \\', "seed": 3}}
+    media.write_video(tmp_path / "out.mp4", moving_square(), fps=16, metadata=metadata)
+    assert media.read_metadata(tmp_path / "out.mp4") == metadata
+
+
+def test_a_video_without_a_request_says_so(tmp_path: Path) -> None:
+    media.write_video(tmp_path / "out.mp4", moving_square(), fps=16)
+    with pytest.raises(UserError, match="carries no request"):
+        media.read_metadata(tmp_path / "out.mp4")
+
+
+def test_the_file_plays_at_the_rate_asked_for_in_a_format_that_players_know(tmp_path: Path) -> None:
+    media.write_video(tmp_path / "out.mp4", moving_square(), fps=12.5)
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.pix_fmt) == ("h264", "yuv420p")
+        assert float(stream.average_rate) == 12.5
+
+
+@pytest.mark.parametrize(("fps", "expected"), [(16, range(8)), (8, range(0, 8, 2)), (4, range(0, 8, 4))])
+def test_reading_at_a_lower_rate_takes_the_frames_on_screen(
+    tmp_path: Path, fps: int, expected: range
+) -> None:
+    media.write_video(tmp_path / "out.mp4", moving_square(8), fps=16)
+    every = media.read_video(tmp_path / "out.mp4")
+    assert np.array_equal(media.read_video(tmp_path / "out.mp4", fps=fps), every[list(expected)])
+
+
+def test_reading_at_a_higher_rate_repeats_frames_and_keeps_the_duration(tmp_path: Path) -> None:
+    media.write_video(tmp_path / "out.mp4", moving_square(8), fps=16)
+    every = media.read_video(tmp_path / "out.mp4")
+    assert np.array_equal(media.read_video(tmp_path / "out.mp4", fps=32), every.repeat(2, axis=0))
+    assert len(media.read_video(tmp_path / "out.mp4", fps=24)) == 12
+
+
+def test_reading_stops_at_max_frames(tmp_path: Path) -> None:
+    media.write_video(tmp_path / "out.mp4", moving_square(8), fps=16)
+    assert len(media.read_video(tmp_path / "out.mp4", fps=32, max_frames=5)) == 5
+
+
+def test_an_image_is_turned_upright_and_made_rgb(tmp_path: Path) -> None:
+    picture = Image.new("L", (4, 2))
+    exif = picture.getexif()
+    exif[0x0112] = 6  # the camera was turned by a quarter
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    upright = media.read_image(tmp_path / "turned.jpg")
+    assert (upright.size, upright.mode) == ((2, 4), "RGB")
+
+
+def test_sixteen_bit_greys_are_not_clipped(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 128 * 256, np.uint16)).save(tmp_path / "grey.png")
+    assert media.read_image(tmp_path / "grey.png").getpixel((0, 0)) == (128, 128, 128)
+
+
+@pytest.mark.parametrize("read", [media.read_image, media.read_video, media.read_metadata])
+def test_a_file_that_cannot_be_read_gets_one_line(tmp_path: Path, read) -> None:
+    (tmp_path / "text.mp4").write_text("not a picture")
+    (tmp_path / "empty.mp4").touch()
+    for name in ("text.mp4", "empty.mp4", "missing.mp4", "."):
+        with pytest.raises(UserError) as caught:
+            read(tmp_path / name)
+        assert "\n" not in str(caught.value)
+        assert str(tmp_path) in str(caught.value)
+
+
+def test_a_cut_off_image_gets_one_line(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:900])
+    with pytest.raises(UserError, match=r"cannot read image .*cut\.png"):
+        media.read_image(tmp_path / "cut.png")
+
+
+def test_a_still_image_reads_as_a_video_of_one_frame(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    assert media.read_video(tmp_path / "image.png").shape == (1, 8, 8, 3)
+
+
+@pytest.mark.parametrize(
+    ("failing", "failure", "raised"),
+    [
+        ("fsync", OSError(errno.ENOSPC, "No space left on device"), MachineError),
+        ("fsync", OSError(errno.EIO, "Input/output error"), MachineError),
+        ("replace", PermissionError(errno.EACCES, "Permission denied"), UserError),
+        ("fsync", KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+)
+def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failing: str,
+    failure: BaseException,
+    raised: type[BaseException],
+) -> None:
+    (tmp_path / "out.mp4").write_text("the old one")
+
+    def fail(*_: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(files.os, failing, fail)
+    with pytest.raises(raised):
+        media.write_video(tmp_path / "out.mp4", moving_square(), fps=16)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
+    assert (tmp_path / "out.mp4").read_text() == "the old one"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting needs root")
+def test_a_disk_that_is_really_full_is_the_machines_failure(tmp_path: Path) -> None:
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16k", "none", tmp_path], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting is not permitted here")
+    try:
+        noise = np.random.default_rng(0).integers(0, 255, (9, 64, 64, 3), np.uint8)
+        with pytest.raises(MachineError, match="no space left"):
+            media.write_video(tmp_path / "out.mp4", noise, fps=16)
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX paths")
+def test_folders_that_cannot_be_written_to_are_the_users_to_change(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "deeper", Path("/proc/kairos")):
+        with pytest.raises(UserError, match="cannot write"):
+            files.prepare_folder(folder)
+    with pytest.raises(UserError, match="it is a folder"):
+        files.write_atomically(tmp_path, b"")
+
+
+def test_a_prepared_folder_exists_and_is_empty(tmp_path: Path) -> None:
+    files.prepare_folder(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_a_contact_sheet_has_a_row_for_each_video(tmp_path: Path) -> None:
+    videos = [moving_square(), moving_square(5)]
+    media.write_contact_sheet(tmp_path / "sheet.png", videos, columns=4, captions=["one", "two"], scale=2)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (4 * (128 + 4) + 4, 2 * (20 + 128 + 4) + 4)

@@ -1,0 +1,179 @@
+"""Requests: what may be asked for, and how what may not is told."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from kairos.errors import UserError
+from kairos.request import Request, read_requests, shell_command
+
+REFERENCE = {
+    "prompt": "your prompt here",
+    "input_image": "",
+    "negative_prompt": "",
+    "seed": 7,
+    "tiled": True,
+    "height": 480,
+    "width": 640,
+    "num_frames": 81,
+    "cfg_scale": 5.0,
+    "num_inference_steps": 50,
+}
+
+
+def write(path: Path, content: object) -> Path:
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_the_reference_dictionary_is_understood(tmp_path: Path) -> None:
+    (request,) = read_requests(write(tmp_path / "request.json", REFERENCE))
+    assert request == Request(
+        prompt="your prompt here",
+        seed=7,
+        tiled=True,
+        height=480,
+        width=640,
+        num_frames=81,
+        guidance_scale=5.0,
+        num_inference_steps=50,
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "mode"),
+    [
+        ({"prompt": "a ball"}, "t2v"),
+        ({"prompt": "a ball", "input_image": ""}, "t2v"),
+        ({"prompt": "a ball", "input_image": "a.png"}, "ti2v"),
+        ({"prompt": "", "input_image": "a.png"}, "i2v"),
+        ({"prompt": "a ball", "input_video": "a.mp4"}, "continuation"),
+        ({"input_video": "a.mp4"}, "continuation"),
+    ],
+)
+def test_the_mode_is_told_by_what_is_empty(given: dict, mode: str) -> None:
+    assert Request.from_dict(given).mode == mode
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "nothing to make a video of: give a prompt, an image or a video"),
+        ({"prompt": " "}, "nothing to make a video of"),
+        ({"prompt": "x", "num_frames": 80}, "num_frames must be 4n + 1, got 80; try 81 or 77"),
+        ({"prompt": "x", "num_frames": 0}, "num_frames must be 4n + 1, got 0; try 1 or 5"),
+        ({"prompt": "x", "height": 8}, "height must be at least 16, got 8"),
+        ({"prompt": "x", "width": -64}, "width must be at least 16, got -64"),
+        ({"prompt": "x", "width": 10**9}, "width must be at most 16384, got 1000000000"),
+        ({"prompt": "x", "seed": -1}, "seed must be at least 0, got -1"),
+        ({"prompt": "x", "num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
+        ({"prompt": "x", "cfg_scale": float("nan")}, "guidance_scale must be at least 0, got nan"),
+        ({"prompt": "x", "fps": 0}, "fps must be at least 1, got 0"),
+        ({"prompt": 5}, "prompt must be a text, got 5"),
+        ({"prompt": "x", "num_frames": "81"}, 'num_frames must be a whole number, got "81"'),
+        ({"prompt": "x", "height": 64.0}, "height must be a whole number, got 64.0"),
+        ({"prompt": "x", "seed": True}, "seed must be a whole number, got true"),
+        ({"prompt": "x", "tiled": 1}, "tiled must be true or false, got 1"),
+        ({"prompt": "x", "cfg_scale": [5]}, "guidance_scale must be a number, got [5]"),
+        ({"prompt": "x", "num_frame": 81}, "unknown key 'num_frame'; did you mean 'num_frames'?"),
+        ({"prompt": "x", "cfgscale": 5}, "unknown key 'cfgscale'; did you mean 'cfg_scale'?"),
+        ({"prompt": "x", "zzzz": 5}, "unknown key 'zzzz'; known are prompt, input_image"),
+        (
+            {"prompt": "x", "cfg_scale": 5, "guidance_scale": 5},
+            "'cfg_scale' and 'guidance_scale' mean the same",
+        ),
+        ({"input_image": "a.png", "input_video": "b.mp4"}, "exclude each other"),
+        ({"prompt": "x", "input_frames": 5}, "there is no input_video"),
+        ({"input_video": "b.mp4", "input_frames": 5, "num_frames": 5}, "must be above that, got 5"),
+        ({"prompt": "x", "output": "../out.mp4"}, "output must be a name inside the output folder"),
+        ({"prompt": "x", "output": "out.avi"}, "output must end in .mp4"),
+        ({"prompt": "x\udc80"}, "prompt is not valid Unicode text"),
+        ({"input_image": "a\0.png"}, "input_image is not a file name"),
+    ],
+)
+def test_what_cannot_be_is_told_with_the_value_the_rule_and_the_fix(given: dict, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Request.from_dict(given)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"prompt": "x",\n "seed" 1}', "Expecting ':' delimiter at line 2, column 9"),
+        ("", "Expecting value at line 1, column 1"),
+        ("[]", "the list is empty"),
+        ('"a ball"', 'a request must be a dictionary, got "a ball"'),
+        ([{"prompt": "x"}, {"prompt": "x", "sed": 1}], "request 2: unknown key 'sed'; did you mean 'seed'?"),
+        ([{"prompt": "x"}, 3], "request 2: a request must be a dictionary, got 3"),
+        ('{"prompt": "x", "prompt": "y"}', "the key 'prompt' is there twice"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_a_bad_request_file_is_told_in_one_line_with_the_place(
+    tmp_path: Path, content: object, message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        read_requests(write(tmp_path / "request.json", content))
+    assert message in str(caught.value)
+    assert "request.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_unreadable_and_binary_request_files_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="request file not found"):
+        read_requests(tmp_path / "missing.json")
+    with pytest.raises(UserError, match="cannot read request file"):
+        read_requests(tmp_path)
+    (tmp_path / "binary.json").write_bytes(b"\xff\x00\xfe")
+    with pytest.raises(UserError, match="not UTF-8 text"):
+        read_requests(tmp_path / "binary.json")
+
+
+def test_null_leaves_a_value_to_the_model() -> None:
+    assert Request.from_dict({"prompt": "x", "height": None, "seed": None}) == Request(prompt="x")
+
+
+def test_defaults_fill_in_only_what_a_request_does_not_say(tmp_path: Path) -> None:
+    path = write(tmp_path / "list.json", [{"prompt": "x"}, {"prompt": "x", "frames": 5}])
+    assert [request.num_frames for request in read_requests(path, {"num_frames": 9})] == [9, 5]
+
+
+def test_inputs_are_looked_for_in_the_working_folder_then_beside_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside = tmp_path / "requests"
+    beside.mkdir()
+    monkeypatch.chdir(tmp_path)
+    path = write(beside / "request.json", {"input_image": "a.png"})
+    (beside / "a.png").touch()
+    assert read_requests(path)[0].input_image == str(beside / "a.png")
+    (tmp_path / "a.png").touch()
+    assert read_requests(path)[0].input_image == "a.png"
+
+
+def test_a_request_survives_its_dictionary() -> None:
+    request = Request.from_dict(REFERENCE)
+    assert Request.from_dict(request.to_dict()) == request
+    assert Request(prompt="x").to_dict() == {"prompt": "x", "seed": 0}
+
+
+def test_the_shell_command_is_quoted() -> None:
+    request = Request(
+        prompt='it\'s a "ball"; rm -rf $HOME', seed=3, guidance_scale=0.0, num_frames=9, tiled=True
+    )
+    words = shlex.split(shell_command(request, "my out.mp4", {"model": "kairos-tiny", "dtype": None}))
+    assert words == [
+        *("kairos", "generate", "--seed", "3", "--frames", "9", "--guidance", "0.0", "--tiled"),
+        *("--model", "kairos-tiny", "--output", "my out.mp4", 'it\'s a "ball"; rm -rf $HOME'),
+    ]
+
+
+def test_a_prompt_that_looks_like_an_option_is_still_a_prompt() -> None:
+    request = Request(prompt="--a dash", negative_prompt="-blur")
+    assert shlex.split(shell_command(request, "out.mp4", {}))[2:] == [
+        *("--negative=-blur", "--seed", "0", "--output", "out.mp4", "--", "--a dash")
+    ]
