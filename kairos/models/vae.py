@@ -1,0 +1,107 @@
+"""Videos to latents and back: diffusers' WAN2.1 VAE with Kairos' conventions around it.
+
+The VAE is causal in time: the first frame stands alone, every four frames after it become one latent frame. Eight
+pixels along height and width become one latent. Wan Team, arXiv 2503.20314.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from kairos.errors import UserError
+
+SPATIAL, TEMPORAL = 8, 4
+"""Pixels a latent, along height and width and along time."""
+
+TILE, TILE_STRIDE = 256, 192
+"""Tiles in pixels: each overlaps its neighbours by 64, over which they are blended."""
+
+
+def encode(vae: AutoencoderKLWan, video: Tensor, *, tiled: bool = False) -> Tensor:
+    """The latents of a video: the mode of the posterior, normalised per channel.
+
+    Args:
+        video: (B, 3, F, H, W) in [-1, 1] with F = 4k + 1, H and W multiples of 8, in the VAE's dtype.
+        tiled: work on tiles of 256 x 256 pixels and blend them, in the memory of one tile. Smaller frames are
+            encoded whole; larger ones differ a little from the whole encoding.
+
+    Returns:
+        (B, 16, k + 1, H / 8, W / 8) in the dtype of `video`, about zero mean and unit variance.
+
+    Raises:
+        UserError: for a video of another shape.
+    """
+    _check_video(vae, video)
+    with _tiling(vae, tiled):
+        mode = vae.encode(video).latent_dist.mode()
+    mean, std = normalisation(vae, mode)
+    return ((mode.float() - mean) / std).to(video.dtype)
+
+
+def decode(vae: AutoencoderKLWan, latents: Tensor, *, tiled: bool = False) -> Tensor:
+    """The video of normalised latents, as `encode` makes them.
+
+    Args:
+        latents: (B, 16, f, h, w) in the VAE's dtype.
+        tiled: work on tiles of 32 x 32 latents and blend them.
+
+    Returns:
+        (B, 3, 4 (f - 1) + 1, 8 h, 8 w) in [-1, 1].
+
+    Raises:
+        UserError: for latents of another shape.
+    """
+    if latents.ndim != 5 or latents.shape[1] != vae.config.z_dim or 0 in latents.shape:
+        raise UserError(
+            f"latents must be (batch, {vae.config.z_dim}, frames, height, width), got {tuple(latents.shape)}"
+        )
+    mean, std = normalisation(vae, latents)
+    with _tiling(vae, tiled):
+        video = vae.decode((latents.float() * std + mean).to(latents.dtype)).sample
+    return video.clamp(-1, 1)
+
+
+def normalisation(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean and standard deviation of the VAE's latents, (1, 16, 1, 1, 1) float32 each, on the device of `like`."""
+    mean, std = (
+        torch.tensor(values, dtype=torch.float32, device=like.device).view(1, -1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return mean, std
+
+
+def _check_video(vae: AutoencoderKLWan, video: Tensor) -> None:
+    channels = vae.config.in_channels
+    if video.ndim != 5 or video.shape[1] != channels or not video.is_floating_point():
+        raise UserError(
+            f"video must be floating point, (batch, {channels}, frames, height, width) in [-1, 1], "
+            f"got {tuple(video.shape)} {video.dtype}"
+        )
+    frames, height, width = video.shape[2:]
+    if frames % TEMPORAL != 1:
+        below = max((frames - 1) // TEMPORAL, 0) * TEMPORAL + 1
+        raise UserError(f"video must have 4n + 1 frames, got {frames}; try {below} or {below + TEMPORAL}")
+    if height < SPATIAL or width < SPATIAL or height % SPATIAL or width % SPATIAL:
+        nearest = " x ".join(str(max(round(side / SPATIAL), 1) * SPATIAL) for side in (height, width))
+        raise UserError(f"height and width must be multiples of {SPATIAL}, got {height} x {width}; try {nearest}")
+
+
+@contextmanager
+def _tiling(vae: AutoencoderKLWan, tiled: bool) -> Iterator[None]:
+    """Tiles on or off for this call; the VAE is left as it was found."""
+    names = ("use_tiling", *(f"tile_sample_{a}_{b}" for a in ("min", "stride") for b in ("height", "width")))
+    before = {name: getattr(vae, name) for name in names}
+    if tiled:
+        vae.enable_tiling(TILE, TILE, TILE_STRIDE, TILE_STRIDE)
+    else:
+        vae.use_tiling = False
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(vae, name, value)
