@@ -1,12 +1,13 @@
-"""Latents and prompt embeddings of the physics clips, computed once and kept in safetensors shards.
+"""Latents of the physics clips, computed once and kept in safetensors shards; prompts are embedded when they are read.
 
-A shard is a function of (scenes, seed, its number, the two encoders): building can stop, go on, and run beside a
-training that reads the shards already there.
+A shard is a function of (scenes, seed, its number, the VAE): building can stop, go on, and run beside a training that
+reads the shards already there.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 from dataclasses import dataclass
@@ -28,13 +29,11 @@ from kairos.worlds import simulate
 logger = logging.getLogger(__name__)
 
 SHARD_CLIPS = 240
-PROMPT_TOKENS = 40
-"""Captions of the grammar are shorter; embeddings are padded to this length."""
 
 
 @dataclass
 class Cache:
-    """Clips in memory: latents (N, 16, F, h, w), embeddings (N, T, C) and their mask (N, T), and the empty prompt."""
+    """Clips in memory: latents (N, 16, F, h, w), embeddings (N, T, C) with their mask (N, T), and the empty prompt's."""
 
     latents: Tensor
     prompt_embeds: Tensor
@@ -46,12 +45,11 @@ class Cache:
         return len(self.latents)
 
 
-def fingerprint(*folders: Path) -> str:
-    """A short hash of the weights in `folders`: shards of other encoders are refused."""
+def fingerprint(folder: Path) -> str:
+    """A short hash of the model in `folder`: latents of another VAE are refused."""
     digest = hashlib.sha256()
-    for folder in folders:
-        for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("config.json")):
-            digest.update(file.read_bytes())
+    for file in [*sorted(folder.glob("*.safetensors")), folder / "config.json"]:
+        digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -60,7 +58,6 @@ def build_cache(
     output: Path,
     *,
     vae_path: Path,
-    conditioner_path: Path,
     scenes: tuple[str, ...],
     shards: range,
     num_frames: int = 33,
@@ -71,62 +68,70 @@ def build_cache(
     """Write the shards that `output` does not hold yet, the scenes taking turns, `SHARD_CLIPS` clips in each."""
     vae = AutoencoderKLWan.from_pretrained(vae_path).to(torch.bfloat16).eval()
     use_one_pass_norm(vae)
-    text_encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        conditioner_path / "text_encoder", dtype=torch.float32
-    ).eval()
-    tokenizer = AutoTokenizer.from_pretrained(conditioner_path / "tokenizer")
-    encoders = fingerprint(vae_path, conditioner_path / "text_encoder")
+    encoder = fingerprint(vae_path)
     output.mkdir(parents=True, exist_ok=True)
     for shard in shards:
         file = output / f"{shard:05d}.safetensors"
         if file.exists():
             continue
         latents, captions = [], []
-        for first in range(0, SHARD_CLIPS, batch_size):
+        for first in range(shard * SHARD_CLIPS, (shard + 1) * SHARD_CLIPS, batch_size):
             clips = [
                 simulate(
-                    scenes[(shard * SHARD_CLIPS + first + slot) % len(scenes)],
-                    split="train",
-                    seed=seed,
-                    index=shard * SHARD_CLIPS + first + slot,
-                    num_frames=num_frames,
-                    size=size,
+                    scenes[index % len(scenes)], split="train", seed=seed, index=index, num_frames=num_frames, size=size
                 )
-                for slot in range(batch_size)
+                for index in range(first, first + batch_size)
             ]
             frames = torch.stack([torch.from_numpy(clip.frames) for clip in clips])
             video = frames.permute(0, 4, 1, 2, 3).to(torch.bfloat16) / 127.5 - 1
             latents.append(encode(vae, video).to(torch.bfloat16))
             captions += [clip.caption for clip in clips]
-        embeds, mask = encode_prompts(text_encoder, tokenizer, [*captions, ""], template=TEMPLATES["tiny"])
-        if embeds.shape[1] > PROMPT_TOKENS:
-            raise UserError(f"a caption has {embeds.shape[1]} tokens; the cache holds {PROMPT_TOKENS}")
-        padding = PROMPT_TOKENS - embeds.shape[1]
-        embeds = torch.nn.functional.pad(embeds, (0, 0, 0, padding)).to(torch.bfloat16)
-        mask = torch.nn.functional.pad(mask, (0, padding))
-        tensors = {
-            "latents": torch.cat(latents),
-            "prompt_embeds": embeds[:-1].contiguous(),
-            "prompt_mask": mask[:-1].contiguous(),
-            "empty_embeds": embeds[-1:].clone(),
-            "empty_mask": mask[-1:].clone(),
-        }
         partial = file.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"encoders": encoders})
+        metadata = {"vae": encoder, "captions": json.dumps(captions)}
+        save_file({"latents": torch.cat(latents)}, partial, metadata=metadata)
         os.replace(partial, file)
         logger.info("wrote %s", file.name)
 
 
-def load_cache(folder: Path, encoders: str) -> Cache:
-    """All shards of `folder`, which must come from the encoders with that fingerprint."""
+@torch.no_grad()
+def load_cache(folder: Path, *, vae_path: Path, conditioner_path: Path) -> Cache:
+    """All shards of `folder`, which must come from the VAE at `vae_path`, their prompts embedded."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(f"no latents in {folder}; build the cache first")
-    shards = []
+    encoder = fingerprint(vae_path)
+    latents, captions = [], []
     for file in files:
         with safe_open(file, framework="pt") as shard:
-            if shard.metadata()["encoders"] != encoders:
-                raise UserError(f"{file} was made by other encoders than {encoders}; delete the folder and build it again")
-            shards.append({name: shard.get_tensor(name) for name in shard.keys()})  # noqa: SIM118
-    together = {name: torch.cat([shard[name] for shard in shards]) for name in ("latents", "prompt_embeds", "prompt_mask")}
-    return Cache(**together, empty_embeds=shards[0]["empty_embeds"], empty_mask=shards[0]["empty_mask"])
+            metadata = shard.metadata()
+            if metadata["vae"] != encoder:
+                raise UserError(f"{file} was made by another VAE than {vae_path}; delete the folder and build it again")
+            latents.append(shard.get_tensor("latents"))
+            captions += json.loads(metadata["captions"])
+    text_encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(conditioner_path / "text_encoder").float().eval()
+    tokenizer = AutoTokenizer.from_pretrained(conditioner_path / "tokenizer")
+    # Longest first in one list of distinct captions: batches of equal length waste no padding.
+    distinct = sorted(set(captions), key=len)
+    place = {caption: number for number, caption in enumerate(distinct)}
+    parts = [
+        encode_prompts(text_encoder, tokenizer, distinct[i : i + 256], template=TEMPLATES["tiny"])
+        for i in range(0, len(distinct), 256)
+    ]
+    longest = max(embeds.shape[1] for embeds, _ in parts)
+    embeds = torch.cat([pad_tokens(embeds.to(torch.bfloat16), longest) for embeds, _ in parts])
+    mask = torch.cat([pad_tokens(mask, longest) for _, mask in parts])
+    empty_embeds, empty_mask = encode_prompts(text_encoder, tokenizer, [""], template=TEMPLATES["tiny"])
+    order = torch.tensor([place[caption] for caption in captions])
+    return Cache(
+        latents=torch.cat(latents),
+        prompt_embeds=embeds[order],
+        prompt_mask=mask[order],
+        empty_embeds=pad_tokens(empty_embeds.to(torch.bfloat16), longest),
+        empty_mask=pad_tokens(empty_mask, longest),
+    )
+
+
+def pad_tokens(tensor: Tensor, length: int) -> Tensor:
+    """(N, T, ...) padded with zeros to (N, length, ...)."""
+    missing = length - tensor.shape[1]
+    return torch.cat([tensor, tensor.new_zeros(len(tensor), missing, *tensor.shape[2:])], 1)

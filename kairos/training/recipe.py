@@ -111,7 +111,6 @@ def _cache(recipe: Recipe) -> None:
     build_cache(
         recipe.output / "cache",
         vae_path=recipe.output / "vae",
-        conditioner_path=recipe.output / "conditioner",
         scenes=recipe.scenes,
         shards=range(recipe.cache["shards"]),
         num_frames=recipe.cache.get("num_frames", 33),
@@ -124,16 +123,19 @@ def _transformer(recipe: Recipe) -> None:
 
     from kairos.models.transformer import KairosTransformer3DModel
     from kairos.training import transformer as training
-    from kairos.training.cache import fingerprint, load_cache
+    from kairos.training.cache import load_cache
 
     options = dict(recipe.transformer)
     torch.manual_seed(recipe.seed)
     model = KairosTransformer3DModel(**options.pop("model"))
     check_keys(options, [f.name for f in fields(training.Recipe)], "transformer")
-    encoders = fingerprint(recipe.output / "vae", recipe.output / "conditioner" / "text_encoder")
     training.train_transformer(
         model,
-        lambda: load_cache(recipe.output / "cache", encoders),
+        lambda: load_cache(
+            recipe.output / "cache",
+            vae_path=recipe.output / "vae",
+            conditioner_path=recipe.output / "conditioner",
+        ),
         recipe.output / "transformer",
         training.Recipe(seed=recipe.seed, **options),
     )
