@@ -1,0 +1,6 @@
+"""Schedules of noise: the shifted flow-matching one, and the few fixed steps of distilled models."""
+
+from kairos.schedulers.few_step import FewStepScheduler
+from kairos.schedulers.flow_match import FlowMatchScheduler, SchedulerOutput, shift_for
+
+__all__ = ["FewStepScheduler", "FlowMatchScheduler", "SchedulerOutput", "shift_for"]

@@ -1,0 +1,99 @@
+"""The attention layers of the LinearDiT: windowed over the video's tokens, full over the prompt's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kairos.ops.rotary import apply_rotary
+from kairos.ops.windowed_attention import windowed_attention
+
+
+@dataclass(frozen=True)
+class AttentionState:
+    """What a windowed layer keeps of the past: rotated keys and values (B, tokens, H, head_dim)."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class WindowedSelfAttention(nn.Module):
+    """SWA, or DSWA where `dilation` is more than 1.
+
+    With `follow_length` a clip shorter than two dilations gets plain windows, as the released models do; a
+    chunk-causal model must not, since the past would depend on how much future there is.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        window_frames: int,
+        dilation: int = 1,
+        pad_dilated: bool = False,
+        follow_length: bool = True,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.window_frames = window_frames
+        self.dilation = dilation
+        self.pad_dilated = pad_dilated
+        self.follow_length = follow_length
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        tokens_per_frame: int,
+        chunk_frames: Sequence[int] | None = None,
+        past: AttentionState | None = None,
+    ) -> tuple[Tensor, AttentionState]:
+        """Mix x (B, N, dim) inside the window; also returns what the frames that follow need."""
+        heads = (self.heads, -1)
+        q = apply_rotary(self.norm_q(self.q(x)).unflatten(-1, heads), rotary)
+        k = apply_rotary(self.norm_k(self.k(x)).unflatten(-1, heads), rotary)
+        v = self.v(x).unflatten(-1, heads)
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        if past is not None:
+            k, v = torch.cat((past.keys, k), dim=1), torch.cat((past.values, v), dim=1)
+        dilated = not self.follow_length or x.shape[1] // tokens_per_frame >= 2 * self.dilation
+        out = windowed_attention(
+            q,
+            k,
+            v,
+            tokens_per_frame=tokens_per_frame,
+            window_frames=self.window_frames,
+            dilation=self.dilation if dilated else 1,
+            pad_dilated=self.pad_dilated,
+            chunk_frames=chunk_frames,
+        )
+        kept = self.window_frames * self.dilation * tokens_per_frame
+        return self.o(out.flatten(2)), AttentionState(k[:, -kept:], v[:, -kept:])
+
+
+class CrossAttention(nn.Module):
+    """Every video token looks at every prompt token that the mask leaves."""
+
+    def __init__(self, dim: int, heads: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
+
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (B, N, dim), text (B, T, dim), mask (B, 1, 1, T), true where a prompt token is real."""
+        heads = (self.heads, -1)
+        v = self.v(text).unflatten(-1, heads)
+        q = self.norm_q(self.q(x)).to(v.dtype).unflatten(-1, heads)
+        k = self.norm_k(self.k(text)).to(v.dtype).unflatten(-1, heads)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.o(out.transpose(1, 2).flatten(2))

@@ -1,0 +1,107 @@
+"""The gated linear attention of the LinearDiT: a Gated DeltaNet layer (arXiv 2412.06464), causal along the tokens.
+
+Splitting a sequence anywhere and carrying the state over gives the same result as one pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kairos.ops.gated_delta import gated_delta_rule
+
+PRECISE = ("A_log", "dt_bias", "a_proj", "b_proj")
+"""Parameters of the gates: float32 in a model of half precision too, since errors in a decay multiply."""
+
+
+@dataclass(frozen=True)
+class DeltaState:
+    """What the layer keeps of the past: S (B, H, Dk, Dv), float32, and the last inputs of each convolution (B, C, 3)."""
+
+    recurrent_state: Tensor
+    conv_q: Tensor
+    conv_k: Tensor
+    conv_v: Tensor
+
+
+class GatedDeltaNet(nn.Module):
+    """q, k, v through short convolutions, the gated delta rule, and a gated norm on the way out."""
+
+    def __init__(
+        self, dim: int, heads: int, head_dim: int, expand_v: int = 2, conv_size: int = 4, eps: float = 1e-6
+    ) -> None:
+        super().__init__()
+        self.heads, self.head_dim = heads, head_dim
+        dim_k, dim_v = heads * head_dim, heads * head_dim * expand_v
+        self.q_proj = nn.Linear(dim, dim_k, bias=False)
+        self.k_proj = nn.Linear(dim, dim_k, bias=False)
+        self.v_proj = nn.Linear(dim, dim_v, bias=False)
+        self.a_proj = nn.Linear(dim, heads, bias=False)
+        self.b_proj = nn.Linear(dim, heads, bias=False)
+        self.g_proj = nn.Linear(dim, dim_v, bias=False)
+        self.o_proj = nn.Linear(dim_v, dim, bias=False)
+        self.q_conv1d = nn.Conv1d(dim_k, dim_k, conv_size, groups=dim_k, bias=False)
+        self.k_conv1d = nn.Conv1d(dim_k, dim_k, conv_size, groups=dim_k, bias=False)
+        self.v_conv1d = nn.Conv1d(dim_v, dim_v, conv_size, groups=dim_v, bias=False)
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.dt_bias = nn.Parameter(torch.empty(heads))
+        self.o_norm = nn.RMSNorm(head_dim * expand_v, eps)
+        self.reset_gates()
+
+    @torch.no_grad()
+    def reset_gates(self) -> None:
+        """Memories from a few tokens to a thousand: A in [1, 16], time steps in [0.001, 0.1], as in Mamba2."""
+        self.A_log.uniform_(1, 16).log_()
+        step = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp_()
+        self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # softplus of it is the step
+
+    def forward(self, x: Tensor, past: DeltaState | None = None) -> tuple[Tensor, DeltaState]:
+        """Mix x (B, N, dim) along the tokens; also returns the state after the last."""
+        q, conv_q = short_conv(self.q_proj(x), self.q_conv1d, past and past.conv_q)
+        k, conv_k = short_conv(self.k_proj(x), self.k_conv1d, past and past.conv_k)
+        v, conv_v = short_conv(self.v_proj(x), self.v_conv1d, past and past.conv_v)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in (q, k, v))
+        with torch.autocast(x.device.type, enabled=False):
+            precise = x.to(self.a_proj.weight.dtype)
+            beta = self.b_proj(precise).sigmoid()
+            g = -self.A_log.exp() * F.softplus(self.a_proj(precise) + self.dt_bias)
+            q, k = l2_normalise(q) * self.head_dim**-0.5, l2_normalise(k)
+        out, recurrent_state = gated_delta_rule(
+            q, k, v, g, beta, initial_state=None if past is None else past.recurrent_state
+        )
+        gate = self.g_proj(x).unflatten(-1, (self.heads, -1))
+        out = self.o_norm(out) * F.silu(gate)
+        return self.o_proj(out.flatten(2)), DeltaState(recurrent_state, conv_q, conv_k, conv_v)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Moves and casts as every module, except that half precision passes the gates by."""
+        precise = {id(p) for name, p in self.named_parameters() if name.split(".")[0] in PRECISE}
+
+        def apply(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            kept = id(tensor) in precise and moved.dtype in (torch.bfloat16, torch.float16)
+            return tensor.to(moved.device) if kept else moved
+
+        return super()._apply(apply, recurse)
+
+
+def short_conv(x: Tensor, conv: nn.Conv1d, past: Tensor | None) -> tuple[Tensor, Tensor]:
+    """SiLU of the causal depthwise convolution of x (B, N, C), and its last inputs (B, C, kernel - 1)."""
+    context = conv.kernel_size[0] - 1
+    x = x.mT
+    if past is None:
+        x = F.pad(x, (context, 0))
+    else:
+        x = torch.cat((past.to(x.dtype), x), dim=-1)
+    return F.silu(conv(x)).mT, x[..., -context:]
+
+
+def l2_normalise(x: Tensor) -> Tensor:
+    """x of length 1 along its last axis, in float32: x * rsqrt(sum x^2 + 1e-6)."""
+    x = x.float()
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)

@@ -1,0 +1,52 @@
+"""Rotary positions for video tokens (RoFormer, arXiv 2104.09864), split over frame, row and column.
+
+Angles are made in float64 from integer positions, so frame 1,000,000 of a rollout is as exact as frame 1; the
+rotation itself is real arithmetic on adjacent channel pairs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotary_table(
+    frames: int,
+    height: int,
+    width: int,
+    head_dim: int,
+    *,
+    first_frame: int = 0,
+    device: torch.device | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (frames * height * width, 1, head_dim / 2), float32, for tokens in frame-major order.
+
+    Of the head_dim / 2 pairs a third each turn with the row and the column, and the rest with the frame.
+    `first_frame` is the absolute index of the first frame.
+    """
+    pairs = head_dim // 2
+    pairs_y = pairs_x = pairs // 3
+    pairs_f = pairs - pairs_y - pairs_x
+    angles = torch.cat(
+        [
+            _angles(first_frame, frames, pairs_f)[:, None, None].expand(-1, height, width, -1),
+            _angles(0, height, pairs_y)[None, :, None].expand(frames, -1, width, -1),
+            _angles(0, width, pairs_x)[None, None, :].expand(frames, height, -1, -1),
+        ],
+        dim=-1,
+    ).reshape(frames * height * width, 1, pairs)
+    return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
+def apply_rotary(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the adjacent channel pairs of x (B, N, H, head_dim) by the table's angles; the dtype stays."""
+    cos, sin = table
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+
+
+def _angles(first: int, count: int, pairs: int) -> Tensor:
+    """position * 10000^(-2i / (2 pairs)), (count, pairs), float64, for positions first, first + 1, ..."""
+    positions = torch.arange(first, first + count, dtype=torch.float64, device="cpu")
+    frequencies = 10000.0 ** -(torch.arange(pairs, dtype=torch.float64, device="cpu") / max(pairs, 1))
+    return torch.outer(positions, frequencies)

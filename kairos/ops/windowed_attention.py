@@ -1,0 +1,260 @@
+"""Attention inside a window of tokens around each query, dilated in time or not, chunk-causal or not.
+
+Tokens are ordered frame-major, L to a frame. A query at place i of its sequence sees the keys at places j with
+|i - j| <= window_frames * L: 2 * window_frames - 1 whole frames, and of the outermost two the part that is near.
+With dilation d, the frames of one phase f mod d form a sequence of their own. With chunks, no query sees a chunk
+that comes later.
+
+Queries may be the last frames of the keys: what lies before them is the past that a rollout keeps.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from importlib.util import find_spec
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from kairos.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+DENSE_TOKENS = 512
+"""Up to so many keys, one product with one small mask is faster than a product for each frame."""
+MASK_ELEMENTS = 1 << 21
+"""Frames whose masks differ are taken together up to this size of their masks."""
+BACKENDS = ("auto", "reference", "blocked", "flex")
+
+
+def windowed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    tokens_per_frame: int,
+    window_frames: int = 3,
+    dilation: int = 1,
+    pad_dilated: bool = False,
+    chunk_frames: Sequence[int] | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Softmax attention, scaled by D^-0.5, inside the window.
+
+    Args:
+        q: (B, F * L, H, D), the last F frames of the keys.
+        k, v: (B, (past + F) * L, H, D).
+        tokens_per_frame: L.
+        window_frames: frames seen on each side, of the query's own phase.
+        dilation: d; frames with the same f mod d see one another.
+        pad_dilated: append frames of zeros up to the next multiple of d, and d of them where it is one already. They
+            are not masked: their score is 0 and so is their value. The released models were trained so.
+        chunk_frames: sizes of consecutive chunks of the F query frames; the past lies in earlier chunks.
+        backend: "auto", "reference" (one dense mask), "blocked" or "flex".
+
+    Returns:
+        (B, F * L, H, D) in q's dtype.
+    """
+    if backend not in BACKENDS:
+        raise UserError(
+            f"backend of windowed attention must be one of {', '.join(BACKENDS)}, got {backend!r}"
+        )
+    frames, key_frames = q.shape[1] // tokens_per_frame, k.shape[1] // tokens_per_frame
+    chunks = _chunk_of_frames(frames, key_frames, chunk_frames)
+    if pad_dilated and dilation > 1:
+        added = dilation - key_frames % dilation
+        k, v = (F.pad(x, (0, 0, 0, 0, 0, added * tokens_per_frame)) for x in (k, v))
+        chunks += chunks[-1:] * added
+    layout = Layout(tokens_per_frame, window_frames, dilation, frames, key_frames - frames, tuple(chunks))
+
+    if backend == "auto":
+        if q.is_cuda and _flex_is_possible():
+            backend = "flex"
+        else:
+            backend = "reference" if k.shape[1] <= DENSE_TOKENS else "blocked"
+    _log_route(backend, q.device.type)
+    return {"reference": _dense, "blocked": _blocked, "flex": _flex}[backend](q, k, v, layout)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who sees whom. Frames are counted along the keys; the queries are `frames` of them from `first` on."""
+
+    tokens: int
+    """L, tokens a frame."""
+    window: int
+    dilation: int
+    frames: int
+    first: int
+    chunks: tuple[int, ...]
+    """The chunk of each key frame."""
+
+    def sees(self, query: Tensor, key: Tensor, chunks: Tensor) -> Tensor:
+        """Whether the token at place `query` sees the one at place `key`; `chunks` is self.chunks as a tensor."""
+        query_frame, key_frame = query // self.tokens, key // self.tokens
+        # The places inside the sequence of one phase.
+        query = query_frame // self.dilation * self.tokens + query % self.tokens
+        key = key_frame // self.dilation * self.tokens + key % self.tokens
+        return (
+            (query_frame % self.dilation == key_frame % self.dilation)
+            & ((query - key).abs() <= self.window * self.tokens)
+            & (chunks[key_frame] <= chunks[query_frame])
+        )
+
+
+def _chunk_of_frames(frames: int, key_frames: int, chunk_frames: Sequence[int] | None) -> list[int]:
+    """The chunk of each key frame; what lies before the queries is chunk 0."""
+    sizes = (frames,) if chunk_frames is None else tuple(chunk_frames)
+    if sum(sizes) != frames or min(sizes) < 1:
+        raise UserError(f"chunk_frames must be positive and sum to the {frames} frames, got {list(sizes)}")
+    return [0] * (key_frames - frames) + [
+        chunk for chunk, size in enumerate(sizes, start=1) for _ in range(size)
+    ]
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """The reference: every query against every key, under one mask."""
+    query = torch.arange(q.shape[1], device=q.device) + layout.first * layout.tokens
+    key = torch.arange(k.shape[1], device=q.device)
+    mask = layout.sees(query[:, None], key[None, :], torch.tensor(layout.chunks, device=q.device))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+# The blocked route: a frame of queries against the 2 * window + 1 frames around it, all frames as one batch. Keys and
+# values are strided views, and a mask is put together from four tiles of L x L.
+
+NONE, WHOLE, EARLIEST, LATEST = range(4)
+"""How a query frame sees a key frame: not, wholly, or (the two ends of the window) as far as the distance allows."""
+
+
+def _blocked(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """Phase by phase; each is an undilated sequence."""
+    q, k, v = (rearrange(x, "b (f l) h d -> b f l h d", l=layout.tokens) for x in (q, k, v))
+    if layout.dilation == 1:
+        return _blocked_sequence(q, k, v, layout.window, layout.first, layout.chunks).flatten(1, 2)
+    out = torch.empty_like(q)
+    for phase in range(layout.dilation):
+        past = len(range(phase, layout.first, layout.dilation))
+        mine = slice(phase + past * layout.dilation - layout.first, None, layout.dilation)
+        if q[:, mine].shape[1]:
+            keys = slice(phase, None, layout.dilation)
+            out[:, mine] = _blocked_sequence(
+                q[:, mine], k[:, keys], v[:, keys], layout.window, past, layout.chunks[keys]
+            )
+    return out.flatten(1, 2)
+
+
+def _blocked_sequence(
+    q: Tensor, k: Tensor, v: Tensor, window: int, first: int, chunks: Sequence[int]
+) -> Tensor:
+    """q (B, F, L, H, D) against k, v (B, key frames, L, H, D), from key frame `first` on."""
+    batch, frames, tokens = q.shape[:3]
+    size = min(2 * window + 1, k.shape[1])
+    q = rearrange(q, "b f l h d -> f (b h) l d")
+    k, v = (
+        rearrange(rearrange(x, "b f l h d -> f l (b h) d").unfold(0, size, 1), "f l h d w -> f h w l d")
+        for x in (k, v)
+    )
+    ones = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device)
+    tiles = torch.stack((~ones, ones, ones.triu(), ones.tril()))
+
+    outputs = []
+    for begin, end, starts, kinds in _slabs(first, frames, k.shape[0], size, window, chunks, tokens):
+        seen = [any(column) for column in zip(*kinds, strict=True)]
+        near = slice(seen.index(True), size - seen[::-1].index(True))
+        mask = rearrange(tiles[torch.tensor(kinds, device=q.device)[:, near]], "f w q k -> f 1 q (w k)")
+        keys, values = (x[starts, :, near].flatten(2, 3).expand(end - begin, -1, -1, -1) for x in (k, v))
+        outputs.append(F.scaled_dot_product_attention(q[begin:end], keys, values, attn_mask=mask))
+    out = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    return rearrange(out, "f (b h) l d -> b f l h d", b=batch)
+
+
+def _slabs(
+    first: int, frames: int, windows: int, size: int, window: int, chunks: Sequence[int], tokens: int
+) -> Iterator[tuple[int, int, slice, list[list[int]]]]:
+    """Query frames [begin, end) that are taken together, their windows, and how they see them (one row if alike).
+
+    A window begins `window` frames before its query, but stays inside the sequence: so the queries at the two ends
+    share the first and the last window, and those between have one each.
+    """
+
+    def start(frame: int) -> int:
+        return min(max(first + frame - window, 0), windows - 1)
+
+    def kinds(frame: int) -> list[int]:
+        return [_kind(first + frame, key, window, chunks) for key in range(start(frame), start(frame) + size)]
+
+    def zone(frame: int) -> int:
+        return (first + frame >= window) + (first + frame >= windows + window)
+
+    for where, group in groupby(range(frames), zone):
+        members = list(group)
+        rows = [kinds(frame) for frame in members]
+        alike = all(row == rows[0] for row in rows)
+        step = len(members) if alike else max(1, MASK_ELEMENTS // (size * tokens * tokens))
+        for offset in range(0, len(members), step):
+            slab = members[offset : offset + step]
+            begin, end = slab[0], slab[-1] + 1
+            starts = slice(start(begin), start(end - 1) + 1)
+            yield begin, end, starts, rows[:1] if alike else rows[offset : offset + step]
+
+
+def _kind(query: int, key: int, window: int, chunks: Sequence[int]) -> int:
+    distance = key - query
+    if abs(distance) > window or chunks[key] > chunks[query]:
+        return NONE
+    return EARLIEST if distance == -window else LATEST if distance == window else WHOLE
+
+
+# The CUDA route.
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """FlexAttention with a block mask: blocks that no query sees are not computed."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return _compiled_flex()(q, k, v, block_mask=_block_mask(layout, q.device)).transpose(1, 2)
+
+
+@cache
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # Past its limit of recompilations torch would fall back to a dense product without a word.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(flex_attention)
+
+
+@lru_cache(maxsize=32)
+def _block_mask(layout: Layout, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    chunks = torch.tensor(layout.chunks, device=device)
+    offset = layout.first * layout.tokens
+    return create_block_mask(
+        lambda batch, head, query, key: layout.sees(query + offset, key, chunks),
+        B=None,
+        H=None,
+        Q_LEN=layout.frames * layout.tokens,
+        KV_LEN=len(layout.chunks) * layout.tokens,
+        device=device,
+        _compile=True,
+    )
+
+
+@cache
+def _flex_is_possible() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
+def _log_route(backend: str, device: str) -> None:
+    logger.info("windowed attention on %s: %s", device, backend)

@@ -1,0 +1,71 @@
+"""The schedule of distilled models: a few fixed times, each step a whole prediction that is noised again."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+from kairos.errors import UserError
+from kairos.schedulers.flow_match import FlowMatchScheduler, Generators, SchedulerOutput, shifted
+
+
+class FewStepScheduler(FlowMatchScheduler):
+    """Each step predicts x0 = x - sigma v, then x = (1 - sigma_next) x0 + sigma_next noise; the last returns x0.
+
+    The sampler of consistency models (arXiv 2303.01469, algorithm 1) on the flow-matching path.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        sampling_times: tuple[float, ...] = (1000, 800, 500, 100),
+        shift: float = 5.0,
+    ) -> None:
+        if not sampling_times or list(sampling_times) != sorted(sampling_times, reverse=True):
+            raise UserError(f"sampling_times must fall, got {list(sampling_times)}")
+        self._set_fixed(None)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        *,
+        latent_frames: int | None = None,
+        tokens_per_frame: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Set `.sigmas` and `.timesteps`. They are fixed by the distillation: steps and clip are not used."""
+        self._set_fixed(device)
+
+    def step(
+        self,
+        velocity: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """Predict the end of the path and noise it again up to the next time."""
+        sigma, following = self._sigmas_at(timestep)
+        sample = sample - velocity * sigma
+        if following > 0:
+            sample = (1 - following) * sample + following * noise_like(sample, generator)
+        return SchedulerOutput(prev_sample=sample) if return_dict else (sample,)
+
+    def _set_fixed(self, device: torch.device | str | None) -> None:
+        times = torch.tensor([*self.config.sampling_times, 0.0], dtype=torch.float64)
+        self._set(shifted(times / self.config.num_train_timesteps, self.config.shift), device)
+
+
+def noise_like(sample: Tensor, generator: Generators) -> Tensor:
+    """Standard normal noise, drawn on the CPU and then moved; with a list, each clip from its own generator."""
+    if isinstance(generator, list):
+        if len(generator) != len(sample):
+            raise UserError(
+                f"give one generator, or one for each of the {len(sample)} clips, got {len(generator)}"
+            )
+        noise = torch.cat([torch.randn(1, *sample.shape[1:], generator=g) for g in generator])
+    else:
+        noise = torch.randn(*sample.shape, generator=generator)
+    return noise.to(sample)
