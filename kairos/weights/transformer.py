@@ -1,0 +1,150 @@
+"""The LinearDiT from its released files: one safetensors or torch file, shards, or diffusers' folder.
+
+Names are the model's own, so there is nothing to translate; sizes are read off the shapes. What shapes do not
+tell (dilation, padding, which attention layers are dilated) comes from the caller: a preset, or the defaults.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from kairos.errors import MachineError, UserError
+from kairos.models.transformer import KairosTransformer3DModel
+from kairos.weights.files import StoredTensor, fill, open_weights
+
+RELEASED_PATTERN = "SSDG"
+RELEASED_HEAD_DIM = 128
+
+
+def load_transformer_file(
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    dtype: torch.dtype | None = None,
+    **config: Any,
+) -> KairosTransformer3DModel:
+    """The LinearDiT of a released file, in evaluation mode on the CPU.
+
+    Args:
+        path: a file, the list of its shards, or a folder (its config.json, diffusers' way, counts).
+        dtype: of the weights; None keeps the stored one. What must be exact (`A_log`, `dt_bias`) is float32.
+        config: values that the shapes do not tell (`dilation`, `pad_dilated`, `causal`), or shall override.
+
+    Raises:
+        UserError: for files that cannot be read, and naming tensors that are missing, left over or misshapen.
+    """
+    single = Path(path) if isinstance(path, str | os.PathLike) else None
+    if single and (single / "transformer").is_dir():
+        single = path = single / "transformer"
+    stored = open_weights(path)
+    source = str(single or next(iter(stored.values())).file)
+    written = _written_config(single / "config.json") if single and (single / "config.json").exists() else {}
+    values = infer_transformer_config(stored, source=source, **(written | config)) | written | config
+    try:
+        with torch.device("meta"):
+            model = KairosTransformer3DModel(**values)
+    except TypeError as error:
+        raise UserError(f"{source}: the configuration does not fit the model: {error}") from error
+    fill(model, stored, dtype=dtype, float32_parts=model._keep_in_fp32_modules, source=source)
+    return model.eval()
+
+
+def infer_transformer_config(
+    stored: Mapping[str, StoredTensor], *, source: str = "the file", **known: Any
+) -> dict[str, Any]:
+    """The configuration that the shapes of a LinearDiT's tensors tell, with help from the `known` values.
+
+    Raises:
+        UserError: where the tensors are not those of a LinearDiT, or do not follow the layer pattern.
+    """
+    needed = (
+        "patch_embedding.weight",
+        "head.head.weight",
+        "text_embedding.0.weight",
+        "time_embedding.0.weight",
+        "blocks.0.ffn.0.weight",
+    )
+    if missing := [name for name in needed if name not in stored]:
+        shown = ", ".join(list(stored)[:3])
+        raise UserError(f"{source} is no LinearDiT: it lacks {', '.join(missing)}; it has {shown}, ...")
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    hidden_size, in_channels, *patch = shapes["patch_embedding.weight"]
+    blocks = sorted({int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))})
+    delta = [block for block in blocks if f"blocks.{block}.gated_delta.A_log" in shapes]
+    config: dict[str, Any] = {
+        "in_channels": in_channels,
+        "out_channels": shapes["head.head.weight"][0] // _product(patch),
+        "patch_size": tuple(patch),
+        "hidden_size": hidden_size,
+        "ffn_dim": shapes["blocks.0.ffn.0.weight"][0],
+        "num_layers": blocks[-1] + 1,
+        "text_dim": shapes["text_embedding.0.weight"][1],
+        "freq_dim": shapes["time_embedding.0.weight"][1],
+        "layer_pattern": known.get("layer_pattern", RELEASED_PATTERN),
+    }
+    _check_pattern(config["layer_pattern"], blocks, delta, source)
+    if delta:
+        layer = f"blocks.{delta[0]}.gated_delta"
+        (heads,) = shapes[f"{layer}.A_log"]
+        keys, values = (shapes.get(f"{layer}.{which}_proj.weight", (0,))[0] for which in "kv")
+        config["num_attention_heads"] = heads
+        if keys and values:  # where they are not there, the loading names them
+            config["gated_delta_head_dim"] = keys // heads
+            config["gated_delta_expand_v"] = max(values // keys, 1)
+    else:
+        config["num_attention_heads"] = max(hidden_size // RELEASED_HEAD_DIM, 1)
+    return config
+
+
+def save_original(model: KairosTransformer3DModel, path: str | os.PathLike[str]) -> None:
+    """Write the weights to one safetensors file under the released names, whole or not at all.
+
+    Raises:
+        UserError: where the file cannot be written.
+        MachineError: where the disk is full.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    try:
+        save_file(tensors, partial, metadata={"format": "pt"})
+        os.replace(partial, path)
+    except (SafetensorError, OSError) as error:
+        if "No space left" in str(error):
+            raise MachineError(f"cannot write {path}: the disk is full; free some space") from error
+        raise UserError(f"cannot write {path}: {error}; choose a folder that you may write to") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _check_pattern(pattern: str, blocks: list[int], delta: list[int], source: str) -> None:
+    expected = [block for block in blocks if pattern[block % len(pattern)] == "G"]
+    if expected != delta:
+        found = "".join("G" if block in delta else "S" for block in blocks)
+        raise UserError(
+            f"{source} has gated delta layers in blocks {delta or 'none'}, layer_pattern {pattern!r} has "
+            f"them in {expected or 'none'}; pass layer_pattern with G where they are ({found!r}, or D for S)"
+        )
+
+
+def _written_config(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text())
+        return {key: value for key, value in config.items() if not key.startswith("_")}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{file} is not a configuration in JSON; download it again") from error
+
+
+def _product(sizes: Sequence[int]) -> int:
+    result = 1
+    for size in sizes:
+        result *= size
+    return result

@@ -1,0 +1,118 @@
+"""The VAE: golden numbers, normalisation, causality, tiles, refusals."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from safetensors.torch import load_file
+
+from kairos import UserError
+from kairos.models.vae import OVERLAP, TILE, _by_tiles, _tile_starts, decode, encode
+from kairos.weights import load_vae_file
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="module")
+def vae() -> AutoencoderKLWan:
+    return load_vae_file(GOLDEN / "vae_weights.safetensors")
+
+
+@pytest.fixture(scope="module")
+def cases() -> dict[str, torch.Tensor]:
+    return load_file(GOLDEN / "vae_cases.safetensors")
+
+
+@torch.no_grad()
+def test_the_published_arithmetic_is_reproduced(vae, cases):
+    latents = encode(vae, cases["video"])
+    assert latents.shape == (1, 16, 4, 6, 8)
+    torch.testing.assert_close(latents, cases["latents"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        encode(vae, cases["video"][:, :, :1]), cases["image_latents"], atol=1e-4, rtol=0
+    )
+    torch.testing.assert_close(decode(vae, cases["latents"]), cases["decoded"], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_latents_are_normalised_with_the_mean_and_deviation_of_the_configuration(vae, cases):
+    other = AutoencoderKLWan.from_config(vae.config, latents_mean=[2.0] * 16, latents_std=[0.5] * 16)
+    other.load_state_dict(vae.state_dict())
+    plain = vae.encode(cases["video"]).latent_dist.mode()
+    torch.testing.assert_close(encode(other, cases["video"]), (plain - 2) / 0.5)
+    again = decode(other, encode(other, cases["video"]))
+    torch.testing.assert_close(again, decode(vae, encode(vae, cases["video"])), atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_later_frames_do_not_change_earlier_latents(vae, cases):
+    torch.testing.assert_close(
+        encode(vae, cases["video"][:, :, :5]), cases["latents"][:, :, :2], atol=1e-4, rtol=0
+    )
+
+
+@torch.no_grad()
+def test_a_bfloat16_vae_gives_bfloat16_latents_close_to_the_exact_ones(cases):
+    low = load_vae_file(GOLDEN / "vae_weights.safetensors", dtype=torch.bfloat16)
+    latents = encode(low, cases["video"].bfloat16())
+    assert latents.dtype == torch.bfloat16
+    assert (latents.float() - cases["latents"]).abs().mean() < 0.02
+
+
+@torch.no_grad()
+def test_tiles_leave_small_frames_as_they_are_and_come_close_on_large_ones(vae):
+    small = torch.rand(1, 3, 1, 64, 64) * 2 - 1
+    assert torch.equal(encode(vae, small, tiled=True), encode(vae, small))
+    # Larger than a tile. Attention over the whole frame cannot be had in tiles: here it is switched off.
+    local = AutoencoderKLWan.from_config(vae.config).eval()
+    local.load_state_dict(vae.state_dict())
+    for side in (local.encoder, local.decoder):
+        side.mid_block.attentions[0].proj.weight.zero_()
+        side.mid_block.attentions[0].proj.bias.zero_()
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 448), indexing="ij")
+    large = torch.stack([y * x, y, x])[None, :, None]
+    whole, tiles = encode(local, large), encode(local, large, tiled=True)
+    assert tiles.shape == whole.shape == (1, 16, 1, 8, 56)
+    assert 0 < (tiles - whole).abs().mean() < 0.05 * whole.std()
+    decoded, decoded_tiles = decode(local, whole), decode(local, whole, tiled=True)
+    assert decoded_tiles.shape == decoded.shape == large.shape
+    assert 0 < (decoded - decoded_tiles).abs().mean() < 0.15 * decoded.std()
+
+
+@pytest.mark.parametrize("extent", [1, 32, 33, 40, 60, 80, 160])
+def test_tiles_cover_everything_and_share_at_least_the_overlap(extent):
+    starts = _tile_starts(extent)
+    assert starts[0] == 0 and starts[-1] == max(extent - TILE, 0)
+    assert all(0 < b - a <= TILE - OVERLAP for a, b in pairwise(starts))
+
+
+def test_tiles_of_a_pointwise_work_are_seamless():
+    source = torch.rand(1, 2, 1, 41, 75)
+    torch.testing.assert_close(_by_tiles(lambda part: part * 2, source, 1, 1), source * 2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 3, 6, 16, 16), r"4n \+ 1 frames, got 6; try 5 or 9"),
+        ((1, 3, 0, 16, 16), r"4n \+ 1 frames, got 0; try 1 or 5"),
+        ((1, 3, 5, 20, 16), "multiples of 8, got 20 x 16; try 16 x 16"),
+        ((1, 3, 5, 16, 4), "multiples of 8, got 16 x 4; try 16 x 8"),
+        ((3, 5, 16, 16), r"\(batch, 3, frames, height, width\)"),
+        ((1, 4, 5, 16, 16), r"\(batch, 3, frames, height, width\)"),
+    ],
+)
+def test_a_video_of_another_shape_is_refused_with_the_rule(vae, shape, message):
+    with pytest.raises(UserError, match=message):
+        encode(vae, torch.zeros(shape))
+
+
+def test_bytes_and_latents_of_another_width_are_refused(vae):
+    with pytest.raises(UserError, match="floating point"):
+        encode(vae, torch.zeros(1, 3, 1, 16, 16, dtype=torch.uint8))
+    with pytest.raises(UserError, match=r"\(batch, 16, frames, height, width\), got \(1, 8, 1, 2, 2\)"):
+        decode(vae, torch.zeros(1, 8, 1, 2, 2))

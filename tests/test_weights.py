@@ -1,0 +1,271 @@
+"""Loading weights: released names, inferred sizes, strictness, torn files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kairos import KairosTransformer3DModel, MachineError, UserError
+from kairos.weights import (
+    infer_transformer_config,
+    load_transformer_file,
+    load_vae_file,
+    open_weights,
+    save_original,
+)
+
+GOLDEN = Path(__file__).parent / "golden"
+
+SIZES = {
+    "hidden_size": 24,
+    "num_attention_heads": 2,
+    "ffn_dim": 40,
+    "num_layers": 4,
+    "gated_delta_head_dim": 8,
+    "gated_delta_expand_v": 3,
+    "text_dim": 20,
+    "freq_dim": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> KairosTransformer3DModel:
+    torch.manual_seed(0)
+    model = KairosTransformer3DModel(**SIZES)
+    for parameter in model.parameters():  # nothing is left at zero
+        parameter.data.normal_(std=0.1)
+    return model.eval()
+
+
+@pytest.fixture
+def released(model, tmp_path) -> Path:
+    """The model as one safetensors file."""
+    save_original(model, tmp_path / "dit.safetensors")
+    return tmp_path / "dit.safetensors"
+
+
+def output(model: KairosTransformer3DModel) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(1, 16, 3, 4, 4, generator=generator)
+    text = torch.randn(1, 5, 20, generator=generator)
+    with torch.no_grad():
+        return model(latents, torch.tensor([500.0]), text, return_dict=False)[0]
+
+
+def assert_same(one: KairosTransformer3DModel, other: KairosTransformer3DModel) -> None:
+    torch.testing.assert_close(output(one), output(other), atol=1e-6, rtol=0)
+
+
+def refusal(load, *args, **kwargs) -> str:
+    """The one line that `load` refuses with."""
+    with pytest.raises(UserError) as caught:
+        load(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_file_under_released_names_gives_the_same_model_with_sizes_read_off_its_shapes(model, released):
+    loaded = load_transformer_file(released)
+    assert {name: loaded.config[name] for name in SIZES} == SIZES
+    assert not loaded.training and next(loaded.parameters()).requires_grad
+    assert_same(loaded, model)
+
+
+def test_what_shapes_do_not_tell_comes_from_the_caller(released):
+    loaded = load_transformer_file(released, dilation=6, pad_dilated=False, causal="chunk")
+    assert (loaded.config.dilation, loaded.config.pad_dilated, loaded.config.causal) == (6, False, "chunk")
+    assert load_transformer_file(released).config.dilation == 4
+
+
+def test_half_precision_leaves_the_gates_exact(released):
+    loaded = load_transformer_file(released, dtype=torch.bfloat16)
+    layer = loaded.blocks[3].gated_delta
+    assert loaded.dtype == layer.q_proj.weight.dtype == torch.bfloat16
+    assert layer.A_log.dtype == layer.dt_bias.dtype == torch.float32
+
+
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "model.", "module.", "dit.", "pipe.dit.", "module.model."])
+def test_torch_files_with_wrappers_and_prefixes_load_as_the_plain_file(model, tmp_path, wrapper, prefix):
+    content = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+    torch.save({wrapper: content, "step": 3} if wrapper else content, tmp_path / "dit.pt")
+    assert_same(load_transformer_file(tmp_path / "dit.pt"), model)
+
+
+def test_a_file_in_torchs_old_format_loads_too(model, tmp_path):
+    torch.save(model.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert_same(load_transformer_file(tmp_path / "old.pth"), model)
+
+
+def in_shards(model, folder: Path, count: int = 3) -> list[Path]:
+    tensors = list(model.state_dict().items())
+    files = [folder / f"dit-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    for i, file in enumerate(files):
+        save_file(dict(tensors[i::count]), file)
+    return files
+
+
+def test_shards_load_from_a_list_a_folder_and_an_index(model, tmp_path):
+    files = in_shards(model, tmp_path)
+    for path in (files, tmp_path):
+        assert_same(load_transformer_file(path), model)
+    weight_map = {name: file.name for file in files for name in load_file(file)}
+    (tmp_path / "dit.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / "unrelated.safetensors").write_bytes(b"not read")
+    for path in (tmp_path, tmp_path / "dit.safetensors.index.json"):
+        assert_same(load_transformer_file(path), model)
+
+
+def test_a_diffusers_folder_is_loaded_with_its_configuration(model, tmp_path):
+    other = KairosTransformer3DModel.from_config(model.config, dilation=2, layer_pattern="DSSG")
+    other.load_state_dict(model.state_dict())
+    other.save_pretrained(tmp_path / "transformer")
+    for path in (tmp_path, tmp_path / "transformer"):
+        loaded = load_transformer_file(path)
+        assert (loaded.config.dilation, loaded.config.layer_pattern) == (2, "DSSG")
+
+
+def test_missing_shards_are_named(model, tmp_path):
+    files = in_shards(model, tmp_path)
+    files[1].unlink()
+    assert "dit-00002-of-00003.safetensors" in refusal(load_transformer_file, tmp_path)
+    (tmp_path / "dit.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": files[1].name}}))
+    assert "dit-00002-of-00003.safetensors" in refusal(load_transformer_file, tmp_path)
+
+
+def test_missing_extra_and_misshapen_tensors_are_named_and_counted(model, tmp_path):
+    tensors = model.state_dict()
+    for i in range(3):
+        del tensors[f"blocks.{i}.cross_attn.q.bias"], tensors[f"blocks.{i}.cross_attn.k.bias"]
+    tensors |= {"stray": torch.zeros(3), "blocks.0.ffn.2.weight": torch.zeros(7, 40)}
+    save_file(tensors, tmp_path / "dit.safetensors")
+    message = refusal(load_transformer_file, tmp_path / "dit.safetensors")
+    assert "dit.safetensors does not fit KairosTransformer3DModel" in message
+    assert "lacks blocks.0.cross_attn.q.bias" in message and "2 more (6 in all)" in message
+    assert "has stray that the model has not" in message
+    assert "blocks.0.ffn.2.weight 7x40 instead of 24x40" in message
+
+
+def test_a_given_size_that_the_file_contradicts_is_refused(released):
+    assert "has blocks.3." in refusal(load_transformer_file, released, num_layers=3)
+    assert "misfit" in refusal(load_transformer_file, released, misfit=3)
+
+
+def test_gated_delta_layers_elsewhere_than_the_pattern_says_are_refused_and_can_be_told(tmp_path, released):
+    other = KairosTransformer3DModel(**SIZES | {"layer_pattern": "SGSG"})
+    save_original(other, tmp_path / "other.safetensors")
+    message = refusal(load_transformer_file, tmp_path / "other.safetensors")
+    assert "blocks [1, 3]" in message and "'SSDG'" in message and "'SGSG'" in message
+    assert load_transformer_file(tmp_path / "other.safetensors", layer_pattern="DGSG").config.num_layers == 4
+
+
+def test_weights_of_something_else_are_refused_as_such():
+    message = refusal(load_transformer_file, GOLDEN / "vae_weights.safetensors")
+    assert "is no LinearDiT: it lacks patch_embedding.weight" in message
+
+
+def test_a_tensor_in_two_files_is_refused(released):
+    released.with_name("copy.safetensors").write_bytes(released.read_bytes())
+    assert "both in" in refusal(load_transformer_file, released.parent)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"<!DOCTYPE html><html>Sign in</html>", "web page"),
+        (b"\n <html></html>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 8\n", "Git LFS pointer"),
+        (b'{"error": "not found"}', "not weights"),
+        (b"PK\x03\x04 torn", "not weights"),
+        (b"\x80\x02torn", "not weights"),
+        (bytes(64), "not weights"),
+    ],
+)
+def test_a_file_that_is_no_weights_gets_one_clear_line(tmp_path, content, message):
+    for name in ("dit.safetensors", "dit.pt"):
+        (tmp_path / name).write_bytes(content)
+        assert message in refusal(load_transformer_file, tmp_path / name)
+        assert message in refusal(load_vae_file, tmp_path / name)
+
+
+@pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
+def test_a_truncated_file_gets_one_clear_line(model, released, tmp_path, share):
+    torch.save(model.state_dict(), tmp_path / "dit.pt")
+    for file in (released, tmp_path / "dit.pt"):
+        whole = file.read_bytes()
+        file.write_bytes(whole[: int(len(whole) * share)])
+        assert "not weights" in refusal(load_transformer_file, file)
+
+
+def test_a_torch_file_that_would_run_code_is_not_loaded(tmp_path):
+    torch.save({"weights": print}, tmp_path / "dit.pt")
+    assert "more than plain tensors" in refusal(load_transformer_file, tmp_path / "dit.pt")
+    torch.save([1, 2], tmp_path / "dit.pt")
+    assert "holds a list, not named tensors" in refusal(load_transformer_file, tmp_path / "dit.pt")
+
+
+def test_missing_files_and_folders_without_weights_are_refused(tmp_path):
+    assert "no such file of weights" in refusal(load_transformer_file, tmp_path / "none.safetensors")
+    assert "holds no .safetensors, .pt or .pth file" in refusal(load_transformer_file, tmp_path)
+    assert "empty" in refusal(load_transformer_file, [])
+
+
+def test_nothing_is_left_behind_where_saving_fails(model, tmp_path, monkeypatch):
+    assert "cannot write" in refusal(save_original, model, tmp_path / "none" / "dit.safetensors")
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b"a part")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("kairos.weights.transformer.save_file", full)
+    with pytest.raises(MachineError, match="disk is full"):
+        save_original(model, tmp_path / "dit.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_golden_transformer_loads_strictly_with_its_sizes(tmp_path):
+    config = infer_transformer_config(open_weights(GOLDEN / "dit_weights.safetensors"))
+    assert (config["hidden_size"], config["num_attention_heads"], config["num_layers"]) == (48, 2, 8)
+    assert (config["gated_delta_head_dim"], config["gated_delta_expand_v"]) == (256, 2)
+    assert (config["ffn_dim"], config["text_dim"], config["freq_dim"]) == (96, 40, 32)
+    assert load_transformer_file(GOLDEN / "dit_weights.safetensors").config.layer_pattern == "SSDG"
+
+
+def test_the_original_vae_file_loads_whatever_its_container(tmp_path):
+    tensors = load_file(GOLDEN / "vae_weights.safetensors")
+    torch.save(tensors, tmp_path / "Wan2.1_VAE.pth")
+    video = torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 1, 16, 16)
+    expected = load_vae_file(GOLDEN / "vae_weights.safetensors")
+    expected.save_pretrained(tmp_path / "diffusers" / "vae")
+    for path in (
+        tmp_path / "Wan2.1_VAE.pth",
+        tmp_path,
+        tmp_path / "diffusers",
+        tmp_path / "diffusers" / "vae",
+    ):
+        loaded = load_vae_file(path)
+        assert loaded.config.base_dim == 8 and loaded.config.num_res_blocks == 2
+        assert torch.equal(loaded(video).sample, expected(video).sample)
+
+
+def test_our_names_for_the_vae_are_those_of_diffusers_own_conversion():
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+    theirs = convert_wan_vae_to_diffusers(load_file(GOLDEN / "vae_weights.safetensors"))
+    ours = load_vae_file(GOLDEN / "vae_weights.safetensors").state_dict()
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name], ours[name]) for name in ours)
+
+
+def test_a_vae_with_missing_and_extra_tensors_is_refused(tmp_path):
+    tensors = load_file(GOLDEN / "vae_weights.safetensors")
+    del tensors["decoder.head.2.bias"]
+    save_file(tensors | {"stray": torch.zeros(1)}, tmp_path / "vae.safetensors")
+    message = refusal(load_vae_file, tmp_path / "vae.safetensors")
+    assert "lacks decoder.conv_out.bias" in message and "has stray" in message
+    assert "is no WAN2.1 VAE" in refusal(load_vae_file, GOLDEN / "dit_weights.safetensors")
