@@ -1,0 +1,41 @@
+"""The `kairos` command: where it starts, and what becomes of its errors.
+
+Each command is a module here; heavy imports wait inside its body, so that `kairos --help` is quick.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from kairos.errors import KairosError, MachineError
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command and leave with its exit status.
+
+    0 done, 1 the machine failed, 2 the input cannot be used, 130 interrupted. Bad input and a failing machine
+    get one line on stderr; anything else is a bug of ours and shows its traceback.
+    """
+    import typer
+
+    from kairos.cli.app import app
+    from kairos.cli.console import err
+
+    try:
+        status = app(args=arguments, prog_name="kairos", standalone_mode=False)
+    except typer.TyperException as error:  # a wrong option or argument
+        message, status = error.format_message(), error.exit_code
+    except KairosError as error:
+        message, status = str(error), 1 if isinstance(error, MachineError) else 2
+    except MemoryError:
+        message, status = "not enough memory; try a smaller size, fewer frames or --tiled", 1
+    except (KeyboardInterrupt, typer.Abort):
+        message, status = "", 130
+    else:
+        message = ""
+    if status == 130:
+        message = "interrupted"
+    if message:
+        err.print("[bold red]error:[/]", end=" ")
+        err.print(" ".join(message.split()), markup=False, highlight=False, soft_wrap=True)
+    sys.exit(status if isinstance(status, int) else 0)

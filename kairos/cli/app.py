@@ -1,0 +1,39 @@
+"""The commands of `kairos`, one module each."""
+
+from typing import Annotated
+
+import typer
+
+from kairos import __version__
+from kairos.cli import generate, models, show
+from kairos.cli.console import out
+
+app = typer.Typer(
+    help="An open video world model: a prompt, an image or the start of a video becomes its future.",
+    no_args_is_help=False,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"kairos {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def kairos(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+app.command("generate")(generate.generate)
+app.command("show")(show.show)
+app.add_typer(models.app, name="models")

@@ -1,0 +1,77 @@
+"""Configurations: small Python files of `name = value` lines, read without being run.
+
+    # configs/kairos_tiny/kairos_tiny_config.py
+    model = "kairos-tiny"
+    num_frames = 33
+
+They name the model and give values that a request does not say.
+"""
+
+import ast
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kairos.errors import UserError
+from kairos.request import ALIASES, Request, did_you_mean, field_values
+
+OPTIONS = ("model", "device", "dtype", "scale")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Values for the options of `kairos generate` and defaults for its requests."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    request: dict[str, Any] = field(default_factory=dict)
+
+
+def read_config(path: str | os.PathLike[str]) -> Config:
+    """The values of a configuration file. Raises UserError for anything but known names = literals."""
+    path = Path(path)
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    except FileNotFoundError:
+        raise UserError(f"configuration not found: {path}") from None
+    except OSError as error:
+        raise UserError(
+            f"cannot read configuration {path}: {(error.strerror or str(error)).lower()}"
+        ) from error
+    except (SyntaxError, UnicodeDecodeError, ValueError) as error:
+        line = getattr(error, "lineno", None)
+        raise UserError(
+            f"{path} is not valid Python{f' at line {line}' if line else ''}: {error.args[0]}"
+        ) from None
+
+    options: dict[str, Any] = {}
+    request: dict[str, Any] = {}
+    for statement in tree.body:
+        match statement:
+            case ast.Expr(value=ast.Constant(value=str())):  # the file's docstring
+                continue
+            case ast.Assign(targets=[ast.Name(id=name)], value=expression):
+                value = _literal(path, name, expression)
+            case _:
+                raise UserError(
+                    f"{path}, line {statement.lineno}: only lines of the form name = value may stand here"
+                )
+        if name in OPTIONS:
+            options[name] = value
+            continue
+        try:
+            request |= field_values({name: value})
+        except UserError:
+            known = [*OPTIONS, *Request.__dataclass_fields__, *ALIASES]
+            raise UserError(
+                f"{path}, line {statement.lineno}: unknown name {name!r}{did_you_mean(name, known)}"
+            ) from None
+    return Config(options, request)
+
+
+def _literal(path: Path, name: str, expression: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(expression)
+    except ValueError:
+        where = f"{path}, line {expression.lineno}"
+        raise UserError(f"{where}: {name} must be a plain value, such as 480 or 'kairos-tiny'") from None

@@ -1,0 +1,241 @@
+"""`kairos generate`: a prompt, an image, the start of a video, or a file of requests, to mp4s."""
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kairos.cli.config import Config, read_config
+from kairos.cli.console import show_log
+from kairos.errors import UserError
+from kairos.request import Request, field_values, read_requests
+
+DEFAULT_MODEL = "kairos-tiny"
+INPUT, SIZE, SAMPLING, RUN = "What to make", "Size", "Sampling", "How to run"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request and the file that it becomes."""
+
+    request: Request
+    path: Path
+
+
+def generate(
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            show_default=False, help="What happens. Leave it out to let the image or video decide."
+        ),
+    ] = None,
+    image: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The first frame.", rich_help_panel=INPUT)
+    ] = None,
+    video: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="A video to continue from its start.", rich_help_panel=INPUT),
+    ] = None,
+    video_frames: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="How many of the video's first frames to keep, 4n + 1. Default: all, up to half the result.",
+            rich_help_panel=INPUT,
+        ),
+    ] = None,
+    request: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="A request, or a list of them, instead of a prompt. Options beside it win over it.",
+            rich_help_panel=INPUT,
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="PATH",
+            help="The mp4, or a folder. Default: named after the prompt; the folder output for --request.",
+            rich_help_panel=INPUT,
+        ),
+    ] = None,
+    negative: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="What guidance leads away from.", rich_help_panel=INPUT),
+    ] = None,
+    rewrite: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL|URL",
+            help="Have a second model write the prompt out: its name or folder, or an OpenAI-compatible URL.",
+            rich_help_panel=INPUT,
+        ),
+    ] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Frames, 4n + 1, given ones included.", rich_help_panel=SIZE),
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option(metavar="PIXELS", help="Height.", rich_help_panel=SIZE)
+    ] = None,
+    width: Annotated[int | None, typer.Option(metavar="PIXELS", help="Width.", rich_help_panel=SIZE)] = None,
+    fps: Annotated[
+        float | None, typer.Option(metavar="RATE", help="Frames a second.", rich_help_panel=SIZE)
+    ] = None,
+    scale: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=64,
+            metavar="N",
+            help="Enlarge by a whole factor when writing. Default: to 256 pixels; 1 keeps it as made.",
+            rich_help_panel=SIZE,
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="One seed, one video. Default: 0.", rich_help_panel=SAMPLING),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Denoising steps.", rich_help_panel=SAMPLING)
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SCALE", help="How strongly to follow the prompt; 1 is off.", rich_help_panel=SAMPLING
+        ),
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="A prompt template other than the model's.", rich_help_panel=SAMPLING
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|PATH",
+            help=f"A model by name (see kairos models list) or a folder. Default: {DEFAULT_MODEL}.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.py",
+            help="A configuration (see configs/) that names the model and fills in what nothing else says.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, ... Default: auto.", rich_help_panel=RUN),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="auto, float32, bfloat16 or float16. Default: auto, bfloat16 on a GPU, float32 on a CPU.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
+    tiled: Annotated[
+        bool,
+        typer.Option(
+            "--tiled", help="Encode and decode frames in tiles, to save memory.", rich_help_panel=RUN
+        ),
+    ] = False,
+    free_encoder: Annotated[
+        bool,
+        typer.Option(
+            "--free-encoder",
+            help="Drop the text encoder once the last prompt is encoded.",
+            rich_help_panel=RUN,
+        ),
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say where the time went.", rich_help_panel=RUN)
+    ] = False,
+) -> None:
+    """Make a video from a prompt, an image, both, or the start of a video.
+
+    Which of them are given tells the mode: text to video, image to video, both, or continuation.
+    """
+    show_log(verbose)
+    settings = read_config(config) if config else Config()
+    said = {
+        "prompt": prompt,
+        "input_image": image,
+        "input_video": video,
+        "input_frames": video_frames,
+        "negative_prompt": negative,
+        "seed": seed,
+        "height": height,
+        "width": width,
+        "num_frames": frames,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "fps": fps,
+        "tiled": tiled or None,
+        "template": template,
+    }
+    if request is None:
+        job_list = [prompt_job(said, settings.request, output)]
+    else:
+        if prompt is not None:
+            raise UserError("give a prompt or --request, not both: the prompt stands in the request file")
+        job_list = file_jobs(request, said, settings.request, output)
+
+    from kairos.cli.run import RunOptions, run
+
+    options: dict[str, Any] = {"model": model, "device": device, "dtype": dtype, "scale": scale}
+    options = settings.options | {name: value for name, value in options.items() if value is not None}
+    run(job_list, RunOptions(**options, rewrite=rewrite, free_encoder=free_encoder, verbose=verbose))
+
+
+def prompt_job(said: dict[str, Any], defaults: dict[str, Any], output: str | None) -> Job:
+    """The one job of a command without a request file."""
+    request = Request.from_dict(said, defaults)
+    name = (
+        f"{_slug(request.prompt or Path(request.input_image or request.input_video).stem)}-{request.seed}.mp4"
+    )
+    if output is None:
+        return Job(request, Path(name))
+    if output.endswith("/") or Path(output).is_dir():
+        return Job(request, Path(output) / name)
+    if Path(output).suffix.lower() != ".mp4":
+        raise UserError(f"--output must end in .mp4, or in / for a folder, got {output}")
+    return Job(request, Path(output))
+
+
+def file_jobs(path: Path, said: dict[str, Any], defaults: dict[str, Any], output: str | None) -> list[Job]:
+    """The jobs of a request file: the command wins over the file, the file over the configuration."""
+    requests = read_requests(path, defaults)
+    jobs = []
+    for number, request in enumerate(requests, start=1):
+        request = replace(request, **field_values(said))
+        name = path.stem if len(requests) == 1 else f"{path.stem}-{number:0{len(str(len(requests)))}}"
+        jobs.append(Job(request, Path(output or "output") / (request.output or f"{name}.mp4")))
+    if output is not None and output.lower().endswith(".mp4") and not Path(output).is_dir():
+        if len(jobs) > 1:
+            raise UserError(f"--output must be a folder for {len(jobs)} requests, got {output}")
+        return [Job(jobs[0].request, Path(output))]
+    taken: dict[Path, int] = {}
+    for number, job in enumerate(jobs, start=1):
+        if job.path in taken:
+            raise UserError(
+                f"{path}: requests {taken[job.path]} and {number} both write {job.path}; name them apart"
+            )
+        taken[job.path] = number
+    return jobs
+
+
+def _slug(text: str) -> str:
+    """A file name from a prompt: its first words, in characters that every system takes."""
+    words = re.sub(r"[^\w]+", "-", text.lower()).strip("-_")
+    return words[:48].rstrip("-_") or "video"

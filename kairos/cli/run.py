@@ -1,0 +1,241 @@
+"""Jobs to files: load the model once, make each video, write it with its request inside."""
+
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from kairos import __version__
+from kairos.cli.clock import Clock
+from kairos.cli.console import err, out
+from kairos.data.files import prepare_folder
+from kairos.data.media import automatic_scale, read_image, read_video, write_video
+from kairos.errors import MachineError, UserError
+from kairos.request import Request
+
+if TYPE_CHECKING:
+    from kairos.cli.generate import Job
+    from kairos.pipeline import KairosPipeline
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run, as the command line says it."""
+
+    model: str = "kairos-tiny"
+    device: str = "auto"
+    dtype: str = "auto"
+    scale: int | None = None
+    rewrite: str | None = None
+    free_encoder: bool = False
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+
+def run(jobs: Sequence["Job"], options: RunOptions) -> None:
+    """Make every job's video. All that can be checked without the model is checked before it is loaded."""
+    clock = Clock()
+    with clock.stage("check"):
+        for job in jobs:
+            check_inputs(job.request)
+        model = _find_model(options.model)
+        for folder in dict.fromkeys(job.path.parent for job in jobs):
+            prepare_folder(folder)
+    with clock.stage("import"):
+        import torch  # noqa: F401 (to be timed)
+
+        from kairos import presets
+    with _explained_memory():
+        device, dtype = _device_and_dtype(options)
+        with clock.stage("load"), err.status(f"loading {options.model}"):
+            pipeline = presets.load_pipeline(model, device=device, dtype=dtype)
+            about = describe(pipeline, options, dtype)
+        if options.verbose:
+            _watch(clock, pipeline)
+        for number, job in enumerate(jobs, start=1):
+            last = number == len(jobs)
+            request = resolved(job.request, pipeline)
+            assert request.fps is not None
+            with clock.stage("sample"):
+                frames = make(pipeline, request, free_encoder=options.free_encoder and last)
+            with clock.stage("write"):
+                metadata = {"request": replace(request, output="").to_dict(), **about}
+                write_video(job.path, frames, request.fps, metadata, options.scale)
+            _report(job.path, frames.shape, request.fps, options.scale)
+    if options.verbose:
+        err.print(clock.table())
+
+
+def check_inputs(request: Request) -> None:
+    """Read the request's image or the video's first frame, to fail now and not after the model is loaded."""
+    if request.input_image:
+        read_image(request.input_image)
+    if request.input_video:
+        read_video(request.input_video, max_frames=1)
+
+
+def resolved(request: Request, pipeline: "KairosPipeline") -> Request:
+    """The request with every value that it left to the model."""
+    defaults = pipeline.config.defaults
+    return replace(
+        request,
+        height=request.height or int(defaults["height"]),
+        width=request.width or int(defaults["width"]),
+        num_frames=request.num_frames or int(defaults["num_frames"]),
+        num_inference_steps=request.num_inference_steps or int(defaults["num_inference_steps"]),
+        guidance_scale=defaults["guidance_scale"]
+        if request.guidance_scale is None
+        else request.guidance_scale,
+        fps=request.fps or defaults["fps"],
+    )
+
+
+def make(pipeline: "KairosPipeline", request: Request, free_encoder: bool) -> Any:
+    """The request's frames, (F, H, W, 3) uint8."""
+    import torch
+
+    own_template = pipeline.config.prompt_template
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+    ) as progress:
+        task = progress.add_task("denoising", total=None)
+        pipeline.set_progress_bar_config(disable=True)
+
+        def after_step(pipeline: Any, step: int, *_: Any) -> None:
+            progress.update(task, completed=step + 1, total=len(pipeline.scheduler.timesteps))
+
+        if request.template:
+            pipeline.register_to_config(prompt_template=request.template)
+        try:
+            made: Any = pipeline(
+                request.prompt,
+                image=read_image(request.input_image) if request.input_image else None,
+                video=start_of_video(request) if request.input_video else None,
+                negative_prompt=request.negative_prompt,
+                height=request.height,
+                width=request.width,
+                num_frames=request.num_frames,
+                num_inference_steps=request.num_inference_steps,
+                guidance_scale=request.guidance_scale,
+                generator=torch.Generator("cpu").manual_seed(request.seed),
+                tiled=request.tiled,
+                after_encoding="free" if free_encoder else "keep",
+                callback_on_step_end=after_step,
+                output_type="np",
+            )
+        finally:
+            pipeline.register_to_config(prompt_template=own_template)
+    return (made.frames[0] * 255).round().astype("uint8")
+
+
+def start_of_video(request: Request) -> Any:
+    """The frames that a continuation begins with, (k, H, W, 3) uint8, k = 4n + 1.
+
+    As many as asked for; else as many as the file has, up to half of the result.
+    """
+    assert request.num_frames is not None
+    wanted = request.input_frames or (request.num_frames + 1) // 2
+    frames = read_video(request.input_video, fps=request.fps, max_frames=wanted)
+    if request.input_frames and len(frames) < wanted:
+        there = f"{len(frames)} at {request.fps:g} fps"
+        raise UserError(f"{wanted} frames of {request.input_video} are asked for, and it has {there}")
+    return frames[: (len(frames) - 1) // 4 * 4 + 1]
+
+
+def describe(pipeline: "KairosPipeline", options: RunOptions, dtype: Any) -> dict[str, Any]:
+    """What a video's metadata says besides its request: enough to make it again, not when and where."""
+    from kairos.weights.fingerprint import fingerprint
+
+    modules = {
+        "transformer": pipeline.transformer,
+        "vae": pipeline.vae,
+        "text_encoder": pipeline.text_encoder,
+    }
+    libraries = ("torch", "diffusers", "transformers")
+    said = {"scale": options.scale, "rewrite": options.rewrite}
+    return {
+        "model": {"name": options.model, "hash": fingerprint(modules)},
+        "dtype": str(dtype).removeprefix("torch."),
+        **{name: value for name, value in said.items() if value is not None},
+        "versions": {
+            "kairos": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in libraries},
+        },
+    }
+
+
+def _device_and_dtype(options: RunOptions) -> tuple[Any, Any]:
+    import torch
+
+    name = options.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {options.device!r} cannot be used: {reason}; try --device cpu") from error
+    if options.dtype == "auto":
+        return device, torch.float32 if device.type == "cpu" else torch.bfloat16
+    return device, getattr(torch, options.dtype)
+
+
+def _find_model(name: str) -> str:
+    """The name of a model, or the path of a folder, that there is. Raises UserError."""
+    from kairos import presets
+
+    if not Path(name).exists():
+        presets.get(name)
+    return name
+
+
+def _watch(clock: Clock, pipeline: "KairosPipeline") -> None:
+    """Have the clock tell the pipeline's parts apart."""
+    import torch
+
+    synchronize = torch.cuda.synchronize if pipeline.device.type == "cuda" else None
+    clock.watch(pipeline.text_encoder, "encode prompt", synchronize)
+    clock.watch(pipeline.vae.encoder, "encode frames", synchronize)
+    clock.watch(pipeline.transformer, "denoise", synchronize)
+    clock.watch(pipeline.vae.decoder, "decode frames", synchronize)
+
+
+def _report(path: Path, shape: tuple[int, ...], fps: float, scale: int | None) -> None:
+    frames, height, width, _ = shape
+    scale = scale or automatic_scale(height, width)
+    shown = f", shown at {width * scale} x {height * scale}" if scale > 1 else ""
+    out.print(
+        f"{path}: {frames} frames of {width} x {height} at {fps:g} fps{shown}", markup=False, highlight=False
+    )
+
+
+@contextmanager
+def _explained_memory() -> Iterator[None]:
+    """Too little memory, on whichever device, is the machine's failure and not a bug."""
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError" and "not enough memory" not in str(error):
+            raise
+        reason = "not enough memory on the device"
+        raise MachineError(
+            f"{reason}; try a smaller size, fewer frames, --tiled or --free-encoder"
+        ) from error

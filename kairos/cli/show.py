@@ -1,0 +1,53 @@
+"""`kairos show`: what an mp4 was made from, and the command that makes it again."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kairos.cli.console import out
+from kairos.errors import UserError
+
+
+def show(
+    video: Annotated[Path, typer.Argument(show_default=False, help="An mp4 that kairos wrote.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the metadata as it is.")] = False,
+) -> None:
+    """Print the request that a video was made from, and the command that makes it again."""
+    from kairos.data.media import read_metadata
+
+    metadata = read_metadata(video)
+    if as_json:
+        out.print(json.dumps(metadata, indent=2, ensure_ascii=False), markup=False, highlight=False)
+        return
+    command = _command(video, metadata)
+    for name, value in _rows(metadata):
+        out.print(f"[bold]{name:>20}[/]  ", end="")
+        out.print(str(value), markup=False, highlight=False)
+    out.print()
+    out.print(command, markup=False, highlight=False)
+
+
+def _command(video: Path, metadata: dict[str, Any]) -> str:
+    from kairos.request import Request, shell_command
+
+    try:
+        options = {
+            name: metadata[name] for name in ("model", "dtype", "scale", "rewrite") if metadata.get(name)
+        }
+        options["model"] = metadata["model"]["name"]
+        return shell_command(Request.from_dict(metadata["request"]), str(video), options)
+    except (KeyError, TypeError, UserError) as error:
+        raise UserError(f"{video} carries metadata that is not a request of kairos: {error}") from error
+
+
+def _rows(metadata: dict[str, Any]) -> list[tuple[str, Any]]:
+    """What there is to show, a line each: the request first, then what it ran on."""
+    rows = list(metadata["request"].items())
+    for name, value in metadata.items():
+        if isinstance(value, dict) and name != "request":
+            rows += [(f"{name} {key}" if name == "model" else key, entry) for key, entry in value.items()]
+        elif name != "request":
+            rows.append((name, value))
+    return rows

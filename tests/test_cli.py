@@ -1,0 +1,437 @@
+"""The command line, around a pipeline that draws noise in no time."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from kairos import presets
+from kairos.cli import main
+from kairos.data import files
+from kairos.data.media import read_metadata, read_video, write_video
+
+ROOT = Path(__file__).parent.parent
+
+
+class FakePipeline:
+    """Takes what KairosPipeline takes, remembers it, and returns coarse noise of the generator's."""
+
+    def __init__(self) -> None:
+        self.defaults = {"height": 32, "width": 32, "num_frames": 5, "fps": 16}
+        self.defaults |= {"num_inference_steps": 2, "guidance_scale": 3.0}
+        self.config = SimpleNamespace(defaults=self.defaults, prompt_template="tiny")
+        self.device = torch.device("cpu")
+        self.transformer, self.text_encoder = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.vae = nn.Sequential()
+        self.vae.encoder = self.vae.decoder = nn.Identity()
+        self.scheduler = SimpleNamespace(timesteps=[1000, 500])
+        self.calls: list[dict[str, Any]] = []
+        self.failure: BaseException | None = None
+
+    def set_progress_bar_config(self, **_: Any) -> None: ...
+
+    def register_to_config(self, prompt_template: str) -> None:
+        self.config.prompt_template = prompt_template
+
+    def __call__(self, prompt: str, *, generator: torch.Generator, **call: Any) -> Any:
+        self.calls.append({"prompt": prompt, "template": self.config.prompt_template, **call})
+        for step in range(2):
+            call["callback_on_step_end"](self, step, 0, {})
+        if self.failure is not None:
+            raise self.failure
+        size = (1, call["num_frames"], call["height"], call["width"], 3)
+        return SimpleNamespace(frames=torch.rand(size, generator=generator).numpy())
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePipeline:
+    """The pipeline that every model name loads, and an empty working folder."""
+    pipeline = FakePipeline()
+    monkeypatch.setattr(presets, "load_pipeline", lambda *_, **__: pipeline)
+    monkeypatch.chdir(tmp_path)
+    return pipeline
+
+
+@pytest.fixture
+def kairos(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run the command: (exit status, stdout, stderr)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as left:
+            main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        assert isinstance(left.value.code, int)
+        return left.value.code, printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture
+def loading_is_an_error(monkeypatch: pytest.MonkeyPatch, fake: FakePipeline) -> None:
+    def load(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the model was loaded for input that cannot be used")
+
+    monkeypatch.setattr(presets, "load_pipeline", load)
+
+
+def test_a_prompt_becomes_a_video_with_its_request_inside(kairos: Any, fake: FakePipeline) -> None:
+    status, said, _ = kairos("generate", "a red ball", "-o", "out.mp4", "--seed", 3)
+    assert status == 0
+    assert said.startswith("out.mp4: 5 frames of 32 x 32 at 16 fps, shown at 256 x 256")
+    assert read_video("out.mp4").shape == (5, 256, 256, 3)
+    metadata = read_metadata("out.mp4")
+    assert metadata["request"] == {
+        "prompt": "a red ball",
+        "seed": 3,
+        "height": 32,
+        "width": 32,
+        "num_frames": 5,
+        "num_inference_steps": 2,
+        "guidance_scale": 3.0,
+        "fps": 16,
+    }
+    assert metadata["model"]["name"] == "kairos-tiny"
+    assert len(metadata["model"]["hash"]) == 16
+    assert metadata["dtype"] == "float32"
+    assert set(metadata["versions"]) == {"kairos", "python", "torch", "diffusers", "transformers"}
+
+
+def test_the_same_command_twice_gives_the_same_file(kairos: Any, fake: FakePipeline) -> None:
+    for name in ("a.mp4", "b.mp4"):
+        kairos("generate", "a red ball", "-o", name)
+    kairos("generate", "a red ball", "-o", "c.mp4", "--seed", 1)
+    first, again, other = (Path(name).read_bytes() for name in ("a.mp4", "b.mp4", "c.mp4"))
+    assert first == again != other
+
+
+def test_every_option_reaches_the_pipeline(kairos: Any, fake: FakePipeline) -> None:
+    size = ("--frames", 9, "--height", 48, "--width", 64, "--fps", 8, "--scale", 1)
+    sampling = ("--steps", 7, "--guidance", 1.5, "--negative", "blur", "--template", "2026")
+    status, _, _ = kairos("generate", "x", *size, *sampling, "--tiled", "--free-encoder", "-o", "out.mp4")
+    (call,) = fake.calls
+    assert status == 0
+    assert (call["num_frames"], call["height"], call["width"]) == (9, 48, 64)
+    assert (call["num_inference_steps"], call["guidance_scale"]) == (7, 1.5)
+    assert (call["negative_prompt"], call["template"]) == ("blur", "2026")
+    assert (call["tiled"], call["after_encoding"]) == (True, "free")
+    assert read_video("out.mp4").shape == (9, 48, 64, 3)
+    assert fake.config.prompt_template == "tiny"
+
+
+@pytest.mark.parametrize(("prompt", "mode"), [("a ball", "both"), ("", "image")])
+def test_an_image_becomes_the_first_frame(kairos: Any, fake: FakePipeline, prompt: str, mode: str) -> None:
+    Image.new("RGB", (20, 10), "red").save("image.png")
+    status, _, _ = kairos("generate", prompt, "--image", "image.png", "-o", "out.mp4")
+    assert status == 0
+    assert fake.calls[0]["image"].size == (20, 10)
+    assert fake.calls[0]["prompt"] == prompt
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"), [((), 5), (("--video-frames", 1), 1), (("--frames", 17), 9), (("--frames", 33), 9)]
+)
+def test_a_video_is_continued_from_its_first_frames(
+    kairos: Any, fake: FakePipeline, options: tuple, kept: int
+) -> None:
+    fake.defaults["num_frames"] = 9
+    write_video("given.mp4", np.zeros((10, 32, 32, 3), np.uint8), fps=16)
+    status, _, _ = kairos("generate", "--video", "given.mp4", "-o", "out.mp4", *options)
+    assert status == 0
+    assert len(fake.calls[0]["video"]) == kept
+
+
+def test_a_video_is_taken_at_the_models_rate(kairos: Any, fake: FakePipeline) -> None:
+    fake.defaults["num_frames"] = 33
+    write_video("given.mp4", np.zeros((10, 32, 32, 3), np.uint8), fps=32)
+    kairos("generate", "--video", "given.mp4", "-o", "out.mp4")
+    assert len(fake.calls[0]["video"]) == 5
+
+
+def test_more_frames_than_the_video_has_are_refused(kairos: Any, fake: FakePipeline) -> None:
+    write_video("given.mp4", np.zeros((3, 32, 32, 3), np.uint8), fps=16)
+    options = ("--video-frames", 5, "--frames", 9)
+    status, _, complaint = kairos("generate", "--video", "given.mp4", *options, "-o", "out.mp4")
+    assert status == 2
+    assert complaint == "error: 5 frames of given.mp4 are asked for, and it has 3 at 16 fps\n"
+
+
+def test_without_output_the_file_is_named_after_the_prompt(kairos: Any, fake: FakePipeline) -> None:
+    kairos("generate", "A red ball: rolls!", "--seed", 4)
+    kairos("generate", "über/../etc", "-o", "folder/")
+    assert Path("a-red-ball-rolls-4.mp4").exists()
+    assert [path.name for path in Path("folder").iterdir()] == ["über-etc-0.mp4"]
+
+
+def test_a_request_file_becomes_a_folder_of_videos(kairos: Any, fake: FakePipeline) -> None:
+    requests = [{"prompt": "x"}, {"prompt": "y", "cfg_scale": 2}, {"prompt": "z", "output": "named.mp4"}]
+    Path("list.json").write_text(json.dumps(requests))
+    status, said, _ = kairos("generate", "--request", "list.json", "-o", "videos")
+    assert status == 0
+    assert sorted(path.name for path in Path("videos").iterdir()) == ["list-1.mp4", "list-2.mp4", "named.mp4"]
+    assert [call["guidance_scale"] for call in fake.calls] == [3.0, 2.0, 3.0]
+    assert len(said.splitlines()) == 3
+
+
+def test_a_single_request_may_name_its_file(kairos: Any, fake: FakePipeline) -> None:
+    Path("one.json").write_text('{"prompt": "x"}')
+    kairos("generate", "--request", "one.json", "-o", "here.mp4")
+    kairos("generate", "--request", "one.json")
+    assert Path("here.mp4").exists()
+    assert Path("output/one.mp4").exists()
+
+
+def test_the_command_wins_over_the_file_and_the_file_over_the_configuration(
+    kairos: Any, fake: FakePipeline
+) -> None:
+    Path("config.py").write_text(
+        '"""Mine."""\n\nsteps = 11\nnum_frames = 9\nheight = 48\nmodel = "kairos-tiny"\n'
+    )
+    Path("one.json").write_text('{"prompt": "x", "num_frames": 13, "height": 64}')
+    status, _, _ = kairos("generate", "--config", "config.py", "--request", "one.json", "--height", 80)
+    (call,) = fake.calls
+    assert status == 0
+    assert (call["num_inference_steps"], call["num_frames"], call["height"]) == (11, 13, 80)
+
+
+BAD_INPUT = {
+    "nothing at all": ((), "nothing to make a video of"),
+    "an unknown model": (("x", "--model", "kairos-tiney"), "kairos-tiney"),
+    "a missing image": (("x", "--image", "no.png"), "image not found: no.png"),
+    "an unreadable image": (("x", "--image", "text.png"), "cannot read image text.png"),
+    "a missing video": (("x", "--video", "no.mp4"), "video not found: no.mp4"),
+    "an unreadable video": (("x", "--video", "text.png"), "cannot read video text.png"),
+    "a wrong number of frames": (("x", "--frames", "80"), "num_frames must be 4n + 1, got 80; try 81 or 77"),
+    "a size too small": (("x", "--height", "8"), "height must be at least 16, got 8"),
+    "no number": (("x", "--seed", "many"), "Invalid value for '--seed'"),
+    "an unknown option": (("x", "--sede", "1"), "No such option: --sede"),
+    "an unknown dtype": (
+        ("x", "--dtype", "float17"),
+        "dtype must be one of auto, float32, bfloat16, float16",
+    ),
+    "a device that is not there": (("x", "--device", "cuda:99"), "device 'cuda:99' cannot be used"),
+    "a device that is no device": (("x", "--device", "toaster"), "device 'toaster' cannot be used"),
+    "an unknown template": (("x", "--template", "1999"), "1999"),
+    "an output of another kind": (("x", "-o", "out.avi"), "--output must end in .mp4"),
+    "an output folder in a file": (("x", "-o", "text.png/out.mp4"), "cannot write text.png"),
+    "an output folder that is read-only": (("x", "-o", "/proc/kairos/out.mp4"), "cannot write /proc/kairos"),
+    "a missing request file": (("--request", "no.json"), "request file not found: no.json"),
+    "malformed JSON": (
+        ("--request", "broken.json"),
+        "not valid JSON: Expecting ',' delimiter at line 1, column 16",
+    ),
+    "an unknown key": (("--request", "typo.json"), "unknown key 'num_frame'; did you mean 'num_frames'?"),
+    "a bad request in a list": (
+        ("--request", "list.json"),
+        "list.json, request 2: height must be at least 16",
+    ),
+    "a list for one file": (("--request", "good.json", "-o", "out.mp4"), "must be a folder for 2 requests"),
+    "one file twice in a list": (("--request", "twice.json"), "requests 1 and 2 both write output/a.mp4"),
+    "a prompt beside a file": (("x", "--request", "good.json"), "give a prompt or --request, not both"),
+    "a missing configuration": (("x", "--config", "no.py"), "configuration not found: no.py"),
+    "an unknown configuration name": (
+        ("x", "--config", "typo.py"),
+        "line 1: unknown name 'hight'; did you mean",
+    ),
+    "a configuration that computes": (("x", "--config", "code.py"), "line 1: height must be a plain value"),
+    "a configuration that imports": (("x", "--config", "import.py"), "only lines of the form name = value"),
+    "a configuration that is not Python": (("x", "--config", "broken.json"), "not valid Python at line 1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_gets_one_line_and_status_2_before_a_model_is_loaded(
+    kairos: Any, loading_is_an_error: None, case: str
+) -> None:
+    arguments, message = BAD_INPUT[case]
+    Path("text.png").write_text("no picture")
+    Path("broken.json").write_text('{"prompt": "x" "seed": 1}')
+    Path("typo.json").write_text('{"prompt": "x", "num_frame": 5}')
+    Path("list.json").write_text('[{"prompt": "x"}, {"prompt": "x", "height": 1}]')
+    Path("good.json").write_text('[{"prompt": "x"}, {"prompt": "y"}]')
+    Path("twice.json").write_text('[{"prompt": "x", "output": "a.mp4"}, {"prompt": "y", "output": "a.mp4"}]')
+    Path("typo.py").write_text("hight = 48\n")
+    Path("code.py").write_text("height = 2 * 480\n")
+    Path("import.py").write_text("import os\n")
+
+    status, said, complaint = kairos("generate", *arguments)
+    assert (status, said) == (2, "")
+    assert message in complaint
+    assert complaint.startswith("error: ")
+    assert complaint.count("\n") == 1
+    assert not list(Path().rglob("*.mp4"))
+    assert not list(Path().rglob("*.part"))
+
+
+def test_a_full_disk_is_the_machines_failure(
+    kairos: Any, fake: FakePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", no_space)
+    status, _, complaint = kairos("generate", "x", "-o", "videos/out.mp4")
+    assert status == 1
+    assert complaint.startswith("error: cannot write videos/out.mp4: no space left on device; free some")
+    assert complaint.count("\n") == 1
+    assert list(Path("videos").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nAnd more."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes."),
+        MemoryError(),
+    ],
+)
+def test_too_little_memory_is_the_machines_failure(
+    kairos: Any, fake: FakePipeline, failure: BaseException
+) -> None:
+    fake.failure = failure
+    status, _, complaint = kairos("generate", "x", "-o", "out.mp4")
+    assert status == 1
+    assert complaint.startswith("error: not enough memory")
+    assert complaint.count("\n") == 1
+
+
+def test_our_own_bugs_show_their_traceback(fake: FakePipeline) -> None:
+    fake.failure = RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["generate", "x", "-o", "out.mp4"])
+
+
+def test_verbose_says_where_the_time_went(kairos: Any, fake: FakePipeline) -> None:
+    status, _, said = kairos("generate", "x", "-o", "out.mp4", "--verbose")
+    assert status == 0
+    for stage in ("import", "load", "sample", "write", "total"):
+        assert stage in said
+
+
+def test_show_prints_the_request_and_a_command_that_makes_the_same_file(
+    kairos: Any, fake: FakePipeline
+) -> None:
+    kairos(
+        "generate",
+        'it\'s a "ball"; [bold]x[/]',
+        "--negative",
+        "-blur",
+        "--seed",
+        5,
+        "-o",
+        "my out.mp4",
+        "--scale",
+        2,
+    )
+    made = Path("my out.mp4").read_bytes()
+    status, said, _ = kairos("show", "my out.mp4")
+    assert status == 0
+    assert 'it\'s a "ball"; [bold]x[/]' in said
+    command = shlex.split(said.splitlines()[-1])
+    Path("my out.mp4").unlink()
+    assert command[0] == "kairos"
+    assert kairos(*command[1:])[0] == 0
+    assert Path("my out.mp4").read_bytes() == made
+
+
+def test_show_prints_json(kairos: Any, fake: FakePipeline) -> None:
+    kairos("generate", "x", "-o", "out.mp4")
+    _, said, _ = kairos("show", "out.mp4", "--json")
+    assert json.loads(said) == read_metadata("out.mp4")
+
+
+def test_show_of_another_video_is_bad_input(kairos: Any, fake: FakePipeline) -> None:
+    write_video("foreign.mp4", np.zeros((1, 32, 32, 3), np.uint8), fps=16)
+    write_video("odd.mp4", np.zeros((1, 32, 32, 3), np.uint8), fps=16, metadata={"request": 5})
+    for name in ("foreign.mp4", "odd.mp4", "missing.mp4"):
+        status, said, complaint = kairos("show", name)
+        assert (status, said, complaint.count("\n")) == (2, "", 1)
+        assert name in complaint
+
+
+def test_the_version_is_printed(kairos: Any) -> None:
+    from kairos import __version__
+
+    assert kairos("--version") == (0, f"kairos {__version__}\n", "")
+
+
+def test_help_lists_the_commands_in_under_a_second() -> None:
+    started = time.perf_counter()
+    said = subprocess.run(
+        [sys.executable, "-m", "kairos", "--help"], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+    # The command takes 0.3 s; the margin is for a machine that is busy with other things.
+    assert time.perf_counter() - started < 3
+    for command in ("generate", "show", "models"):
+        assert command in said
+
+
+def test_help_imports_nothing_heavy() -> None:
+    program = (
+        "import sys; from kairos.cli import main\n"
+        "try: main(['generate', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'av', 'numpy', 'PIL'} & set(sys.modules)\n"
+        "sys.exit(f'{heavy} imported' if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, cwd=ROOT)
+
+
+SLOW_PIPELINE = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from test_cli import FakePipeline
+from kairos import presets
+from kairos.cli import main
+from kairos.data import files
+
+class Slow(FakePipeline):
+    def __call__(self, *args, **call):
+        if {stage!r} == "sample":
+            print("ready", flush=True)
+            time.sleep(60)
+        return super().__call__(*args, **call)
+
+def slow_sync(handle):
+    print("ready", flush=True)
+    time.sleep(60)
+
+if {stage!r} == "write":
+    files.os.fsync = slow_sync
+presets.load_pipeline = lambda *_, **__: Slow()
+main(["generate", "x", "-o", "out.mp4"])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("stage", ["sample", "write"])
+def test_ctrl_c_leaves_no_file(tmp_path: Path, stage: str) -> None:
+    program = textwrap.dedent(SLOW_PIPELINE).format(stage=stage, tests=str(ROOT / "tests"))
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, complaint = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in complaint
+    assert complaint.splitlines()[-1] == "error: interrupted"
+    assert list(tmp_path.iterdir()) == []
