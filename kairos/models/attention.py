@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kairos.models.norm import RMSNorm
+from kairos.ops.attention import attend
 from kairos.ops.rotary import apply_rotary
 from kairos.ops.windowed_attention import windowed_attention
 
@@ -46,7 +47,7 @@ class WindowedSelfAttention(nn.Module):
         self.pad_dilated = pad_dilated
         self.follow_length = follow_length
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
 
     def forward(
         self,
@@ -86,7 +87,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
 
     def forward(self, x: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
         """x (B, N, dim), text (B, T, dim), mask (B, 1, 1, T), true where a prompt token is real."""
@@ -94,6 +95,5 @@ class CrossAttention(nn.Module):
         v = self.v(text).unflatten(-1, heads)
         q = self.norm_q(self.q(x)).to(v.dtype).unflatten(-1, heads)
         k = self.norm_k(self.k(text)).to(v.dtype).unflatten(-1, heads)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
         return self.o(out.transpose(1, 2).flatten(2))

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kairos.models.norm import RMSNorm
 from kairos.ops.gated_delta import gated_delta_rule
 
 PRECISE = ("A_log", "dt_bias", "a_proj", "b_proj")
@@ -50,7 +51,7 @@ class GatedDeltaNet(nn.Module):
         self.v_conv1d = nn.Conv1d(dim_v, dim_v, conv_size, groups=dim_v, bias=False)
         self.A_log = nn.Parameter(torch.empty(heads))
         self.dt_bias = nn.Parameter(torch.empty(heads))
-        self.o_norm = nn.RMSNorm(head_dim * expand_v, eps)
+        self.o_norm = RMSNorm(head_dim * expand_v, eps)
         self.reset_gates()
 
     @torch.no_grad()
@@ -75,7 +76,7 @@ class GatedDeltaNet(nn.Module):
             q, k, v, g, beta, initial_state=None if past is None else past.recurrent_state
         )
         gate = self.g_proj(x).unflatten(-1, (self.heads, -1))
-        out = self.o_norm(out) * F.silu(gate)
+        out = (self.o_norm(out) * F.silu(gate)).to(v.dtype)
         return self.o_proj(out.flatten(2)), DeltaState(recurrent_state, conv_q, conv_k, conv_v)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

@@ -19,10 +19,10 @@ def rotary_table(
     first_frame: int = 0,
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (frames * height * width, 1, head_dim / 2), float32, for tokens in frame-major order.
+    """Cosines and signed sines (frames * height * width, 1, head_dim), float32, for tokens in frame-major order.
 
-    Of the head_dim / 2 pairs a third each turn with the row and the column, and the rest with the frame.
-    `first_frame` is the absolute index of the first frame.
+    Of the head_dim / 2 pairs a third each turn with the row and the column, and the rest with the frame. Both channels
+    of a pair hold its cosine; the first holds minus the sine. `first_frame` is the absolute index of the first frame.
     """
     pairs = head_dim // 2
     pairs_y = pairs_x = pairs // 3
@@ -35,14 +35,17 @@ def rotary_table(
         ],
         dim=-1,
     ).reshape(frames * height * width, 1, pairs)
-    return angles.cos().float().to(device), angles.sin().float().to(device)
+    cos = angles.cos().repeat_interleave(2, -1)
+    sin = torch.stack((-angles.sin(), angles.sin()), dim=-1).flatten(-2)
+    return cos.float().to(device), sin.float().to(device)
 
 
 def apply_rotary(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the adjacent channel pairs of x (B, N, H, head_dim) by the table's angles; the dtype stays."""
+    """Rotate the adjacent channel pairs of x (B, N, H, head_dim) by the table's angles, in float32."""
     cos, sin = table
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+    x = x.float()
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x * cos, swapped, sin)
 
 
 def _angles(first: int, count: int, pairs: int) -> Tensor:

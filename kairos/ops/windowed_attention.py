@@ -24,6 +24,7 @@ from einops import rearrange
 from torch import Tensor
 
 from kairos.errors import UserError
+from kairos.ops.attention import attend
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     key = torch.arange(k.shape[1], device=q.device)
     mask = layout.sees(query[:, None], key[None, :], torch.tensor(layout.chunks, device=q.device))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    return attend(q, k, v, mask).transpose(1, 2)
 
 
 # The blocked route: a frame of queries against the 2 * window + 1 frames around it, all frames as one batch. Keys and
@@ -172,7 +173,7 @@ def _blocked_sequence(
         near = slice(seen.index(True), size - seen[::-1].index(True))
         mask = rearrange(tiles[torch.tensor(kinds, device=q.device)[:, near]], "f w q k -> f 1 q (w k)")
         keys, values = (x[starts, :, near].flatten(2, 3).expand(end - begin, -1, -1, -1) for x in (k, v))
-        outputs.append(F.scaled_dot_product_attention(q[begin:end], keys, values, attn_mask=mask))
+        outputs.append(attend(q[begin:end], keys, values, mask))
     out = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
     return rearrange(out, "f (b h) l d -> b f l h d", b=batch)
 
@@ -195,7 +196,7 @@ def _slabs(
     def zone(frame: int) -> int:
         return (first + frame >= window) + (first + frame >= windows + window)
 
-    for where, group in groupby(range(frames), zone):
+    for _, group in groupby(range(frames), zone):
         members = list(group)
         rows = [kinds(frame) for frame in members]
         alike = all(row == rows[0] for row in rows)
