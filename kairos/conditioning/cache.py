@@ -1,0 +1,45 @@
+"""Embeddings of the prompts encoded last: the encoder is larger than the LinearDiT, and prompts repeat."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+
+class EmbeddingCache:
+    """The last `capacity` embeddings of each encoder, on the CPU. They go with their encoder.
+
+    An encoder whose weights were changed in place counts as another one.
+    """
+
+    def __init__(self, capacity: int = 32) -> None:
+        self.capacity = capacity
+        self._entries: WeakKeyDictionary[nn.Module, OrderedDict[Hashable, Tensor]] = WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    def get(self, encoder: nn.Module, key: Hashable) -> Tensor | None:
+        with self._lock:
+            entries = self._entries.get(encoder, OrderedDict())
+            key = (_version(encoder), key)
+            if key not in entries:
+                return None
+            entries.move_to_end(key)
+            return entries[key]
+
+    def put(self, encoder: nn.Module, key: Hashable, embedding: Tensor) -> None:
+        with self._lock:
+            entries = self._entries.setdefault(encoder, OrderedDict())
+            entries[(_version(encoder), key)] = embedding.cpu()
+            while len(entries) > self.capacity:
+                entries.popitem(last=False)
+
+
+def _version(encoder: nn.Module) -> Hashable:
+    """Changes when a weight is written to or the precision is another."""
+    parameters = list(encoder.parameters())
+    writes = sum(parameter._version for parameter in parameters if not parameter.is_inference())
+    return writes, parameters[0].dtype if parameters else None
