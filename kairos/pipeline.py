@@ -25,12 +25,10 @@ from kairos.conditioning import TEMPLATES, PromptTemplate, encode_prompts
 from kairos.errors import UserError
 from kairos.models import vae as video_vae
 from kairos.models.transformer import KairosTransformer3DModel
+from kairos.models.vae import SPATIAL, TEMPORAL
 from kairos.schedulers import FewStepScheduler, FlowMatchScheduler
 
 logger = logging.getLogger(__name__)
-
-SPATIAL, TEMPORAL = 8, 4
-"""Pixels a latent, along height and width and along time (the first frame stands alone)."""
 
 
 @dataclass
