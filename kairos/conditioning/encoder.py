@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,9 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
 )
-from transformers.utils import logging as transformers_logging
 
 from kairos.conditioning.cache import EmbeddingCache
+from kairos.conditioning.loading import explained
 from kairos.conditioning.templates import PromptTemplate
 from kairos.errors import UserError
 
@@ -109,7 +108,7 @@ def load_text_encoder(
     config = folders["text_encoder"] / "config.json"
     if not config.exists():
         raise UserError(f"no text encoder in {path}: {config.name} is missing; give a folder of Qwen2.5-VL")
-    with _explained("text encoder", folders["text_encoder"]), _without_progress_bars():
+    with explained("text encoder", folders["text_encoder"]):
         loaded: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             folders["text_encoder"],
             dtype="auto" if dtype is None or '"quantization_config"' in config.read_text() else dtype,
@@ -126,12 +125,12 @@ def load_text_encoder(
         raise UserError(
             f"no tokenizer in {folders['tokenizer']}: neither tokenizer.json nor vocab.json is there"
         )
-    with _explained("tokenizer", folders["tokenizer"]):
+    with explained("tokenizer", folders["tokenizer"]):
         tokenizer = AutoTokenizer.from_pretrained(folders["tokenizer"], local_files_only=True)
     processor = None
     for folder in (path / "processor", path):
         if (folder / "preprocessor_config.json").exists():
-            with _explained("image processor", folder):
+            with explained("image processor", folder):
                 processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
             break
     return encoder.eval(), tokenizer, processor
@@ -252,26 +251,3 @@ def _encode(
     )
     hidden = output.hidden_states[-1]  # after the last norm
     return [states[:length] for states, length in zip(hidden, lengths, strict=True)]
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
-@contextmanager
-def _explained(what: str, folder: Path) -> Iterator[None]:
-    """What goes wrong in loading, in one line."""
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception as error:  # transformers raises whatever its readers of JSON, pickles and tensors raise
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0][:200]
-        raise UserError(f"cannot load the {what} in {folder}: {reason}") from error

@@ -1,0 +1,184 @@
+"""Short prompts written out by a second model, off by default: video models are trained on long captions.
+
+The model is a local one (Qwen3-VL-8B-Instruct, as the published system has it) or any endpoint that speaks
+OpenAI's chat protocol. Nothing is sampled, so that one prompt gives one text.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.parse import urldefrag, urlsplit
+
+from kairos.errors import MachineError, UserError
+
+REWRITER = "Qwen/Qwen3-VL-8B-Instruct"
+KEY_VARIABLE = "KAIROS_REWRITE_API_KEY"
+MAX_TOKENS = 400
+MAX_BYTES = 1 << 20
+
+INSTRUCTION = (
+    "You write prompts for a video model. Turn what the user wants into one paragraph of at most 150 words, "
+    "in English, that describes a single continuous shot of a few seconds: the subjects with their colours, "
+    "sizes and number; how they move and act on each other, in order, as physics has it; the surroundings; "
+    "the light; the camera. Keep everything the user says and contradict none of it. "
+    "Answer with the paragraph alone."
+)
+WITH_IMAGE = (
+    " The video begins with an image that you do not see: "
+    "do not invent how things look, say what happens to them."
+)
+
+
+def rewrite_prompt(prompt: str, source: str, *, with_image: bool = False, timeout_s: float = 120.0) -> str:
+    """The prompt, written out.
+
+    Args:
+        prompt: what the user typed; an empty one stays empty.
+        source: an endpoint's base URL such as "http://127.0.0.1:8000/v1", with "#NAME" behind it to choose
+            among its models (else its first); or a local model: a folder, or a name in the Hugging Face cache.
+            The endpoint's key, where it wants one, is the environment variable KAIROS_REWRITE_API_KEY.
+        with_image: the video begins with an image, which the second model does not see.
+        timeout_s: for the whole of it.
+
+    Raises:
+        UserError: for a source that cannot be used.
+        MachineError: where the endpoint cannot be reached, fails, or takes too long.
+    """
+    if not prompt.strip():
+        return prompt
+    messages = [
+        {"role": "system", "content": INSTRUCTION + WITH_IMAGE * with_image},
+        {"role": "user", "content": prompt},
+    ]
+    deadline = time.monotonic() + timeout_s
+    if "://" in source:
+        answer = _ask_endpoint(source, messages, deadline)
+    else:
+        answer = _ask_local(source, messages, timeout_s)
+    text = _paragraph(answer)
+    if not text:
+        raise MachineError(f"{source} gave no rewritten prompt back; try again, or without rewriting")
+    return text
+
+
+def _paragraph(answer: str) -> str:
+    """The answer less thoughts, quotes and line breaks."""
+    answer = re.sub(r"<think>.*?(</think>|\Z)", "", answer, flags=re.DOTALL)
+    return " ".join(answer.split()).strip("\"'“”‘’ ")
+
+
+def _ask_endpoint(source: str, messages: list[dict[str, str]], deadline: float) -> str:
+    url, model = urldefrag(source)
+    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
+        raise UserError(f"the endpoint must be an http or https URL, got {source!r}")
+    url = url.rstrip("/")
+    if not model:
+        model = _picked(url, _request(f"{url}/models", None, deadline), "data", 0, "id")
+    body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": MAX_TOKENS}
+    answer = _request(f"{url}/chat/completions", body, deadline)
+    return _picked(url, answer, "choices", 0, "message", "content")
+
+
+def _request(url: str, body: dict[str, Any] | None, deadline: float) -> Any:
+    """The JSON that the endpoint answers with, to a GET or, with a body, a POST."""
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get(KEY_VARIABLE):
+        headers["Authorization"] = f"Bearer {key}"
+    request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)
+    opener = urllib.request.build_opener(_NoRedirects)
+    try:
+        with opener.open(request, timeout=max(deadline - time.monotonic(), 0.1)) as response:
+            content = b""
+            while part := response.read1(1 << 16):
+                content += part
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+                if len(content) > MAX_BYTES:
+                    raise UserError(
+                        f"{url} answers with more than {MAX_BYTES >> 20} MiB; it is no chat endpoint"
+                    )
+    except urllib.error.HTTPError as error:
+        with error:
+            hint = f"; set {KEY_VARIABLE}" if error.code in (401, 403) else ""
+            kind = UserError if error.code < 500 and error.code not in (408, 429) else MachineError
+            raise kind(f"{url} answered {error.code} {error.reason}{hint}") from error
+    except (OSError, HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        late = isinstance(reason, TimeoutError)
+        said = "took too long" if late else f"cannot be reached: {str(reason) or type(reason).__name__}"
+        raise MachineError(f"{url} {said}; the prompt is not rewritten") from error
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{url} is not a URL that can be asked: {error}") from error
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise UserError(f"{url} does not answer with JSON; it is no OpenAI-compatible endpoint") from error
+
+
+def _picked(url: str, answer: Any, *path: str | int) -> str:
+    """The text at `path` in an answer."""
+    for step in path:
+        try:
+            answer = answer[step]
+        except (LookupError, TypeError):
+            answer = None
+            break
+    if not isinstance(answer, str):
+        names = ".".join(map(str, path))
+        raise UserError(f"{url} answers without {names}; it is no OpenAI-compatible endpoint")
+    return answer
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """The key goes to the endpoint that was named, nowhere else."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def _ask_local(source: str, messages: list[dict[str, str]], timeout_s: float) -> str:
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+    from kairos.conditioning.loading import explained
+
+    folder = _local_folder(source)
+    with explained("prompt rewriter", source):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if not tokenizer.chat_template:
+            raise UserError(f"the tokenizer of {source} has no chat template; take a model that chats")
+        model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", local_files_only=True)
+    model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    tokens: Any = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    ).to(model.device)
+    with torch.inference_mode():
+        output = model.generate(**tokens, max_new_tokens=MAX_TOKENS, do_sample=False, max_time=timeout_s)
+    return str(tokenizer.decode(output[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def _local_folder(source: str) -> str:
+    """A folder as it is; a name as the folder in the Hugging Face cache that holds it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    if Path(source).is_dir():
+        return source
+    try:
+        return snapshot_download(source, local_files_only=True)
+    except LocalEntryNotFoundError as error:
+        raise UserError(f"{source} is not downloaded; run: hf download {source}") from error
+    except HFValidationError as error:
+        raise UserError(
+            f"no rewriter {source!r}: give a URL, a folder, or a name such as {REWRITER}"
+        ) from error
