@@ -47,6 +47,12 @@ PUBLIC = {
 }
 
 
+EXTRAS = ("train",)
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
+INSTALLED_WHERE_THERE_IS_A_GPU = {"fla"}
+USED_BY_DIFFUSERS = {"accelerate", "peft"}
+
+
 def part_of(module: str) -> str | None:
     """`kairos.ops.rotary` -> `ops`; a public name of the package -> where it lives."""
     name = module.split(".")[1]
@@ -94,6 +100,25 @@ def test_models_and_operations_know_nothing_but_mathematics() -> None:
         f"{file} imports {part}" for file, own, part in imports() if part not in allowed.get(own, {part})
     ]
     assert wrong == []
+
+
+def test_every_third_party_import_is_declared() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [
+        *project["dependencies"],
+        *(line for extra in EXTRAS for line in project["optional-dependencies"][extra]),
+    ]
+    declared = {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in wanted}
+    imported = set()
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                imported.add((node.module or "").split(".")[0])
+    imported -= sys.stdlib_module_names | {"kairos"} | INSTALLED_WHERE_THERE_IS_A_GPU
+    assert {DISTRIBUTIONS.get(name, name) for name in imported} | USED_BY_DIFFUSERS == declared
 
 
 def test_the_public_names_are_pinned() -> None:
