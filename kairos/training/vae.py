@@ -6,7 +6,6 @@ of moving shapes mixed with clips of the physics scenes.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -38,6 +37,8 @@ class VAEStage:
     muon_lr: float = 0.02
     final_lr: float = 1.0
     """The learning rate falls linearly to this share of itself over the stage."""
+    decoder_only: bool = False
+    """Leave the encoder as it is: latents that were made with it stay good."""
 
 
 def build_vae(base_dim: int = 16, num_res_blocks: int = 1) -> AutoencoderKLWan:
@@ -113,7 +114,8 @@ def draw_batch(rng: np.random.Generator, stage: VAEStage, scenes: tuple[str, ...
 def vae_loss(vae: AutoencoderKLWan, video: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:
     """4 MSE + 0.5 L1 + the weighted KL divergence, and the mean squared error alone."""
     with torch.autocast("cpu", torch.bfloat16):
-        posterior = vae.encode(video).latent_dist
+        with torch.set_grad_enabled(vae.quant_conv.weight.requires_grad):
+            posterior = vae.encode(video).latent_dist
         output = vae.decode(posterior.sample()).sample
     difference = output.float() - video
     squared = difference.square().mean()
@@ -139,6 +141,8 @@ def train_vae(
     use_one_pass_norm(vae)
     logger.info("VAE of %.2f M parameters", sum(p.numel() for p in vae.parameters()) / 1e6)
     for number, stage in enumerate(stages):
+        for part in (vae.encoder, vae.quant_conv):
+            part.requires_grad_(not stage.decoder_only)
         optimizer = Muon(split_parameters(vae, muon_lr=stage.muon_lr, adamw_lr=stage.muon_lr / 10))
         base = [group["lr"] for group in optimizer.param_groups]
         reported, average = time.monotonic(), math.nan
@@ -155,12 +159,14 @@ def train_vae(
             if time.monotonic() - reported > 15:
                 reported = time.monotonic()
                 logger.info("stage %d step %d/%d: %.1f dB", number, step, stage.steps, 10 * math.log10(4 / average))
-        save_vae(vae, output, scenes)
+        if not stage.decoder_only:
+            measure_latents(vae, scenes)
+        vae.save_pretrained(output)
 
 
 @torch.no_grad()
-def save_vae(vae: AutoencoderKLWan, output: Path, scenes: tuple[str, ...]) -> None:
-    """Measure the latents' mean and standard deviation on physics clips, put them in the config, and save.
+def measure_latents(vae: AutoencoderKLWan, scenes: tuple[str, ...]) -> None:
+    """Measure the latents' mean and standard deviation on physics clips, and put them in the configuration.
 
     A channel that the VAE hardly uses keeps a standard deviation of at least a tenth of the largest one, so that
     normalising does not blow up its noise.
@@ -177,6 +183,5 @@ def save_vae(vae: AutoencoderKLWan, output: Path, scenes: tuple[str, ...]) -> No
         latents_mean=[round(v, 5) for v in latents.mean(1).tolist()],
         latents_std=[round(v, 5) for v in std.clamp(min=0.1 * std.max().item()).tolist()],
     )
-    logger.info("latents std: %s", json.dumps([round(v, 2) for v in std.tolist()]))
-    vae.save_pretrained(output)
+    logger.info("standard deviation of the latents, by channel: %s", [round(v, 2) for v in std.tolist()])
     vae.train()
