@@ -43,7 +43,7 @@ def rewrite_prompt(prompt: str, source: str, *, with_image: bool = False, timeou
     Args:
         prompt: what the user typed; an empty one stays empty.
         source: an endpoint's base URL such as "http://127.0.0.1:8000/v1", with "#NAME" behind it to choose
-            among its models (else its first); or a local model: a folder, or a name in the Hugging Face cache.
+            among its models (else its first); or a local model: a folder, or a name in Hugging Face's cache.
             The endpoint's key, where it wants one, is the environment variable KAIROS_REWRITE_API_KEY.
         with_image: the video begins with an image, which the second model does not see.
         timeout_s: for the whole of it.
@@ -161,7 +161,8 @@ def _ask_local(source: str, messages: list[dict[str, str]], timeout_s: float) ->
     model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     tokens: Any = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-    ).to(model.device)
+    )
+    tokens = tokens.to(model.device)
     with torch.inference_mode():
         output = model.generate(**tokens, max_new_tokens=MAX_TOKENS, do_sample=False, max_time=timeout_s)
     return str(tokenizer.decode(output[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -1,0 +1,104 @@
+"""What there is to say of a model without loading it: what it was made for, how large it is, its needs."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from kairos import sizes
+from kairos.errors import UserError
+from kairos.presets import PARTS, is_downloaded, local_files, locate, read_json
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A model in numbers.
+
+    Attributes:
+        path: where its LinearDiT lies, or None where it is not downloaded.
+        repositories: part -> where it is downloaded from.
+        defaults: height, width, num_frames, fps, num_inference_steps and guidance_scale that it was made for.
+        parameters: part -> how many.
+        tokens: of a clip of the defaults' size.
+        memory_gb: precision -> an estimate of the peak for such a clip.
+        memory_freed_gb: the same where the text encoder is freed after encoding.
+        state_mb: what a chunk-causal rollout of that size carries from chunk to chunk, in bfloat16.
+    """
+
+    name: str
+    description: str
+    path: Path | None
+    repositories: dict[str, str]
+    template: str
+    scheduler: str
+    causal: str
+    defaults: dict[str, float]
+    parameters: dict[str, int]
+    tokens: int
+    memory_gb: dict[str, float]
+    memory_freed_gb: dict[str, float]
+    state_mb: float
+
+
+def info(name_or_path: str | os.PathLike[str]) -> ModelInfo:
+    """Describe a model by name or folder. Raises UserError as `kairos.presets.load_pipeline` does."""
+    preset, folder = locate(name_or_path)
+    config = dict(sizes.RELEASED_TRANSFORMER)
+    if preset is not None and preset.kind == "released":
+        here = is_downloaded(preset) if folder is None else True
+        path = local_files(preset, folder)["transformer"] if here else None
+        defaults, template, scheduler = preset.defaults, preset.template, preset.scheduler
+        parameters = {
+            "transformer": sizes.transformer_parameters(config),
+            "vae": sizes.RELEASED_VAE,
+            "text_encoder": sizes.RELEASED_TEXT_ENCODER,
+        }
+    else:
+        assert folder is not None
+        path = folder
+        index = read_json(folder / "model_index.json")
+        config |= read_json(folder / "transformer" / "config.json")
+        defaults = (preset.defaults if preset else {}) | (index.get("defaults") or {})
+        template = index.get("prompt_template", "2025-12")
+        scheduler = "few_step" if "FewStep" in str(index.get("scheduler")) else "flow_match"
+        parameters = {part: stored_parameters(folder / part) for part in PARTS}
+    shape = sizes.clip_shape(config, *(int(defaults[name]) for name in ("height", "width", "num_frames")))
+
+    def memory(free_encoder: bool) -> dict[str, float]:
+        return {
+            dtype: sizes.memory_bytes(config, parameters, shape, dtype, free_encoder=free_encoder) / 1e9
+            for dtype in ("bfloat16", "float32")
+        }
+
+    return ModelInfo(
+        name=preset.name if preset else str(name_or_path),
+        description=preset.description if preset else "a saved pipeline",
+        path=path,
+        repositories={part: source.repo for part, source in preset.sources.items()} if preset else {},
+        template=template,
+        scheduler=scheduler,
+        causal=config.get("causal", "none"),
+        defaults=defaults,
+        parameters=parameters,
+        tokens=shape.tokens,
+        memory_gb=memory(False),
+        memory_freed_gb=memory(True),
+        state_mb=sizes.state_bytes(config, shape.tokens_per_frame) / 1e6,
+    )
+
+
+def stored_parameters(folder: Path) -> int:
+    """Numbers in the safetensors files of a folder, by their headers. Raises UserError for torn files."""
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        try:
+            with file.open("rb") as handle:
+                length = int.from_bytes(handle.read(8), "little")
+                header = json.loads(handle.read(min(length, 1 << 27)))
+            total += sum(prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{file} is not weights, or only a part of them") from error
+    return total

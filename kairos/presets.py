@@ -1,0 +1,338 @@
+"""Models by name: what is published, what it was made for, where its files are, how it becomes a pipeline.
+
+    from kairos.presets import load_pipeline
+    pipeline = load_pipeline("kairos-tiny", device="cpu", dtype=torch.float32)
+
+Importing this module imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kairos import hub
+from kairos.errors import UserError
+from kairos.hub import Source
+
+if TYPE_CHECKING:
+    import torch
+
+    from kairos.pipeline import KairosPipeline
+
+DEFAULT = "kairos-tiny"
+ASSETS = Path(__file__).parent / "assets"
+MARK = "kairos-model.json"
+"""In a folder that a preset was downloaded to: which one it is."""
+
+PARTS = ("transformer", "vae", "text_encoder")
+WAN_VAE = Source("Wan-AI/Wan2.1-T2V-14B", ("Wan2.1_VAE.pth",))
+QWEN_VL = Source("Qwen/Qwen2.5-VL-7B-Instruct", ("config.json", "merges.txt", "*.json", "*.safetensors"))
+QWEN_IMAGE = Source("Qwen/Qwen-Image", ("text_encoder/*", "tokenizer/*"))
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model by name.
+
+    Attributes:
+        kind: "released", from original files at Hugging Face, or "embedded", shipped with the package.
+        transformer, vae, text_encoder: where the parts of a released model come from.
+        template: one of `kairos.conditioning.TEMPLATES`.
+        scheduler: "flow_match", or "few_step" for distilled models.
+        height, width, num_frames, fps: what the checkpoint was made for.
+        transformer_config: what the shapes of a released file do not tell.
+    """
+
+    name: str
+    description: str
+    kind: str = "released"
+    transformer: Source | None = None
+    vae: Source | None = WAN_VAE
+    text_encoder: Source | None = QWEN_VL
+    template: str = "2026"
+    scheduler: str = "flow_match"
+    height: int = 480
+    width: int = 640
+    num_frames: int = 81
+    fps: int = 16
+    num_inference_steps: int = 50
+    guidance_scale: float = 5.0
+    transformer_config: Mapping[str, Any] = field(
+        default_factory=lambda: {"dilation": 4, "pad_dilated": True}
+    )
+
+    @property
+    def defaults(self) -> dict[str, float]:
+        """What a call of the pipeline takes where it is not told."""
+        names = ("height", "width", "num_frames", "fps", "num_inference_steps", "guidance_scale")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """Part -> where it comes from; nothing for an embedded model."""
+        every = {part: getattr(self, part) for part in PARTS}
+        return {part: source for part, source in every.items() if source is not None}
+
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            "kairos-tiny",
+            "The small model that ships with the package: balls that move as physics has it, on any CPU",
+            kind="embedded",
+            vae=None,
+            text_encoder=None,
+            template="tiny",
+            height=64,
+            width=64,
+            num_frames=33,
+            num_inference_steps=20,
+            guidance_scale=2.0,
+            transformer_config={},
+        ),
+        Preset(
+            "kairos-4b-480p",
+            "Kairos 3.0, 4B, pretrained, 480p",
+            transformer=Source("kairos-agi/kairos-sensenova-4B-480P-pretrained"),
+        ),
+        Preset(
+            "kairos-4b-common",
+            "Kairos 3.0, 4B, the common model of the first release, with its image template",
+            transformer=Source("kairos-agi/kairos-sensenova-common"),
+            text_encoder=QWEN_IMAGE,
+            template="2025-12",
+        ),
+        Preset(
+            "kairos-4b-720p",
+            "Kairos 3.0, 4B, 720p",
+            transformer=Source("kairos-agi/kairos-sensenova-4B-720P"),
+            height=720,
+            width=1280,
+        ),
+        Preset(
+            "kairos-robot-4b-480p",
+            "Kairos 3.0, 4B, post-trained on robots, 480p",
+            transformer=Source("kairos-agi/kairos-sensenova-robot-4B-480P"),
+        ),
+        Preset(
+            "kairos-robot-4b-480p-distilled",
+            "Kairos 3.0, 4B, post-trained on robots, 480p, distilled to four steps",
+            transformer=Source("kairos-agi/kairos-sensenova-robot-4B-480P-distilled"),
+            scheduler="few_step",
+            num_inference_steps=4,
+            guidance_scale=1.0,
+        ),
+    )
+}
+
+
+def get(name: str) -> Preset:
+    """The preset of this name. Raises UserError with the nearest name."""
+    from kairos.request import did_you_mean
+
+    if name not in PRESETS:
+        raise UserError(f"no model or folder {name!r}{did_you_mean(name, PRESETS)}")
+    return PRESETS[name]
+
+
+def download(name: str, folder: str | os.PathLike[str] | None = None) -> dict[str, Path]:
+    """Fetch a model's files; part -> where they lie. Nothing is fetched twice, and a broken download goes on.
+
+    Args:
+        folder: where to, instead of Hugging Face's cache; the folder can then be given in place of the name.
+
+    Raises:
+        UserError, MachineError: see `kairos.hub.fetch`.
+    """
+    preset = get(name)
+    target = None if folder is None else Path(folder)
+    found = {}
+    for part, source in preset.sources.items():
+        found[part] = hub.fetch(source, target and target / part)
+    if target is not None and found:
+        from kairos.data.files import write_atomically
+
+        write_atomically(target / MARK, json.dumps({"preset": name}).encode())
+    return found
+
+
+def local_files(preset: Preset, folder: Path | None = None) -> dict[str, Path]:
+    """Part -> where its files lie, in the cache or in `folder`; no network is used.
+
+    Raises:
+        UserError: naming the parts that are missing.
+    """
+    found = {part: hub.find(source, folder and folder / part) for part, source in preset.sources.items()}
+    if missing := [part for part, path in found.items() if path is None]:
+        where = f" --dir {folder}" if folder else ""
+        named = ", ".join(f"{part.replace('_', ' ')} ({preset.sources[part].repo})" for part in missing)
+        raise UserError(
+            f"{preset.name} is not downloaded, {named} missing; "
+            f"run: kairos models download {preset.name}{where}"
+        )
+    return {part: path for part, path in found.items() if path is not None}
+
+
+def load_pipeline(
+    name_or_path: str | os.PathLike[str] = DEFAULT,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    weights: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+) -> KairosPipeline:
+    """The model of this name, or in this folder, ready to be called.
+
+    Args:
+        name_or_path: a name of PRESETS, a folder that a pipeline was saved to, or one that `download` filled.
+        device: where to.
+        dtype: precision; None is bfloat16 for released models, what is stored for saved ones.
+        weights: another LinearDiT instead of the model's own: a released file, its shards or a folder.
+
+    Raises:
+        UserError: for a name that is not known, files that are not there, and weights that do not fit.
+    """
+    preset, folder = locate(name_or_path)
+    if preset is not None and preset.kind == "released":
+        pipeline = _load_released(preset, folder, dtype, weights)
+    else:
+        assert folder is not None
+        pipeline = _load_saved(folder, dtype, weights)
+    _check_parts(pipeline, name_or_path)
+    return pipeline.to(device)
+
+
+def locate(name_or_path: str | os.PathLike[str]) -> tuple[Preset | None, Path | None]:
+    """What a name or a folder means: the preset (None for a saved pipeline), the folder (None for the cache).
+
+    Raises:
+        UserError: for a name that is not known and a path that is no folder of a model.
+    """
+    folder = Path(name_or_path)
+    if folder.is_file():
+        raise UserError(
+            f"{folder} is a file; give a model's name or folder (weights alone: KairosPipeline.from_original)"
+        )
+    if not folder.is_dir():
+        preset = get(str(name_or_path))
+        return preset, ASSETS / preset.name if preset.kind == "embedded" else None
+    if (folder / MARK).exists():
+        return get(str(read_json(folder / MARK).get("preset"))), folder
+    return None, folder
+
+
+def is_downloaded(preset: Preset) -> bool:
+    """Whether all its files are here. No network is used."""
+    try:
+        local_files(preset)
+    except UserError:
+        return False
+    return preset.kind == "released" or (ASSETS / preset.name / "model_index.json").exists()
+
+
+def check_request_against(
+    made_for: Preset | Mapping[str, float], *, height: int, width: int, num_frames: int
+) -> list[str]:
+    """What to warn of: sizes and lengths far from what the model was made for.
+
+    `made_for` is a preset, or a pipeline's `config.defaults`.
+    """
+    defaults = made_for.defaults if isinstance(made_for, Preset) else made_for
+    own_height, own_width, own_frames = (int(defaults[name]) for name in ("height", "width", "num_frames"))
+    warnings = []
+    area = height * width / (own_height * own_width)
+    if not 0.5 <= area <= 2:
+        warnings.append(
+            f"{height} x {width} is {area:.2g} times the area this model was made for "
+            f"({own_height} x {own_width}); expect a worse video"
+        )
+    elif not 0.5 <= (height / width) / (own_height / own_width) <= 2:
+        own = f"{own_height} x {own_width}"
+        warnings.append(f"{height} x {width} has another shape than this model was made for ({own})")
+    if num_frames > 1.5 * own_frames or num_frames < own_frames / 4:
+        many = "many more" if num_frames > own_frames else "far fewer"
+        warnings.append(f"{num_frames} frames are {many} than this model was made for ({own_frames})")
+    return warnings
+
+
+def _load_released(
+    preset: Preset, folder: Path | None, dtype: torch.dtype | None, weights: Any
+) -> KairosPipeline:
+    import torch
+
+    from kairos.pipeline import KairosPipeline
+
+    files = local_files(preset, folder)
+    return KairosPipeline.from_original(
+        dit=weights or files["transformer"],
+        vae=_vae_path(files["vae"]),
+        text_encoder=files["text_encoder"],
+        few_step=preset.scheduler == "few_step",
+        prompt_template=preset.template,
+        dtype=dtype or torch.bfloat16,
+        defaults=preset.defaults,
+        **preset.transformer_config,
+    )
+
+
+def _load_saved(folder: Path, dtype: torch.dtype | None, weights: Any) -> KairosPipeline:
+    """A folder of `save_pretrained`, its weights loaded strictly (diffusers would fill gaps with noise)."""
+    from kairos.conditioning import load_text_encoder
+    from kairos.pipeline import KairosPipeline
+    from kairos.weights import load_transformer_file, load_vae_file
+
+    read_json(folder / "model_index.json")
+    text_encoder, tokenizer, processor = load_text_encoder(folder, dtype=dtype)
+    own = read_json(folder / "transformer" / "config.json") if weights else {}
+    config = {name: value for name, value in own.items() if not name.startswith("_")}
+    parts = {
+        "transformer": load_transformer_file(weights or folder / "transformer", dtype=dtype, **config),
+        "vae": load_vae_file(folder / "vae", dtype=dtype),
+        "text_encoder": text_encoder,
+        "tokenizer": tokenizer,
+        "processor": processor,
+    }
+    try:
+        return KairosPipeline.from_pretrained(folder, local_files_only=True, **parts)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"cannot load the pipeline in {folder}: {str(error).splitlines()[0]}") from error
+
+
+def _check_parts(pipeline: KairosPipeline, name: object) -> None:
+    """The parts speak to each other: widths of embeddings, channels of latents."""
+    config = pipeline.transformer.config
+    assert pipeline.text_encoder is not None
+    width = pipeline.text_encoder.config.get_text_config().hidden_size
+    if width != config.text_dim:
+        raise UserError(
+            f"{name}: the text encoder gives {width} numbers a token, the LinearDiT takes {config.text_dim}"
+        )
+    channels = pipeline.vae.config.z_dim
+    if channels != config.in_channels:
+        raise UserError(
+            f"{name}: the VAE's latents have {channels} channels, the LinearDiT's {config.in_channels}"
+        )
+
+
+def _vae_path(folder: Path) -> Path:
+    return folder / WAN_VAE.patterns[0] if (folder / WAN_VAE.patterns[0]).exists() else folder
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The dictionary in a file of JSON. Raises UserError where there is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no model in {file.parent}: {file.name} is missing") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {file}: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"cannot read {file}: it is not a dictionary in JSON")
+    return content

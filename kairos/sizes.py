@@ -1,0 +1,129 @@
+"""How large a model is, from its configuration alone: parameters, memory, tokens, the state of a rollout.
+
+Plain arithmetic, so that it can be said of models that are not downloaded, at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+RELEASED_TRANSFORMER: dict[str, Any] = {
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_size": (1, 2, 2),
+    "hidden_size": 2560,
+    "num_attention_heads": 20,
+    "ffn_dim": 10240,
+    "num_layers": 32,
+    "layer_pattern": "SSDG",
+    "window_frames": 3,
+    "dilation": 4,
+    "gated_delta_head_dim": 256,
+    "gated_delta_expand_v": 2,
+    "text_dim": 3584,
+    "freq_dim": 256,
+}
+"""The released 4B model; the defaults of KairosTransformer3DModel."""
+
+RELEASED_VAE, RELEASED_TEXT_ENCODER = 126_892_531, 8_292_166_656
+"""Parameters of the WAN2.1 VAE and of Qwen2.5-VL-7B."""
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+CONV_SIZE = 4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A clip as the LinearDiT sees it."""
+
+    latent_frames: int
+    tokens_per_frame: int
+
+    @property
+    def tokens(self) -> int:
+        return self.latent_frames * self.tokens_per_frame
+
+
+def clip_shape(config: Mapping[str, Any], height: int, width: int, num_frames: int) -> Shape:
+    """The tokens of `num_frames` frames of height x width pixels (8 pixels a latent, 4 frames a latent)."""
+    _, patch_y, patch_x = config["patch_size"]
+    return Shape((num_frames - 1) // 4 + 1, (height // 8 // patch_y) * (width // 8 // patch_x))
+
+
+def transformer_parameters(config: Mapping[str, Any]) -> int:
+    """Parameters of a LinearDiT with this configuration."""
+    dim, ffn, heads = config["hidden_size"], config["ffn_dim"], config["num_attention_heads"]
+    patch = config["patch_size"][0] * config["patch_size"][1] * config["patch_size"][2]
+    head_k = config["gated_delta_head_dim"]
+    head_v = head_k * config["gated_delta_expand_v"]
+    keys, values = heads * head_k, heads * head_v
+
+    def linear(inputs: int, outputs: int) -> int:
+        return inputs * outputs + outputs
+
+    attention = 4 * linear(dim, dim) + 2 * dim  # with the norms of queries and keys
+    gated_delta = (
+        dim * (2 * keys + 2 * values + 2 * heads)  # q, k; v, g; a, b
+        + values * dim
+        + CONV_SIZE * (2 * keys + values)
+        + 2 * heads
+        + head_v
+    )
+    block = (
+        attention + linear(dim, ffn) + linear(ffn, dim) + 8 * dim
+    )  # cross-attention, ffn, modulation, norm
+    total = linear(config["in_channels"] * patch, dim)
+    total += linear(config["text_dim"], dim) + linear(dim, dim)
+    total += linear(config["freq_dim"], dim) + linear(dim, dim) + linear(dim, 6 * dim)
+    total += linear(dim, config["out_channels"] * patch) + 2 * dim
+    for kind in _kinds(config):
+        total += block + (gated_delta if kind == "G" else attention)
+    return total
+
+
+def state_bytes(config: Mapping[str, Any], tokens_per_frame: int, dtype: str = "bfloat16") -> int:
+    """Bytes that a chunk-causal rollout carries from chunk to chunk.
+
+    Keys and values of the last 3 latent frames in each S block and of 3 x dilation in each D block; in each G
+    block the recurrent state, in float32, and the last inputs of the convolutions.
+    """
+    heads, head_k = config["num_attention_heads"], config["gated_delta_head_dim"]
+    head_v = head_k * config["gated_delta_expand_v"]
+    frame = 2 * tokens_per_frame * config["hidden_size"] * BYTES[dtype]
+    sizes = {
+        "S": config["window_frames"] * frame,
+        "D": config["window_frames"] * config["dilation"] * frame,
+        "G": heads * (head_k * head_v * 4 + (CONV_SIZE - 1) * (2 * head_k + head_v) * BYTES[dtype]),
+    }
+    return sum(sizes[kind] for kind in _kinds(config))
+
+
+def memory_bytes(
+    config: Mapping[str, Any],
+    parameters: Mapping[str, int],
+    shape: Shape,
+    dtype: str = "bfloat16",
+    *,
+    free_encoder: bool = False,
+) -> int:
+    """An estimate of the memory that a video needs at its peak, in bytes.
+
+    All weights (the VAE's in float32), and the larger of what a block holds while it works and what the VAE
+    holds of four frames while it decodes them. With `free_encoder` the text encoder is gone by then.
+    """
+    block = shape.tokens * (2 * config["ffn_dim"] + 10 * config["hidden_size"]) * BYTES[dtype]
+    pixels = shape.tokens_per_frame * config["patch_size"][1] * config["patch_size"][2] * 64
+    # The decoder's last level is as wide as its parameters' root tells; about eight such maps live at once.
+    width = 96 * (parameters["vae"] / RELEASED_VAE) ** 0.5
+    decoding = int(4 * pixels * width * 4 * 8)
+    encoder = parameters["text_encoder"] * BYTES[dtype]
+    models = parameters["transformer"] * BYTES[dtype] + parameters["vae"] * 4
+    working = models + max(block, decoding)
+    return max(working, models + encoder) if free_encoder else working + encoder
+
+
+def _kinds(config: Mapping[str, Any]) -> str:
+    pattern, layers = config["layer_pattern"], config["num_layers"]
+    return (pattern * layers)[:layers]
