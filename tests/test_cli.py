@@ -58,7 +58,8 @@ class FakePipeline:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePipeline:
-    """The pipeline that every model name loads, and an empty working folder."""
+    """The pipeline that every model name loads, an empty working folder, and no downloaded models."""
+    monkeypatch.setattr(presets.hub, "find", lambda *_: None)
     pipeline = FakePipeline()
     monkeypatch.setattr(presets, "load_pipeline", lambda *_, **__: pipeline)
     monkeypatch.chdir(tmp_path)
@@ -165,7 +166,7 @@ def test_more_frames_than_the_video_has_are_refused(kairos: Any, fake: FakePipel
     options = ("--video-frames", 5, "--frames", 9)
     status, _, complaint = kairos("generate", "--video", "given.mp4", *options, "-o", "out.mp4")
     assert status == 2
-    assert complaint == "error: 5 frames of given.mp4 are asked for, and it has 3 at 16 fps\n"
+    assert complaint.splitlines()[-1] == "error: 5 frames of given.mp4 are asked for, and it has 3 at 16 fps"
 
 
 def test_without_output_the_file_is_named_after_the_prompt(kairos: Any, fake: FakePipeline) -> None:
@@ -173,6 +174,27 @@ def test_without_output_the_file_is_named_after_the_prompt(kairos: Any, fake: Fa
     kairos("generate", "über/../etc", "-o", "folder/")
     assert Path("a-red-ball-rolls-4.mp4").exists()
     assert [path.name for path in Path("folder").iterdir()] == ["über-etc-0.mp4"]
+
+
+def test_a_size_far_from_the_models_own_is_warned_of(kairos: Any, fake: FakePipeline) -> None:
+    status, _, said = kairos("generate", "x", "--height", 64, "--width", 64, "-o", "out.mp4")
+    assert status == 0
+    assert said.startswith("warning: 64 x 64 is 4 times the area this model was made for")
+    assert said.count("\n") == 1
+
+
+def test_a_rewritten_prompt_stands_in_the_file_beside_the_words_it_came_from(
+    kairos: Any, fake: FakePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kairos.conditioning import rewrite
+
+    monkeypatch.setattr(rewrite, "rewrite_prompt", lambda prompt, source, **_: f"{prompt}, written out")
+    status, _, _ = kairos("generate", "a ball", "--rewrite", "http://127.0.0.1:1/v1", "-o", "out.mp4")
+    assert status == 0
+    assert fake.calls[0]["prompt"] == "a ball, written out"
+    metadata = read_metadata("out.mp4")
+    assert metadata["request"]["prompt"] == "a ball, written out"
+    assert metadata["rewritten"] == {"from": "a ball", "by": "http://127.0.0.1:1/v1"}
 
 
 def test_a_request_file_becomes_a_folder_of_videos(kairos: Any, fake: FakePipeline) -> None:
@@ -247,6 +269,17 @@ BAD_INPUT = {
     ),
     "a configuration that computes": (("x", "--config", "code.py"), "line 1: height must be a plain value"),
     "a configuration that imports": (("x", "--config", "import.py"), "only lines of the form name = value"),
+    "a configuration of another type": (("x", "--config", "type.py"), "line 1: model must be a text, got 5"),
+    "a configuration that cannot be": (
+        ("x", "--config", "eighty.py"),
+        "eighty.py: num_frames must be 4n + 1",
+    ),
+    "weights that are not there": (("x", "--weights", "no.safetensors"), "weights not found: no.safetensors"),
+    "a scale that is none": (("x", "--scale", "0"), "scale must be a whole number from 1 to 64, got 0"),
+    "a model that is not downloaded": (
+        ("x", "--model", "kairos-4b-480p"),
+        "kairos models download kairos-4b-480p",
+    ),
     "a configuration that is not Python": (("x", "--config", "broken.json"), "not valid Python at line 1"),
 }
 
@@ -265,6 +298,8 @@ def test_bad_input_gets_one_line_and_status_2_before_a_model_is_loaded(
     Path("typo.py").write_text("hight = 48\n")
     Path("code.py").write_text("height = 2 * 480\n")
     Path("import.py").write_text("import os\n")
+    Path("type.py").write_text("model = 5\n")
+    Path("eighty.py").write_text("num_frames = 80\n")
 
     status, said, complaint = kairos("generate", *arguments)
     assert (status, said) == (2, "")

@@ -16,7 +16,7 @@ from typing import Any
 from kairos.errors import UserError
 from kairos.request import ALIASES, Request, did_you_mean, field_values
 
-OPTIONS = ("model", "device", "dtype", "scale")
+OPTIONS = {"model": str, "weights": str, "device": str, "dtype": str, "scale": int}
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,11 @@ def read_config(path: str | os.PathLike[str]) -> Config:
     except FileNotFoundError:
         raise UserError(f"configuration not found: {path}") from None
     except OSError as error:
-        raise UserError(
-            f"cannot read configuration {path}: {(error.strerror or str(error)).lower()}"
-        ) from error
+        reason = (error.strerror or str(error)).lower()
+        raise UserError(f"cannot read configuration {path}: {reason}") from error
     except (SyntaxError, UnicodeDecodeError, ValueError) as error:
-        line = getattr(error, "lineno", None)
-        raise UserError(
-            f"{path} is not valid Python{f' at line {line}' if line else ''}: {error.args[0]}"
-        ) from None
+        where = f" at line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        raise UserError(f"{path} is not valid Python{where}: {error.args[0]}") from None
 
     options: dict[str, Any] = {}
     request: dict[str, Any] = {}
@@ -57,6 +54,9 @@ def read_config(path: str | os.PathLike[str]) -> Config:
                     f"{path}, line {statement.lineno}: only lines of the form name = value may stand here"
                 )
         if name in OPTIONS:
+            if not isinstance(value, OPTIONS[name]):
+                kind = {str: "a text", int: "a whole number"}[OPTIONS[name]]
+                raise UserError(f"{path}, line {statement.lineno}: {name} must be {kind}, got {value!r}")
             options[name] = value
             continue
         try:
@@ -66,6 +66,10 @@ def read_config(path: str | os.PathLike[str]) -> Config:
             raise UserError(
                 f"{path}, line {statement.lineno}: unknown name {name!r}{did_you_mean(name, known)}"
             ) from None
+    try:
+        Request.from_dict({"prompt": "a ball"} | request)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return Config(options, request)
 
 

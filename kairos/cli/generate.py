@@ -1,18 +1,18 @@
 """`kairos generate`: a prompt, an image, the start of a video, or a file of requests, to mp4s."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from kairos import presets
 from kairos.cli.config import Config, read_config
 from kairos.cli.console import show_log
 from kairos.errors import UserError
 from kairos.request import Request, field_values, read_requests
 
-DEFAULT_MODEL = "kairos-tiny"
 INPUT, SIZE, SAMPLING, RUN = "What to make", "Size", "Sampling", "How to run"
 
 
@@ -22,6 +22,8 @@ class Job:
 
     request: Request
     path: Path
+    remarks: dict[str, Any] = field(default_factory=dict)
+    """What the video's metadata says besides."""
 
 
 def generate(
@@ -90,8 +92,6 @@ def generate(
     scale: Annotated[
         int | None,
         typer.Option(
-            min=1,
-            max=64,
             metavar="N",
             help="Enlarge by a whole factor when writing. Default: to 256 pixels; 1 keeps it as made.",
             rich_help_panel=SIZE,
@@ -120,7 +120,15 @@ def generate(
         str | None,
         typer.Option(
             metavar="NAME|PATH",
-            help=f"A model by name (see kairos models list) or a folder. Default: {DEFAULT_MODEL}.",
+            help=f"A model by name (see kairos models list) or a folder. Default: {presets.DEFAULT}.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="Another LinearDiT in place of the model's own: a released file or a folder.",
             rich_help_panel=RUN,
         ),
     ] = None,
@@ -193,7 +201,8 @@ def generate(
 
     from kairos.cli.run import RunOptions, run
 
-    options: dict[str, Any] = {"model": model, "device": device, "dtype": dtype, "scale": scale}
+    options: dict[str, Any] = {"model": model, "weights": weights}
+    options |= {"device": device, "dtype": dtype, "scale": scale}
     options = settings.options | {name: value for name, value in options.items() if value is not None}
     run(job_list, RunOptions(**options, rewrite=rewrite, free_encoder=free_encoder, verbose=verbose))
 

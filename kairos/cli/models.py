@@ -1,29 +1,81 @@
 """`kairos models`: the models that Kairos knows by name."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(help="List, describe and download models.", no_args_is_help=False)
+from kairos.cli.console import out, show_log
+
+app = typer.Typer(help="List, describe and download models.", no_args_is_help=True)
 
 
 @app.command("list")
 def list_models() -> None:
-    """List the models that can be named."""
+    """List the models that can be named, and which of them are here."""
+    from kairos import presets
+
+    for preset in presets.PRESETS.values():
+        here = "downloaded" if presets.is_downloaded(preset) else "not downloaded"
+        if preset.kind == "embedded":
+            here = "ships with Kairos" if presets.is_downloaded(preset) else "missing"
+        _say(f"{preset.name:<32}{here:<20}{preset.description}")
 
 
 @app.command()
-def info(name: Annotated[str, typer.Argument(show_default=False, help="A model's name.")]) -> None:
-    """Say what a model is made for and what it needs."""
+def info(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME|PATH", show_default=False, help="A model's name or folder.")
+    ],
+) -> None:
+    """Say what a model was made for and what it needs. Nothing is loaded."""
+    from kairos import presets
+
+    about = presets.info(name)
+    made_for = about.defaults
+    rows: list[tuple[str, Any]] = [
+        ("model", f"{about.name}: {about.description}"),
+        ("where", about.path or f"not downloaded; run: kairos models download {about.name}"),
+        *((f"{part} from", repository) for part, repository in about.repositories.items()),
+        ("made for", "{width} x {height}, {num_frames} frames at {fps} fps".format(**made_for)),
+        ("sampling", f"{about.scheduler}, {made_for['num_inference_steps']} steps"),
+        ("guidance", made_for["guidance_scale"]),
+        ("prompt template", about.template),
+        ("causal", about.causal),
+        ("tokens a clip", f"{about.tokens:,}"),
+        *((f"{part} parameters", f"{count:,}") for part, count in about.parameters.items()),
+    ]
+    for dtype, size_gb in about.memory_gb.items():
+        freed_gb = about.memory_freed_gb[dtype]
+        rows.append((f"memory in {dtype}", f"about {size_gb:.2g} GB; {freed_gb:.2g} GB with --free-encoder"))
+    rows.append(("state of a rollout", f"{about.state_mb:.3g} MB in bfloat16"))
+    for title, value in rows:
+        _say(f"{title.replace('_', ' '):>24}  {value}")
 
 
 @app.command()
 def download(
-    name: Annotated[str, typer.Argument(show_default=False, help="A model's name.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", show_default=False, help="A model's name.")],
     folder: Annotated[
         Path | None,
         typer.Option("--dir", metavar="FOLDER", help="Where to. Default: Hugging Face's cache."),
     ] = None,
 ) -> None:
-    """Fetch a model's files from Hugging Face."""
+    """Fetch a model's files from Hugging Face. What is here already is not fetched again."""
+    show_log(verbose=False)
+    from kairos import presets
+
+    preset = presets.get(name)
+    if not preset.sources:
+        _say(f"{name} ships with Kairos; there is nothing to download")
+        return
+    if folder is not None:
+        from kairos.data.files import prepare_folder
+
+        prepare_folder(folder)
+    for part, path in presets.download(name, folder).items():
+        _say(f"{part.replace('_', ' ')}: {path}")
+
+
+def _say(line: str) -> None:
+    out.print(line, markup=False, highlight=False)

@@ -1,5 +1,6 @@
 """Jobs to files: load the model once, make each video, write it with its request inside."""
 
+import logging
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,26 +11,30 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kairos import __version__
+from kairos import __version__, presets
 from kairos.cli.clock import Clock
 from kairos.cli.console import err, out
 from kairos.data.files import prepare_folder
 from kairos.data.media import automatic_scale, read_image, read_video, write_video
 from kairos.errors import MachineError, UserError
-from kairos.request import Request
+from kairos.request import Request, did_you_mean
 
 if TYPE_CHECKING:
     from kairos.cli.generate import Job
     from kairos.pipeline import KairosPipeline
 
+logger = logging.getLogger(__name__)
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+MAX_SCALE = 64
 
 
 @dataclass(frozen=True)
 class RunOptions:
     """How to run, as the command line says it."""
 
-    model: str = "kairos-tiny"
+    model: str = presets.DEFAULT
+    weights: str | None = None
     device: str = "auto"
     dtype: str = "auto"
     scale: int | None = None
@@ -40,6 +45,8 @@ class RunOptions:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.scale is not None and not 1 <= self.scale <= MAX_SCALE:
+            raise UserError(f"scale must be a whole number from 1 to {MAX_SCALE}, got {self.scale}")
 
 
 def run(jobs: Sequence["Job"], options: RunOptions) -> None:
@@ -48,29 +55,39 @@ def run(jobs: Sequence["Job"], options: RunOptions) -> None:
     with clock.stage("check"):
         for job in jobs:
             check_inputs(job.request)
-        model = _find_model(options.model)
+        check_model(options)
         for folder in dict.fromkeys(job.path.parent for job in jobs):
             prepare_folder(folder)
     with clock.stage("import"):
-        import torch  # noqa: F401 (to be timed)
+        from kairos.conditioning import TEMPLATES
 
-        from kairos import presets
-    with _explained_memory():
         device, dtype = _device_and_dtype(options)
+    for template in filter(None, (job.request.template for job in jobs)):
+        if template not in TEMPLATES:
+            raise UserError(f"no prompt template {template!r}{did_you_mean(template, TEMPLATES)}")
+    if options.rewrite is not None:
+        with clock.stage("rewrite"), err.status("rewriting prompts"):
+            jobs = [rewritten(job, options.rewrite) for job in jobs]
+    with _explained_memory():
         with clock.stage("load"), err.status(f"loading {options.model}"):
-            pipeline = presets.load_pipeline(model, device=device, dtype=dtype)
+            pipeline = presets.load_pipeline(
+                options.model, device=device, dtype=dtype, weights=options.weights
+            )
             about = describe(pipeline, options, dtype)
         if options.verbose:
             _watch(clock, pipeline)
-        for number, job in enumerate(jobs, start=1):
-            last = number == len(jobs)
+        for job in jobs:
             request = resolved(job.request, pipeline)
-            assert request.fps is not None
+            assert request.height and request.width and request.num_frames and request.fps
+            size = {"height": request.height, "width": request.width, "num_frames": request.num_frames}
+            for warning in presets.check_request_against(pipeline.config.defaults, **size):
+                logger.warning(warning)
             with clock.stage("sample"):
-                frames = make(pipeline, request, free_encoder=options.free_encoder and last)
+                after_encoding = ("free" if job is jobs[-1] else "cpu") if options.free_encoder else "keep"
+                frames = make(pipeline, request, after_encoding)
             with clock.stage("write"):
-                metadata = {"request": replace(request, output="").to_dict(), **about}
-                write_video(job.path, frames, request.fps, metadata, options.scale)
+                said = {"request": replace(request, output="").to_dict(), **about, **job.remarks}
+                write_video(job.path, frames, request.fps, said, options.scale)
             _report(job.path, frames.shape, request.fps, options.scale)
     if options.verbose:
         err.print(clock.table())
@@ -82,6 +99,28 @@ def check_inputs(request: Request) -> None:
         read_image(request.input_image)
     if request.input_video:
         read_video(request.input_video, max_frames=1)
+
+
+def check_model(options: RunOptions) -> None:
+    """Fail now for a model that is not known or not downloaded, and for weights that are not there."""
+    if not Path(options.model).exists():
+        preset = presets.get(options.model)
+        if preset.kind == "released":
+            presets.local_files(preset)
+    if options.weights is not None and not Path(options.weights).exists():
+        raise UserError(f"weights not found: {options.weights}")
+
+
+def rewritten(job: "Job", source: str) -> "Job":
+    """The job with its prompt written out by a second model; the video remembers the words it came from."""
+    from kairos.conditioning.rewrite import rewrite_prompt
+
+    request = job.request
+    prompt = rewrite_prompt(
+        request.prompt, source, with_image=bool(request.input_image or request.input_video)
+    )
+    remarks = {"rewritten": {"from": request.prompt, "by": source}}
+    return replace(job, request=replace(request, prompt=prompt), remarks=remarks)
 
 
 def resolved(request: Request, pipeline: "KairosPipeline") -> Request:
@@ -100,8 +139,8 @@ def resolved(request: Request, pipeline: "KairosPipeline") -> Request:
     )
 
 
-def make(pipeline: "KairosPipeline", request: Request, free_encoder: bool) -> Any:
-    """The request's frames, (F, H, W, 3) uint8."""
+def make(pipeline: "KairosPipeline", request: Request, after_encoding: str = "keep") -> Any:
+    """The request's frames, (F, H, W, 3) uint8. For `after_encoding` see KairosPipeline."""
     import torch
 
     own_template = pipeline.config.prompt_template
@@ -135,7 +174,7 @@ def make(pipeline: "KairosPipeline", request: Request, free_encoder: bool) -> An
                 guidance_scale=request.guidance_scale,
                 generator=torch.Generator("cpu").manual_seed(request.seed),
                 tiled=request.tiled,
-                after_encoding="free" if free_encoder else "keep",
+                after_encoding=after_encoding,
                 callback_on_step_end=after_step,
                 output_type="np",
             )
@@ -168,7 +207,7 @@ def describe(pipeline: "KairosPipeline", options: RunOptions, dtype: Any) -> dic
         "text_encoder": pipeline.text_encoder,
     }
     libraries = ("torch", "diffusers", "transformers")
-    said = {"scale": options.scale, "rewrite": options.rewrite}
+    said = {"weights": options.weights, "scale": options.scale}
     return {
         "model": {"name": options.model, "hash": fingerprint(modules)},
         "dtype": str(dtype).removeprefix("torch."),
@@ -196,15 +235,6 @@ def _device_and_dtype(options: RunOptions) -> tuple[Any, Any]:
     if options.dtype == "auto":
         return device, torch.float32 if device.type == "cpu" else torch.bfloat16
     return device, getattr(torch, options.dtype)
-
-
-def _find_model(name: str) -> str:
-    """The name of a model, or the path of a folder, that there is. Raises UserError."""
-    from kairos import presets
-
-    if not Path(name).exists():
-        presets.get(name)
-    return name
 
 
 def _watch(clock: Clock, pipeline: "KairosPipeline") -> None:

@@ -34,7 +34,7 @@ def _command(video: Path, metadata: dict[str, Any]) -> str:
 
     try:
         options = {
-            name: metadata[name] for name in ("model", "dtype", "scale", "rewrite") if metadata.get(name)
+            name: metadata[name] for name in ("model", "weights", "dtype", "scale") if metadata.get(name)
         }
         options["model"] = metadata["model"]["name"]
         return shell_command(Request.from_dict(metadata["request"]), str(video), options)
