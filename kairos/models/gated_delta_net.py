@@ -1,6 +1,6 @@
-"""The gated linear attention of the LinearDiT: a Gated DeltaNet layer (arXiv 2412.06464), causal along the tokens.
+"""The gated linear attention of the LinearDiT: a Gated DeltaNet layer (arXiv 2412.06464).
 
-Splitting a sequence anywhere and carrying the state over gives the same result as one pass.
+It is causal along the tokens: splitting a sequence anywhere and carrying the state over gives what one pass gives.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PRECISE = ("A_log", "dt_bias", "a_proj", "b_proj")
 
 @dataclass(frozen=True)
 class DeltaState:
-    """What the layer keeps of the past: S (B, H, Dk, Dv), float32, and the last inputs of each convolution (B, C, 3)."""
+    """What the layer keeps: S (B, H, Dk, Dv), float32, and the last inputs of the convolutions (B, C, 3)."""
 
     recurrent_state: Tensor
     conv_q: Tensor
@@ -56,7 +56,7 @@ class GatedDeltaNet(nn.Module):
 
     @torch.no_grad()
     def reset_gates(self) -> None:
-        """Memories from a few tokens to a thousand: A in [1, 16], time steps in [0.001, 0.1], as in Mamba2."""
+        """Memories of a few tokens to a thousand: A in [1, 16], time steps in [0.001, 0.1], as in Mamba2."""
         self.A_log.uniform_(1, 16).log_()
         step = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp_()
         self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # softplus of it is the step

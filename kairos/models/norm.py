@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean x^2 + eps) * weight over the last axis, in float32 whatever the dtype of x and of the model."""
+    """x / sqrt(mean x^2 + eps) * weight over the last axis, in float32 whatever the model's dtype."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()

@@ -1,10 +1,10 @@
-"""The LinearDiT: a diffusion transformer over video latents whose cost grows with the length, not with its square.
+"""The LinearDiT: a diffusion transformer over video latents whose cost grows with the length, not its square.
 
-Blocks of sliding-window attention (S), dilated sliding-window attention (D) and gated linear attention (G), tiled by
-`layer_pattern`. Parameter names and arithmetic are those of the released Kairos 3.0 checkpoints.
+Blocks of sliding-window attention (S), dilated sliding-window attention (D) and gated linear attention (G),
+tiled by `layer_pattern`. Parameter names and arithmetic are those of the released Kairos 3.0 checkpoints.
 
-The chunk-causal variant (`causal="chunk"`) sees no later chunk, so a rollout carries a `TransformerState` of constant
-size from chunk to chunk.
+The chunk-causal variant (`causal="chunk"`) sees no later chunk, so a rollout carries a `TransformerState` of
+constant size from chunk to chunk.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from kairos.ops.rotary import rotary_table
 
 @dataclass(frozen=True)
 class TransformerState:
-    """What a chunk-causal model keeps of the past: one state for each block, and how many latent frames there were."""
+    """What a chunk-causal model keeps of the past: a state for each block, and how many frames it saw."""
 
     layers: tuple[AttentionState | DeltaState, ...]
     frames: int
@@ -44,20 +44,21 @@ class KairosTransformerOutput(Transformer2DModelOutput):
 
 
 class KairosTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
-    """Latents, a time and a prompt in; the velocity (noise - sample) out. The defaults are the released 4B model.
+    """Latents, a time and a prompt in; the velocity (noise - sample) out. The defaults are the released 4B.
 
     Args:
         in_channels, out_channels: of the latents.
         patch_size: latents to a token along (frames, height, width); one frame at a time.
         hidden_size: width of the blocks.
-        num_attention_heads: of attention and of the gated delta layers; heads have hidden_size / heads channels.
+        num_attention_heads: of attention and of the gated delta layers; heads are hidden_size / heads wide.
         ffn_dim: width inside the feed-forward.
         num_layers: blocks.
         layer_pattern: kinds of blocks, tiled over the depth: S sliding, D dilated sliding, G gated delta.
         window_frames: latent frames that attention sees on each side.
         dilation: of the D blocks, in latent frames.
         pad_dilated: the zero frames that the released models' dilated blocks see at the end of a clip.
-        gated_delta_head_dim: channels of keys in a gated delta head; values have `gated_delta_expand_v` times more.
+        gated_delta_head_dim: channels of keys in a gated delta head; values have `gated_delta_expand_v` times
+            as many.
         text_dim: width of the prompt embeddings.
         freq_dim: sines and cosines of the time.
         eps: of every norm.
@@ -93,7 +94,7 @@ class KairosTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     ) -> None:
         super().__init__()
         check_config(self.config)
-        patch = tuple(patch_size)
+        patch = (1, patch_size[1], patch_size[2])
         self.patch_embedding = nn.Conv3d(in_channels, hidden_size, kernel_size=patch, stride=patch)
         self.text_embedding = mlp(text_dim, hidden_size, hidden_size)
         self.time_embedding = mlp(freq_dim, hidden_size, hidden_size)
@@ -101,7 +102,7 @@ class KairosTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.blocks = nn.ModuleList(
             KairosBlock(self.config, layer_pattern[index % len(layer_pattern)]) for index in range(num_layers)
         )
-        self.head = Head(hidden_size, out_channels * patch[0] * patch[1] * patch[2], eps)
+        self.head = Head(hidden_size, out_channels * patch[1] * patch[2], eps)
         self.gradient_checkpointing = False
         self.init_weights()
 
@@ -124,8 +125,9 @@ class KairosTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 A model in bfloat16 rounds it to bfloat16, as the released pipeline and its training do.
             encoder_hidden_states: prompt embeddings (B, T, text_dim).
             encoder_attention_mask: (B, T), true where a prompt token is real.
-            chunk_frames: sizes of consecutive chunks of the F frames, for a chunk-causal model; None is one chunk.
-            state: the past of a chunk-causal model, from an earlier call with `return_state`. These frames follow it.
+            chunk_frames: sizes of consecutive chunks of the F frames, for a chunk-causal model. None is one
+                chunk.
+            state: the past of a chunk-causal model, from an earlier call with `return_state`.
             return_state: also return the state after these frames.
 
         Returns:
@@ -136,11 +138,8 @@ class KairosTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """
         self._check_input(hidden_states, timestep, encoder_hidden_states, chunk_frames, state, return_state)
         _, patch_y, patch_x = self.config.patch_size
-        frames, height, width = (
-            hidden_states.shape[2],
-            hidden_states.shape[3] // patch_y,
-            hidden_states.shape[4] // patch_x,
-        )
+        frames, height, width = hidden_states.shape[2:]
+        height, width = height // patch_y, width // patch_x
         tokens_per_frame = height * width
         rotary = rotary_table(
             frames,
@@ -166,14 +165,8 @@ class KairosTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             layers.append(kept if return_state else None)
 
         x = self.head(x, time)
-        sample = rearrange(
-            x,
-            "b (f h w) (p q c) -> b c f (h p) (w q)",
-            f=frames,
-            h=height,
-            p=patch_y,
-            q=patch_x,
-        )
+        unpatchify = "b (f h w) (p q c) -> b c f (h p) (w q)"
+        sample = rearrange(x, unpatchify, f=frames, h=height, p=patch_y, q=patch_x)
         after = None
         if return_state:
             after = TransformerState(cast(Any, tuple(layers)), frames + (state.frames if state else 0))
@@ -184,7 +177,7 @@ class KairosTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def _embed_time(
         self, timestep: Tensor, batch: int, frames: int, tokens_per_frame: int
     ) -> tuple[Tensor, Tensor]:
-        """The time's embedding (B, T, dim) and the six vectors (B, T, 6, dim); T is 1, the frames or the tokens."""
+        """The time's embedding (B, T, dim) and its six vectors (B, T, 6, dim); T is 1, frames or tokens."""
         if timestep.ndim < 2:
             timestep = timestep.reshape(-1, 1)
         timestep = timestep.expand(batch, -1)
@@ -221,7 +214,8 @@ class KairosTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         expected = (batch, 1), (batch, frames), (batch, tokens)
         if timestep.ndim > 2 or (timestep.ndim == 2 and tuple(timestep.shape) not in expected):
             raise UserError(
-                f"timestep must be ({batch},), ({batch}, {frames}) or ({batch}, {tokens}), got {tuple(timestep.shape)}"
+                f"timestep must be ({batch},), ({batch}, {frames}) or ({batch}, {tokens}), "
+                f"got {tuple(timestep.shape)}"
             )
         if timestep.ndim == 1 and len(timestep) not in (1, batch):
             raise UserError(
@@ -243,8 +237,9 @@ class KairosTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def init_weights(self) -> None:
         """Weights to train from: every block begins as the identity and the velocity as 0.
 
-        The last product of each branch is zero and its gate one, so gradients reach the branch at full size from the
-        first step (with gates of zero, as in adaLN-zero, they would not). Other matrices keep the scale of their input.
+        The last product of each branch is zero and its gate one, so gradients reach the branch at full size
+        from the first step (with gates of zero, as in adaLN-zero, they would not). Other matrices keep the
+        scale of their input.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -252,12 +247,12 @@ class KairosTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 if module.bias is not None:
                     module.bias.zero_()
         self.patch_embedding.weight.normal_(std=self.patch_embedding.weight[0].numel() ** -0.5)
-        self.patch_embedding.bias.zero_()
-        self.time_projection[1].weight.zero_()
+        nn.init.zeros_(cast(Tensor, self.patch_embedding.bias))
+        nn.init.zeros_(cast(nn.Linear, self.time_projection[1]).weight)
         self.head.modulation.zero_()
         self.head.head.weight.zero_()
         for block in self.blocks:
-            block.init_branches()
+            cast(KairosBlock, block).init_branches()
 
 
 class KairosBlock(nn.Module):
@@ -297,12 +292,14 @@ class KairosBlock(nn.Module):
         chunk_frames: Sequence[int] | None,
         past: Any,
     ) -> tuple[Tensor, AttentionState | DeltaState]:
-        """x (B, N, dim), modulation (B, T, 6, dim), text (B, tokens, dim) -> x, and what later frames need."""
+        """x (B, N, dim), modulation (B, T, 6, dim), text (B, tokens, dim) -> x, what later frames need."""
         # Scale before shift, here; the head has them the other way round. So are the released weights.
         scale_mix, shift_mix, gate_mix, scale_ffn, shift_ffn, gate_ffn = (
             self.modulation + modulation
         ).unbind(2)
         y = modulate(x, scale_mix, shift_mix, self.eps)
+        if torch.is_autocast_enabled(y.device.type):  # once here, not once for each product
+            y = y.to(torch.get_autocast_dtype(y.device.type))
         kept: AttentionState | DeltaState
         if self.kind == "G":
             y, kept = self.gated_delta(y, past)
@@ -319,7 +316,7 @@ class KairosBlock(nn.Module):
         self.modulation[:, (2, 5)] = 1
         mix = self.gated_delta.o_proj if self.kind == "G" else self.self_attn.o
         for last in (mix, self.cross_attn.o, self.ffn[2]):
-            last.weight.zero_()
+            nn.init.zeros_(cast(nn.Linear, last).weight)
 
 
 class Head(nn.Module):
@@ -394,7 +391,8 @@ def check_config(config: Any) -> None:
         raise UserError(f"freq_dim must be even, got {config.freq_dim}")
     if not config.layer_pattern or set(config.layer_pattern) - set("SDG"):
         raise UserError(
-            f"layer_pattern must be made of S (sliding), D (dilated) and G (gated delta), got {config.layer_pattern!r}"
+            "layer_pattern must be made of S (sliding), D (dilated) and G (gated delta), "
+            f"got {config.layer_pattern!r}"
         )
     if len(config.patch_size) != 3 or config.patch_size[0] != 1 or min(config.patch_size) < 1:
         raise UserError(f"patch_size must be (1, height, width), got {tuple(config.patch_size)}")

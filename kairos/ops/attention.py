@@ -13,8 +13,8 @@ EXPLICIT_SCORES = 1 << 24
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T D^-0.5) v.
 
-    q (B, H, N, D), k and v (B, H, M, D), mask (broadcast to B, H, N, M) true where a query sees a key; each query
-    sees one at least. Returns (B, H, N, D) in v's dtype.
+    q (B, H, N, D), k and v (B, H, M, D), mask (broadcast to B, H, N, M) true where a query sees a key; each
+    query sees one at least. Returns (B, H, N, D) in v's dtype.
     """
     scores = q.shape[:3].numel() * k.shape[2]
     trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -24,7 +24,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """With the scores written out: the CPU's fused product takes three to eight times as long to go back through."""
+    """With the scores written out: back through the CPU's fused product takes 3 to 8 times as long."""
     scores = (q * q.shape[-1] ** -0.5) @ k.mT
     if mask is not None:
         scores = torch.where(mask, scores, -torch.inf)

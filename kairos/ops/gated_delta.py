@@ -2,8 +2,9 @@
 
     S_t = exp(g_t) S_(t-1);   u_t = beta_t (v_t - S_t^T k_t);   S_t += k_t u_t^T;   o_t = S_t^T q_t
 
-Source: Gated Delta Networks (arXiv 2412.06464), equation 10. Three routes give the same numbers: a loop over tokens
-(the reference), the WY form in chunks (arXiv 2406.06484, section 3), and flash-linear-attention's kernels on CUDA.
+Source: Gated Delta Networks (arXiv 2412.06464), equation 10. Three routes give the same numbers: a loop over
+tokens (the reference), the WY form in chunks (arXiv 2406.06484, section 3), and flash-linear-attention's
+kernels on CUDA.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import torch
 from torch import Tensor
 
 from kairos.errors import UserError
+from kairos.ops.routes import say_once
 
 logger = logging.getLogger(__name__)
 
 CHUNK = 64
 """Tokens that are solved together."""
 SEGMENT = 512
-"""Tokens whose chunks are prepared together: enough to be one large product, few enough to stay in the cache."""
+"""Tokens whose chunks are prepared together: enough for large products, few enough to stay in the cache."""
 BACKENDS = ("auto", "reference", "chunked", "fla")
 
 
@@ -47,8 +49,8 @@ def gated_delta_rule(
         backend: "auto", "reference", "chunked" or "fla".
 
     Returns:
-        The outputs (B, N, H, Dv) in v's dtype, and the state after the last token (B, H, Dk, Dv). The recurrence
-        and its state are float32 (float64 where the inputs are), under autocast too.
+        The outputs (B, N, H, Dv) in v's dtype, and the state after the last token (B, H, Dk, Dv). The
+        recurrence and its state are float32 (float64 where the inputs are), under autocast too.
     """
     if backend not in BACKENDS:
         raise UserError(
@@ -56,7 +58,7 @@ def gated_delta_rule(
         )
     if backend == "auto":
         backend = "fla" if q.is_cuda and _fla_is_installed() else "chunked"
-    _log_route(backend)
+    say_once(logger, f"gated delta rule on {q.device.type}: {backend}")
     if backend == "fla":
         return _fla(q, k, v, g, beta, initial_state)
     with torch.autocast(q.device.type, enabled=False):
@@ -82,7 +84,7 @@ def _loop(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tenso
 def _chunked(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The WY form, segment by segment; a whole segment of full chunks, then what is left in equal chunks."""
+    """The WY form, segment by segment."""
     outputs = []
     for begin in range(0, q.shape[1], SEGMENT):
         part = slice(begin, begin + SEGMENT)
@@ -94,11 +96,11 @@ def _chunked(
 def _segment(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A few chunks: everything that does not depend on the state for all of them at once, then a walk over them.
+    """A few chunks: what does not depend on the state for all of them at once, then a walk over them.
 
     Inside a chunk with G_t the sum of g up to t,
         u_t = beta_t (v_t - exp(G_t) S_0^T k_t - sum_{s<t} exp(G_t - G_s) (k_t . k_s) u_s),
-    a unit lower triangular system (I + A) U = beta V - beta exp(G) K S_0, solved for both right sides together.
+    a unit lower triangular system (I + A) U = beta V - beta exp(G) K S_0, solved for both at once.
     """
     tokens, dim_k, dim_v = q.shape[1], q.shape[3], v.shape[3]
     chunks = -(-tokens // CHUNK)
@@ -158,8 +160,3 @@ def _fla(
 @cache
 def _fla_is_installed() -> bool:
     return find_spec("fla") is not None
-
-
-@cache
-def _log_route(backend: str) -> None:
-    logger.info("gated delta rule: %s", backend)

@@ -19,10 +19,11 @@ def rotary_table(
     first_frame: int = 0,
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines (frames * height * width, 1, head_dim), float32, for tokens in frame-major order.
+    """Cosines and signed sines (N, 1, head_dim), float32, of N = frames * height * width tokens, frame-major.
 
-    Of the head_dim / 2 pairs a third each turn with the row and the column, and the rest with the frame. Both channels
-    of a pair hold its cosine; the first holds minus the sine. `first_frame` is the absolute index of the first frame.
+    Of the head_dim / 2 pairs a third each turn with the row and the column, and the rest with the frame. Both
+    channels of a pair hold its cosine; the first holds minus the sine. `first_frame` is the absolute index of
+    the first frame.
     """
     pairs = head_dim // 2
     pairs_y = pairs_x = pairs // 3

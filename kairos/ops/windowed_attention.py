@@ -1,9 +1,9 @@
 """Attention inside a window of tokens around each query, dilated in time or not, chunk-causal or not.
 
-Tokens are ordered frame-major, L to a frame. A query at place i of its sequence sees the keys at places j with
-|i - j| <= window_frames * L: 2 * window_frames - 1 whole frames, and of the outermost two the part that is near.
-With dilation d, the frames of one phase f mod d form a sequence of their own. With chunks, no query sees a chunk
-that comes later.
+Tokens are ordered frame-major, L to a frame. A query at place i of its sequence sees the keys at places j
+where |i - j| <= window_frames * L: 2 * window_frames - 1 whole frames, and of the two outermost the part that
+is near. With dilation d, the frames of one phase f mod d form a sequence of their own. With chunks, no query
+sees a later chunk.
 
 Queries may be the last frames of the keys: what lies before them is the past that a rollout keeps.
 """
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from kairos.errors import UserError
 from kairos.ops.attention import attend
+from kairos.ops.routes import say_once
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +56,9 @@ def windowed_attention(
         tokens_per_frame: L.
         window_frames: frames seen on each side, of the query's own phase.
         dilation: d; frames with the same f mod d see one another.
-        pad_dilated: append frames of zeros up to the next multiple of d, and d of them where it is one already. They
-            are not masked: their score is 0 and so is their value. The released models were trained so.
+        pad_dilated: append frames of zeros up to the next multiple of d, and d of them where it is one
+            already. They are not masked: their score is 0 and so is their value. The released models were
+            trained so.
         chunk_frames: sizes of consecutive chunks of the F query frames; the past lies in earlier chunks.
         backend: "auto", "reference" (one dense mask), "blocked" or "flex".
 
@@ -80,7 +82,7 @@ def windowed_attention(
             backend = "flex"
         else:
             backend = "reference" if k.shape[1] <= DENSE_TOKENS else "blocked"
-    _log_route(backend, q.device.type)
+    say_once(logger, f"windowed attention on {q.device.type}: {backend}")
     return {"reference": _dense, "blocked": _blocked, "flex": _flex}[backend](q, k, v, layout)
 
 
@@ -98,7 +100,7 @@ class Layout:
     """The chunk of each key frame."""
 
     def sees(self, query: Tensor, key: Tensor, chunks: Tensor) -> Tensor:
-        """Whether the token at place `query` sees the one at place `key`; `chunks` is self.chunks as a tensor."""
+        """Whether the token at place `query` sees the one at `key`; `chunks` is self.chunks as a tensor."""
         query_frame, key_frame = query // self.tokens, key // self.tokens
         # The places inside the sequence of one phase.
         query = query_frame // self.dilation * self.tokens + query % self.tokens
@@ -129,11 +131,11 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     return attend(q, k, v, mask).transpose(1, 2)
 
 
-# The blocked route: a frame of queries against the 2 * window + 1 frames around it, all frames as one batch. Keys and
-# values are strided views, and a mask is put together from four tiles of L x L.
+# The blocked route: a frame of queries against the 2 * window + 1 frames around it, all frames as one batch.
+# Keys and values are strided views, and a mask is put together from four tiles of L x L.
 
 NONE, WHOLE, EARLIEST, LATEST = range(4)
-"""How a query frame sees a key frame: not, wholly, or (the two ends of the window) as far as the distance allows."""
+"""How a query frame sees a key frame: not, wholly, or (at the window's two ends) as far as it reaches."""
 
 
 def _blocked(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
@@ -181,10 +183,10 @@ def _blocked_sequence(
 def _slabs(
     first: int, frames: int, windows: int, size: int, window: int, chunks: Sequence[int], tokens: int
 ) -> Iterator[tuple[int, int, slice, list[list[int]]]]:
-    """Query frames [begin, end) that are taken together, their windows, and how they see them (one row if alike).
+    """Query frames [begin, end) that are taken together, their windows, how they see them (one row if alike).
 
-    A window begins `window` frames before its query, but stays inside the sequence: so the queries at the two ends
-    share the first and the last window, and those between have one each.
+    A window begins `window` frames before its query, but stays inside the sequence: so the queries at the two
+    ends share the first and the last window, and those between have one each.
     """
 
     def start(frame: int) -> int:
@@ -218,6 +220,7 @@ def _kind(query: int, key: int, window: int, chunks: Sequence[int]) -> int:
 # The CUDA route.
 
 
+@torch.compiler.disable
 def _flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """FlexAttention with a block mask: blocks that no query sees are not computed."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -254,8 +257,3 @@ def _block_mask(layout: Layout, device: torch.device) -> Any:
 @cache
 def _flex_is_possible() -> bool:
     return find_spec("triton") is not None
-
-
-@cache
-def _log_route(backend: str, device: str) -> None:
-    logger.info("windowed attention on %s: %s", device, backend)

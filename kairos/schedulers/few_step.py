@@ -11,7 +11,7 @@ from kairos.schedulers.flow_match import FlowMatchScheduler, Generators, Schedul
 
 
 class FewStepScheduler(FlowMatchScheduler):
-    """Each step predicts x0 = x - sigma v, then x = (1 - sigma_next) x0 + sigma_next noise; the last returns x0.
+    """A step predicts x0 = x - sigma v, then x = (1 - sigma_next) x0 + sigma_next noise; the last returns x0.
 
     The sampler of consistency models (arXiv 2303.01469, algorithm 1) on the flow-matching path.
     """
@@ -59,7 +59,7 @@ class FewStepScheduler(FlowMatchScheduler):
 
 
 def noise_like(sample: Tensor, generator: Generators) -> Tensor:
-    """Standard normal noise, drawn on the CPU and then moved; with a list, each clip from its own generator."""
+    """Standard normal noise, drawn on the CPU and then moved; of a list, a generator for each clip."""
     if isinstance(generator, list):
         if len(generator) != len(sample):
             raise UserError(

@@ -24,7 +24,7 @@ class SchedulerOutput(BaseOutput):
 
 
 def shift_for(latent_frames: int, tokens_per_frame: int) -> float:
-    """How much noise a clip needs: exp(mu) sqrt(latent_frames), mu growing linearly with the tokens a frame."""
+    """How much noise a clip needs: exp(mu) sqrt(latent_frames), mu linear in the tokens a frame."""
     mu = 0.5 + (tokens_per_frame - 256) * 0.4 / 7936
     return math.exp(mu) * math.sqrt(latent_frames)
 
@@ -52,7 +52,7 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
         tokens_per_frame: int,
         device: torch.device | str | None = None,
     ) -> None:
-        """Set `.sigmas` (steps + 1, the last 0) and `.timesteps` (steps, 1000 sigma) for a clip of this shape."""
+        """Set `.sigmas` (steps + 1, the last 0) and `.timesteps` (steps, 1000 sigma) for this clip."""
         if num_inference_steps < 1:
             raise UserError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
         even = torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64)
@@ -66,7 +66,7 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
         generator: Generators = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
-        """Go from `timestep` (one of `.timesteps`) to the next. `generator` is not used: the path is deterministic."""
+        """Go from `timestep` (one of `.timesteps`) to the next; nothing random, `generator` is not used."""
         sigma, following = self._sigmas_at(timestep)
         sample = sample + velocity * (following - sigma)
         return SchedulerOutput(prev_sample=sample) if return_dict else (sample,)
