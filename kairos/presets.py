@@ -22,6 +22,7 @@ from kairos.hub import Source
 if TYPE_CHECKING:
     import torch
 
+    from kairos.model_info import ModelInfo
     from kairos.pipeline import KairosPipeline
 
 DEFAULT = "kairos-tiny"
@@ -224,6 +225,13 @@ def locate(name_or_path: str | os.PathLike[str]) -> tuple[Preset | None, Path | 
     if (folder / MARK).exists():
         return get(str(read_json(folder / MARK).get("preset"))), folder
     return None, folder
+
+
+def info(name_or_path: str | os.PathLike[str]) -> ModelInfo:
+    """What there is to say of a model without loading it. Raises UserError as `load_pipeline` does."""
+    from kairos.model_info import info
+
+    return info(name_or_path)
 
 
 def is_downloaded(preset: Preset) -> bool:
