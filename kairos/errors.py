@@ -11,3 +11,8 @@ class UserError(KairosError, ValueError):
 
 class MachineError(KairosError, RuntimeError):
     """The input is fine, the machine failed: a full disk, too little memory. Exit status 1."""
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what a library says, for a message of our own."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kairos.errors import KairosError, MachineError, UserError
+from kairos.errors import KairosError, MachineError, UserError, one_line
 
 WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -129,9 +129,7 @@ def _explained(repo: str) -> Iterator[None]:
     except errors.OfflineModeIsEnabled as error:
         raise UserError(_forbidden(repo)) from error
     except errors.HfHubHTTPError as error:
-        raise MachineError(
-            f"downloading {repo} failed: {_first_line(error)}; run the command again"
-        ) from error
+        raise MachineError(f"downloading {repo} failed: {one_line(error)}; run the command again") from error
     except errors.LocalEntryNotFoundError as error:
         if isinstance(error.__cause__, errors.OfflineModeIsEnabled):
             raise UserError(_forbidden(repo)) from error
@@ -142,7 +140,7 @@ def _explained(repo: str) -> Iterator[None]:
                 f"the disk is full before {repo} is whole; free some space (or set HF_HOME to another disk) "
                 "and run the command again: it goes on where it stopped"
             ) from error
-        raise MachineError(f"downloading {repo} failed: {_first_line(error)}") from error
+        raise MachineError(f"downloading {repo} failed: {one_line(error)}") from error
     except Exception as error:
         # The hub's HTTP library, whichever it is in this version, has errors of its own.
         if not type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3")):
@@ -156,7 +154,3 @@ def _forbidden(repo: str) -> str:
 
 def _unreachable(repo: str, endpoint: str) -> str:
     return f"cannot reach {endpoint} to download {repo}; check the network, or set HF_ENDPOINT to a mirror"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0][:200]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kairos import hub
-from kairos.errors import UserError
+from kairos.errors import UserError, one_line
 from kairos.hub import Source
 
 if TYPE_CHECKING:
@@ -310,7 +310,7 @@ def _load_saved(folder: Path, dtype: torch.dtype | None, weights: Any) -> Kairos
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"cannot load the pipeline in {folder}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot load the pipeline in {folder}: {one_line(error)}") from error
 
 
 def _check_parts(pipeline: KairosPipeline, name: object) -> None:
@@ -340,7 +340,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"no model in {file.parent}: {file.name} is missing") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {file}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot read {file}: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"cannot read {file}: it is not a dictionary in JSON")
     return content

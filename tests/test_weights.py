@@ -17,6 +17,7 @@ from kairos.weights import (
     open_weights,
     save_original,
 )
+from kairos.weights.fingerprint import fingerprint
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -269,3 +270,20 @@ def test_a_vae_with_missing_and_extra_tensors_is_refused(tmp_path):
     message = refusal(load_vae_file, tmp_path / "vae.safetensors")
     assert "lacks decoder.conv_out.bias" in message and "has stray" in message
     assert "is no WAN2.1 VAE" in refusal(load_vae_file, GOLDEN / "dit_weights.safetensors")
+
+
+def test_a_fingerprint_is_the_models_and_not_its_files_or_precisions(model, released):
+    said = fingerprint({"transformer": model})
+    assert len(said) == 16 and int(said, 16)
+    assert fingerprint({"transformer": load_transformer_file(released)}) == said
+    assert fingerprint({"transformer": load_transformer_file(released, dtype=torch.bfloat16)}) == said
+
+
+@pytest.mark.parametrize("name", ["head.head.bias", "blocks.3.gated_delta.A_log", "patch_embedding.weight"])
+def test_other_weights_and_another_configuration_have_another_fingerprint(model, released, name):
+    said = fingerprint({"transformer": model})
+    other = load_transformer_file(released)
+    other.get_parameter(name).data *= 1.1
+    assert fingerprint({"transformer": other}) != said
+    assert fingerprint({"transformer": load_transformer_file(released, dilation=6)}) != said
+    assert fingerprint({"vae": model}) != said

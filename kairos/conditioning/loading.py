@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from kairos.errors import UserError
+from kairos.errors import UserError, one_line
 
 
 @contextmanager
@@ -21,8 +21,7 @@ def explained(what: str, folder: str | Path) -> Iterator[None]:
     except (MemoryError, UserError):
         raise
     except Exception as error:  # transformers raises whatever its readers of JSON, pickles and tensors raise
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0][:200]
-        raise UserError(f"cannot load the {what} in {folder}: {reason}") from error
+        raise UserError(f"cannot load the {what} in {folder}: {one_line(error)}") from error
     finally:
         if shown:
             transformers_logging.enable_progress_bar()

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from kairos.errors import UserError
+from kairos.errors import UserError, one_line
 
 WRAPPERS = ("state_dict", "model", "module")
 """Keys under which training programs keep the state dict in a larger dictionary."""
@@ -104,7 +104,17 @@ def fill(
         if tensor.is_floating_point():
             exact = not set(float32_parts).isdisjoint(name.split("."))
             tensor = tensor.to(torch.float32 if exact else dtype or tensor.dtype)
-        model.load_state_dict({name: tensor}, strict=False, assign=True)
+        _place(model, name, tensor)
+
+
+def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Give the model this tensor as it is; load_state_dict would walk through the whole model for each."""
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    if (parameter := owner._parameters.get(leaf)) is not None:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+    else:
+        owner._buffers[leaf] = tensor
 
 
 def _files_of(path: Path) -> list[Path]:
@@ -177,7 +187,7 @@ def _open_safetensors(file: Path) -> dict[str, StoredTensor]:
     try:
         handle = safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is not weights, or only a part of them: {_one_line(error)}") from error
+        raise UserError(f"{file} is not weights, or only a part of them: {one_line(error)}") from error
 
     def reader(name: str) -> Callable[[], Tensor]:
         return lambda: handle.get_tensor(name)
@@ -221,7 +231,7 @@ def _load_torch(file: Path) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # a torn pickle fails in any way there is
-        raise UserError(f"{file} is not weights, or only a part of them: {_one_line(error)}") from error
+        raise UserError(f"{file} is not weights, or only a part of them: {one_line(error)}") from error
 
 
 def _without_prefixes(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -240,7 +250,3 @@ def _listed(names: Sequence[str], count: int | None = None) -> str:
 
 def _sizes(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "scalar"
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0][:200]
