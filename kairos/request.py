@@ -211,7 +211,7 @@ def shell_command(request: Request, output: str, options: Mapping[str, Any]) -> 
         if value is True:
             arguments.append(flag)
         elif value is not None and value is not False and value != "":
-            text = str(value)
+            text = str(value).removesuffix(".0") if isinstance(value, float) else str(value)
             # In one word where it could be taken for an option itself.
             arguments += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
     if request.prompt:

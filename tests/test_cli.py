@@ -351,7 +351,7 @@ def test_our_own_bugs_show_their_traceback(fake: FakePipeline) -> None:
 def test_verbose_says_where_the_time_went(kairos: Any, fake: FakePipeline) -> None:
     status, _, said = kairos("generate", "x", "-o", "out.mp4", "--verbose")
     assert status == 0
-    for stage in ("import", "load", "sample", "write", "total"):
+    for stage in ("import", "load", "sample", "write", "total", "peak memory"):
         assert stage in said
 
 

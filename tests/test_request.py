@@ -167,7 +167,7 @@ def test_the_shell_command_is_quoted() -> None:
     )
     words = shlex.split(shell_command(request, "my out.mp4", {"model": "kairos-tiny", "dtype": None}))
     assert words == [
-        *("kairos", "generate", "--seed", "3", "--frames", "9", "--guidance", "0.0", "--tiled"),
+        *("kairos", "generate", "--seed", "3", "--frames", "9", "--guidance", "0", "--tiled"),
         *("--model", "kairos-tiny", "--output", "my out.mp4", 'it\'s a "ball"; rm -rf $HOME'),
     ]
 

@@ -48,7 +48,7 @@ def info(
     for dtype, size_gb in about.memory_gb.items():
         freed_gb = about.memory_freed_gb[dtype]
         rows.append((f"memory in {dtype}", f"about {size_gb:.2g} GB; {freed_gb:.2g} GB with --free-encoder"))
-    rows.append(("state of a rollout", f"{about.state_mb:.3g} MB in bfloat16"))
+    rows.append(("state of a rollout", f"{about.state_mb:,.1f} MB in bfloat16"))
     for title, value in rows:
         _say(f"{title.replace('_', ' '):>24}  {value}")
 

@@ -2,6 +2,7 @@
 
 import logging
 import platform
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -59,6 +60,7 @@ def run(jobs: Sequence["Job"], options: RunOptions) -> None:
         for folder in dict.fromkeys(job.path.parent for job in jobs):
             prepare_folder(folder)
     with clock.stage("import"):
+        _quiet_libraries()
         from kairos.conditioning import TEMPLATES
 
         device, dtype = _device_and_dtype(options)
@@ -91,6 +93,7 @@ def run(jobs: Sequence["Job"], options: RunOptions) -> None:
             _report(job.path, frames.shape, request.fps, options.scale)
     if options.verbose:
         err.print(clock.table())
+        err.print(f"peak memory: {peak_memory()}", highlight=False)
 
 
 def check_inputs(request: Request) -> None:
@@ -103,10 +106,9 @@ def check_inputs(request: Request) -> None:
 
 def check_model(options: RunOptions) -> None:
     """Fail now for a model that is not known or not downloaded, and for weights that are not there."""
-    if not Path(options.model).exists():
-        preset = presets.get(options.model)
-        if preset.kind == "released":
-            presets.local_files(preset)
+    preset, folder = presets.locate(options.model)
+    if preset is not None and preset.kind == "released":
+        presets.local_files(preset, folder)
     if options.weights is not None and not Path(options.weights).exists():
         raise UserError(f"weights not found: {options.weights}")
 
@@ -246,6 +248,32 @@ def _watch(clock: Clock, pipeline: "KairosPipeline") -> None:
     clock.watch(pipeline.vae.encoder, "encode frames", synchronize)
     clock.watch(pipeline.transformer, "denoise", synchronize)
     clock.watch(pipeline.vae.decoder, "decode frames", synchronize)
+
+
+def peak_memory() -> str:
+    """The most memory that this process has held so far, on the machine and on the GPU."""
+    import torch
+
+    try:
+        import resource
+    except ImportError:  # Windows
+        said = "unknown"
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        said = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"
+    if torch.cuda.is_available():
+        said += f", {torch.cuda.max_memory_allocated() / 1e9:.2f} GB on the GPU"
+    return said
+
+
+def _quiet_libraries() -> None:
+    """Our own progress and warnings are enough; those of the libraries below are about their insides."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
 
 
 def _report(path: Path, shape: tuple[int, ...], fps: float, scale: int | None) -> None:
