@@ -53,8 +53,12 @@ def random_pipeline(seed: int = 0, **transformer_config):
         "text_dim": 32,
         "freq_dim": 32,
     }
+    transformer = KairosTransformer3DModel(**config | transformer_config).eval()
+    with torch.no_grad():  # a new model is silent: its last products are zero
+        for parameter in transformer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
     return KairosPipeline(
-        transformer=KairosTransformer3DModel(**config | transformer_config).eval(),
+        transformer=transformer,
         vae=AutoencoderKLWan(base_dim=8, num_res_blocks=1).eval(),
         text_encoder=Qwen2_5_VLForConditionalGeneration(encoder_config).eval(),
         tokenizer=tokenizer,

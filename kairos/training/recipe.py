@@ -11,8 +11,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kairos.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -38,6 +36,10 @@ class Recipe:
 
 def read_recipe(path: Path) -> Recipe:
     """The recipe of a YAML file; an unknown key is refused with the nearest right one."""
+    try:
+        import yaml
+    except ModuleNotFoundError:
+        raise UserError('training needs more packages; pip install "kairos-world[train]"') from None
     try:
         content = yaml.safe_load(path.read_text())
     except FileNotFoundError:
