@@ -163,13 +163,19 @@ def download(name: str, folder: str | os.PathLike[str] | None = None) -> dict[st
     return found
 
 
-def local_files(preset: Preset, folder: Path | None = None) -> dict[str, Path]:
+def local_files(preset: Preset, folder: Path | None = None, *, own_weights: bool = True) -> dict[str, Path]:
     """Part -> where its files lie, in the cache or in `folder`; no network is used.
+
+    Without `own_weights` the LinearDiT is not asked for: another takes its place.
 
     Raises:
         UserError: naming the parts that are missing.
     """
-    found = {part: hub.find(source, folder and folder / part) for part, source in preset.sources.items()}
+    found = {
+        part: hub.find(source, folder and folder / part)
+        for part, source in preset.sources.items()
+        if own_weights or part != "transformer"
+    }
     if missing := [part for part, path in found.items() if path is None]:
         where = f" --dir {folder}" if folder else ""
         named = ", ".join(f"{part.replace('_', ' ')} ({preset.sources[part].repo})" for part in missing)
@@ -275,9 +281,9 @@ def _load_released(
 
     from kairos.pipeline import KairosPipeline
 
-    files = local_files(preset, folder)
+    files = local_files(preset, folder, own_weights=weights is None)
     return KairosPipeline.from_original(
-        dit=weights or files["transformer"],
+        dit=files["transformer"] if weights is None else weights,
         vae=_vae_path(files["vae"]),
         text_encoder=files["text_encoder"],
         few_step=preset.scheduler == "few_step",

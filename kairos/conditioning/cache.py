@@ -33,7 +33,7 @@ class EmbeddingCache:
     def put(self, encoder: nn.Module, key: Hashable, embedding: Tensor) -> None:
         with self._lock:
             entries = self._entries.setdefault(encoder, OrderedDict())
-            entries[(_version(encoder), key)] = embedding.cpu()
+            entries[(_version(encoder), key)] = embedding.to("cpu", copy=True)  # not a view of its batch
             while len(entries) > self.capacity:
                 entries.popitem(last=False)
 

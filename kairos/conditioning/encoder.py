@@ -141,7 +141,7 @@ class _Chat:
     """The tokens of one prompt in its template, and the patches of its image."""
 
     ids: list[int]
-    key: tuple[tuple[int, ...], str]
+    key: tuple[tuple[int, ...], int, str]
     pixels: dict[str, Tensor] | None
 
 
@@ -187,7 +187,7 @@ class _Layout:
             )
         ids = self.prefix + picture + words[:room] + self.suffix
         digest = hashlib.sha256(pixels["pixel_values"].numpy().tobytes()).hexdigest() if pixels else ""
-        return _Chat(ids, (tuple(ids), digest), pixels)
+        return _Chat(ids, (tuple(ids), self.dropped, digest), pixels)
 
     def _ids(self, text: str, **options: Any) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, **options)["input_ids"] if text else []
