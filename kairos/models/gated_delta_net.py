@@ -1,6 +1,6 @@
 """The gated linear attention of the LinearDiT: a Gated DeltaNet layer (arXiv 2412.06464).
 
-It is causal along the tokens: splitting a sequence anywhere and carrying the state over gives what one pass gives.
+It is causal along the tokens: splitting a sequence and carrying the state over gives what one pass gives.
 """
 
 from __future__ import annotations

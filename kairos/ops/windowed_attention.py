@@ -29,7 +29,7 @@ from kairos.ops.routes import say_once
 
 logger = logging.getLogger(__name__)
 
-DENSE_TOKENS = 512
+DENSE_TOKENS = 256
 """Up to so many keys, one product with one small mask is faster than a product for each frame."""
 MASK_ELEMENTS = 1 << 21
 """Frames whose masks differ are taken together up to this size of their masks."""
