@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from kairos import __version__
-from kairos.cli import generate, models, show, train
+from kairos.cli import evaluate, generate, models, show, train
 from kairos.cli.console import out
 
 app = typer.Typer(
@@ -36,5 +36,6 @@ def kairos(
 
 app.command("generate")(generate.generate)
 app.command("show")(show.show)
+app.command("evaluate")(evaluate.evaluate)
 app.command("train")(train.train)
 app.add_typer(models.app, name="models")
