@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shlex
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path, PurePath
@@ -71,10 +72,9 @@ class Request:
             raise UserError("input_image and input_video exclude each other: keep one of them")
         if self.input_frames is not None and not self.input_video:
             raise UserError("input_frames says how much of input_video to use, and there is no input_video")
-        for name in ("prompt", "negative_prompt"):
-            _check_text(name, getattr(self, name))
-        for name in ("input_image", "input_video", "output"):
-            _check_path(name, getattr(self, name))
+        for field in fields(self):
+            if isinstance(text := getattr(self, field.name), str):
+                _check_text(field.name, text)
         _check_within("seed", self.seed, 0, 2**63 - 1)
         for name in ("height", "width"):
             _check_within(name, getattr(self, name), MIN_SIZE, 16384)
@@ -249,16 +249,10 @@ def _check_frames(name: str, frames: int | None) -> None:
 
 
 def _check_text(name: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{name} is not valid Unicode text: {text!r}") from None
-
-
-def _check_path(name: str, path: str) -> None:
-    _check_text(name, path)
-    if "\0" in path:
-        raise UserError(f"{name} is not a file name: {path!r}")
+    """Refuse half characters, and what would drive a terminal that shows the request."""
+    bad = [c for c in text if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\r\t"]
+    if bad:
+        raise UserError(f"{name} holds the control character {bad[0]!r}; take it out")
 
 
 def _check_output(output: str) -> None:
@@ -271,7 +265,8 @@ def _check_output(output: str) -> None:
 def _beside(request_file: Path, path: str) -> str:
     """The path as it is if it leads somewhere, else as seen from the request file if that does."""
     beside = request_file.parent / path
-    return str(beside) if path and not Path(path).exists() and beside.exists() else path
+    # os.path: a name too long for the system is one that does not exist
+    return str(beside) if path and not os.path.exists(path) and os.path.exists(beside) else path
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -104,6 +104,7 @@ def test_a_prompt_becomes_a_video_with_its_request_inside(kairos: Any, fake: Fak
         "guidance_scale": 3.0,
         "fps": 16,
     }
+    assert metadata["mode"] == "t2v"
     assert metadata["model"]["name"] == "kairos-tiny"
     assert len(metadata["model"]["hash"]) == 16
     assert metadata["dtype"] == "float32"
@@ -181,6 +182,20 @@ def test_a_size_far_from_the_models_own_is_warned_of(kairos: Any, fake: FakePipe
     assert status == 0
     assert said.startswith("warning: 64 x 64 is 4 times the area this model was made for")
     assert said.count("\n") == 1
+
+
+def test_a_scale_that_no_video_can_have_is_refused_before_sampling(kairos: Any, fake: FakePipeline) -> None:
+    size = ("--height", 512, "--width", 512, "--scale", 64)
+    status, _, complaint = kairos("generate", "x", *size, "-o", "out.mp4")
+    assert status == 2
+    assert "512 x 512 enlarged 64 times is 32768 x 32768" in complaint
+    assert fake.calls == []
+
+
+def test_a_few_step_model_says_and_records_its_own_steps(kairos: Any, fake: FakePipeline) -> None:
+    status, _, said = kairos("generate", "x", "--steps", 50, "-o", "out.mp4")
+    assert (status, said) == (0, "warning: this model samples in 2 steps, whatever is asked for\n")
+    assert read_metadata("out.mp4")["request"]["num_inference_steps"] == 2
 
 
 def test_a_rewritten_prompt_stands_in_the_file_beside_the_words_it_came_from(
@@ -274,6 +289,9 @@ BAD_INPUT = {
         ("x", "--config", "eighty.py"),
         "eighty.py: num_frames must be 4n + 1",
     ),
+    "an output that is a folder": (("--request", "folder.json", "-o", "."), "taken.mp4: it is a folder"),
+    "an output with too long a name": (("x", "-o", "x" * 300 + ".mp4"), "too long"),
+    "an image with too long a name": (("x", "--image", "x" * 300), "too long"),
     "weights that are not there": (("x", "--weights", "no.safetensors"), "weights not found: no.safetensors"),
     "a scale that is none": (("x", "--scale", "0"), "scale must be a whole number from 1 to 64, got 0"),
     "a model that is not downloaded": (
@@ -298,6 +316,8 @@ def test_bad_input_gets_one_line_and_status_2_before_a_model_is_loaded(
     Path("typo.py").write_text("hight = 48\n")
     Path("code.py").write_text("height = 2 * 480\n")
     Path("import.py").write_text("import os\n")
+    Path("folder.json").write_text('{"prompt": "x", "output": "taken.mp4"}')
+    Path("taken.mp4").mkdir()
     Path("type.py").write_text("model = 5\n")
     Path("eighty.py").write_text("num_frames = 80\n")
 
@@ -306,7 +326,7 @@ def test_bad_input_gets_one_line_and_status_2_before_a_model_is_loaded(
     assert message in complaint
     assert complaint.startswith("error: ")
     assert complaint.count("\n") == 1
-    assert not list(Path().rglob("*.mp4"))
+    assert [path.name for path in Path().rglob("*.mp4")] == ["taken.mp4"]
     assert not list(Path().rglob("*.part"))
 
 
@@ -328,7 +348,6 @@ def test_a_full_disk_is_the_machines_failure(
     "failure",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nAnd more."),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes."),
         MemoryError(),
     ],
 )
@@ -340,6 +359,13 @@ def test_too_little_memory_is_the_machines_failure(
     assert status == 1
     assert complaint.startswith("error: not enough memory")
     assert complaint.count("\n") == 1
+
+
+def test_too_little_memory_on_the_cpu_is_told_in_one_line(kairos: Any, fake: FakePipeline) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50)
+    fake.failure = caught.value
+    assert kairos("generate", "x", "-o", "out.mp4")[0] == 1
 
 
 def test_our_own_bugs_show_their_traceback(fake: FakePipeline) -> None:
@@ -389,11 +415,14 @@ def test_show_prints_json(kairos: Any, fake: FakePipeline) -> None:
 
 def test_show_of_another_video_is_bad_input(kairos: Any, fake: FakePipeline) -> None:
     write_video("foreign.mp4", np.zeros((1, 32, 32, 3), np.uint8), fps=16)
-    write_video("odd.mp4", np.zeros((1, 32, 32, 3), np.uint8), fps=16, metadata={"request": 5})
-    for name in ("foreign.mp4", "odd.mp4", "missing.mp4"):
+    clearing = {"request": {"prompt": "x"}, "model": {"name": "\x1b[2J"}}
+    for name, metadata in {"odd": {"request": 5, "model": {"name": "x"}}, "clearing": clearing}.items():
+        write_video(f"{name}.mp4", np.zeros((1, 32, 32, 3), np.uint8), fps=16, metadata=metadata)
+    for name in ("foreign.mp4", "odd.mp4", "clearing.mp4", "missing.mp4"):
         status, said, complaint = kairos("show", name)
         assert (status, said, complaint.count("\n")) == (2, "", 1)
         assert name in complaint
+        assert "\x1b" not in complaint
 
 
 def test_the_version_is_printed(kairos: Any) -> None:

@@ -30,6 +30,7 @@ LAYERS = {
     "hub": 3,
     "model_info": 3,
     "pipeline": 3,
+    "streaming": 3,
     "presets": 3,
     "training": 3,
     "cli": 4,

@@ -89,8 +89,9 @@ def test_the_mode_is_told_by_what_is_empty(given: dict, mode: str) -> None:
         ({"input_video": "b.mp4", "input_frames": 5, "num_frames": 5}, "must be above that, got 5"),
         ({"prompt": "x", "output": "../out.mp4"}, "output must be a name inside the output folder"),
         ({"prompt": "x", "output": "out.avi"}, "output must end in .mp4"),
-        ({"prompt": "x\udc80"}, "prompt is not valid Unicode text"),
-        ({"input_image": "a\0.png"}, "input_image is not a file name"),
+        ({"prompt": "x\udc80"}, "prompt holds the control character '\\udc80'"),
+        ({"prompt": "\x1b[2J"}, "prompt holds the control character '\\x1b'"),
+        ({"input_image": "a\0.png"}, "input_image holds the control character '\\x00'"),
     ],
 )
 def test_what_cannot_be_is_told_with_the_value_the_rule_and_the_fix(given: dict, message: str) -> None:

@@ -3,6 +3,7 @@
 Each command is a module here; heavy imports wait inside its body, so that `kairos --help` is quick.
 """
 
+import errno
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -18,10 +19,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """
     import typer
 
-    from kairos.cli.app import app
     from kairos.cli.console import err
 
     try:
+        from kairos.cli.app import app
+
         status = app(args=arguments, prog_name="kairos", standalone_mode=False)
     except typer.TyperException as error:  # a wrong option or argument
         message, status = error.format_message(), error.exit_code
@@ -29,6 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         message, status = str(error), 1 if isinstance(error, MachineError) else 2
     except MemoryError:
         message, status = "not enough memory; try a smaller size, fewer frames or --tiled", 1
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        message, status = f"the file name is too long: {error.filename}", 2
     except (KeyboardInterrupt, typer.Abort):
         message, status = "", 130
     else:

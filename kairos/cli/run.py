@@ -15,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kairos import __version__, presets
 from kairos.cli.clock import Clock
 from kairos.cli.console import err, out
-from kairos.data.files import prepare_folder
-from kairos.data.media import automatic_scale, read_image, read_video, write_video
+from kairos.data.files import prepare_file
+from kairos.data.media import read_image, read_video, shown_size, write_video
 from kairos.errors import MachineError, UserError
 from kairos.request import Request, did_you_mean
 
@@ -57,8 +57,8 @@ def run(jobs: Sequence["Job"], options: RunOptions) -> None:
         for job in jobs:
             check_inputs(job.request)
         check_model(options)
-        for folder in dict.fromkeys(job.path.parent for job in jobs):
-            prepare_folder(folder)
+        for job in jobs:
+            prepare_file(job.path)
     with clock.stage("import"):
         _quiet_libraries()
         from kairos.conditioning import TEMPLATES
@@ -82,13 +82,18 @@ def run(jobs: Sequence["Job"], options: RunOptions) -> None:
             request = resolved(job.request, pipeline)
             assert request.height and request.width and request.num_frames and request.fps
             size = {"height": request.height, "width": request.width, "num_frames": request.num_frames}
+            shown_size(request.height, request.width, options.scale)
             for warning in presets.check_request_against(pipeline.config.defaults, **size):
                 logger.warning(warning)
             with clock.stage("sample"):
                 after_encoding = ("free" if job is jobs[-1] else "cpu") if options.free_encoder else "keep"
                 frames = make(pipeline, request, after_encoding)
+            if (steps := len(pipeline.scheduler.timesteps)) != request.num_inference_steps:
+                logger.warning("this model samples in %d steps, whatever is asked for", steps)
+                request = replace(request, num_inference_steps=steps)
             with clock.stage("write"):
-                said = {"request": replace(request, output="").to_dict(), **about, **job.remarks}
+                made_from = {"request": replace(request, output="").to_dict(), "mode": request.mode}
+                said = made_from | about | job.remarks
                 write_video(job.path, frames, request.fps, said, options.scale)
             _report(job.path, frames.shape, request.fps, options.scale)
     if options.verbose:
@@ -278,8 +283,8 @@ def _quiet_libraries() -> None:
 
 def _report(path: Path, shape: tuple[int, ...], fps: float, scale: int | None) -> None:
     frames, height, width, _ = shape
-    scale = scale or automatic_scale(height, width)
-    shown = f", shown at {width * scale} x {height * scale}" if scale > 1 else ""
+    shown_height, shown_width = shown_size(height, width, scale)
+    shown = f", shown at {shown_width} x {shown_height}" if shown_height > height else ""
     out.print(
         f"{path}: {frames} frames of {width} x {height} at {fps:g} fps{shown}", markup=False, highlight=False
     )
@@ -291,7 +296,7 @@ def _explained_memory() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError" and "not enough memory" not in str(error):
+        if type(error).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator" not in str(error):
             raise
         reason = "not enough memory on the device"
         raise MachineError(

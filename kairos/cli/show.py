@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
 from kairos.cli.console import out
 from kairos.errors import UserError
@@ -23,8 +24,9 @@ def show(
         return
     command = _command(video, metadata)
     for name, value in _rows(metadata):
-        out.print(f"[bold]{name:>20}[/]  ", end="")
-        out.print(str(value), markup=False, highlight=False)
+        out.print(
+            Text(f"{_printable(name):>20}", style="bold"), _printable(value), markup=False, highlight=False
+        )
     out.print()
     out.print(command, markup=False, highlight=False)
 
@@ -37,9 +39,17 @@ def _command(video: Path, metadata: dict[str, Any]) -> str:
             name: metadata[name] for name in ("model", "weights", "dtype", "scale") if metadata.get(name)
         }
         options["model"] = metadata["model"]["name"]
+        for name, value in options.items():
+            if _printable(value) != value and not isinstance(value, int):
+                raise UserError(f"{name} is {_printable(value)}")
         return shell_command(Request.from_dict(metadata["request"]), str(video), options)
-    except (KeyError, TypeError, UserError) as error:
+    except (AttributeError, KeyError, TypeError, UserError) as error:
         raise UserError(f"{video} carries metadata that is not a request of kairos: {error}") from error
+
+
+def _printable(value: Any) -> str:
+    """A value for the terminal; what would drive the terminal is escaped."""
+    return value if isinstance(value, str) and value.isprintable() else json.dumps(value)
 
 
 def _rows(metadata: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -22,9 +22,8 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """
     path = Path(path)
     with _explained(path):
-        if path.is_dir():
-            raise UserError(f"cannot write {path}: it is a folder; give the name of a file in it")
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:64]}.", suffix=".part", dir=path.parent)
+        _refuse_folder(path)
+        handle, temporary = tempfile.mkstemp(prefix=".kairos-", suffix=".part", dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
@@ -45,8 +44,21 @@ def prepare_folder(folder: str | os.PathLike[str]) -> None:
     folder = Path(folder)
     with _explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(prefix=".kairos.", dir=folder) as file:
+        with tempfile.NamedTemporaryFile(prefix=".kairos-", dir=folder) as file:
             file.write(b"\0")
+
+
+def prepare_file(path: str | os.PathLike[str]) -> None:
+    """`prepare_folder` for the folder of `path`, and that `path` can be the name of a file in it."""
+    path = Path(path)
+    prepare_folder(path.parent)
+    with _explained(path):
+        _refuse_folder(path)
+
+
+def _refuse_folder(path: Path) -> None:
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder; give the name of a file in it")
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from kairos.errors import UserError
 Frames = NDArray[np.uint8]  # (F, H, W, 3), RGB
 
 MIN_SHOWN_SIZE = 256  # pixels; smaller videos are enlarged when written, players show them badly
+MAX_SHOWN_SIZE = 16384  # pixels; x264's own limit
 _CRF = "14"  # visually lossless; these clips are short
 _ENCODER_THREADS = 4  # fixed: x264's bytes depend on it, and the same frames shall give the same bytes
 _BT709 = 1  # H.273's code for the primaries, the transfer curve and the matrix
@@ -56,6 +57,8 @@ def read_video(
     frames: list[NDArray[np.uint8]] = []
     with _reading(path) as container:
         for frame, repeats in _on_screen(container, fps):
+            if not repeats:
+                continue
             pixels = frame.to_ndarray(format="rgb24")
             turns = round(frame.rotation / 90) % 4
             frames.extend([np.rot90(pixels, turns) if turns else pixels] * repeats)
@@ -97,8 +100,8 @@ def write_video(
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or len(frames) == 0:
         raise ValueError(f"frames must be (F, H, W, 3) uint8 with F >= 1, got {frames.shape} {frames.dtype}")
-    if scale is None:
-        scale = automatic_scale(*frames.shape[1:3])
+    scale = scale or automatic_scale(*frames.shape[1:3])
+    shown_size(*frames.shape[1:3], scale)
     comment = None if metadata is None else json.dumps(metadata, ensure_ascii=False)
     # Encoded in memory, for clips are short: all that can fail at the disk is then plain file writing.
     write_atomically(path, _encode(frames, fps, scale, comment))
@@ -107,6 +110,16 @@ def write_video(
 def automatic_scale(height: int, width: int) -> int:
     """The smallest whole factor that brings both sides to MIN_SHOWN_SIZE."""
     return max(1, math.ceil(MIN_SHOWN_SIZE / min(height, width)))
+
+
+def shown_size(height: int, width: int, scale: int | None) -> tuple[int, int]:
+    """Height and width of a video as `write_video` writes it. Raises UserError for what H.264 cannot hold."""
+    scale = scale or automatic_scale(height, width)
+    shown = height * scale + height * scale % 2, width * scale + width * scale % 2
+    if max(shown) > MAX_SHOWN_SIZE:
+        enlarged = f"{width} x {height} enlarged {scale} times is {shown[1]} x {shown[0]}"
+        raise UserError(f"{enlarged}, and a video's side is at most {MAX_SHOWN_SIZE}; try a smaller scale")
+    return shown
 
 
 def write_contact_sheet(
@@ -146,7 +159,7 @@ def _encode(frames: Frames, fps: float, scale: int, comment: str | None) -> byte
         if comment is not None:
             container.metadata["comment"] = comment
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.width, stream.height = (side * scale + side * scale % 2 for side in (width, height))
+        stream.height, stream.width = shown_size(height, width, scale)
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": _CRF, "preset": "medium"}
         context = stream.codec_context
@@ -185,7 +198,7 @@ def _on_screen(container: Any, fps: float | None) -> Iterator[tuple[Any, int]]:
         time_s = float(frame.pts * frame.time_base) if frame.pts is not None else number * frame_s
         start_s = time_s if start_s is None else start_s
         if last is not None:
-            due = _ticks_before(time_s - start_s, fps)
+            due = max(taken, _ticks_before(time_s - start_s, fps))  # never back, whatever a broken file says
             yield last, due - taken
             taken = due
         last, last_s = frame, time_s
