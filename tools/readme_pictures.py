@@ -1,0 +1,52 @@
+"""Make the pictures of the README and of the model card with kairos-tiny: `python tools/readme_pictures.py`.
+
+Seeds are 0, 1, 2, ... in order: nothing is picked by hand.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from kairos.data.media import write_contact_sheet
+from kairos.evaluation.physics import to_uint8
+from kairos.presets import load_pipeline
+from kairos.worlds import simulate
+
+PICTURES = Path(__file__).parent.parent / "docs" / "images"
+PROMPTS = (
+    "a red ball rolls to the right and hits a blue ball",
+    "a small green ball moves slowly to the left",
+    "a large yellow ball is thrown to the right and falls to the ground",
+    "an orange ball crashes into a purple ball",
+    "a cyan ball rolls quickly to the right",
+    "a pink ball is thrown to the left and drops to the floor",
+)
+
+
+def main() -> None:
+    pipeline = load_pipeline("kairos-tiny", device="cpu", dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def make(prompt: str, seed: int, **given: object) -> np.ndarray:
+        generator = torch.Generator().manual_seed(seed)
+        return to_uint8(pipeline(prompt, generator=generator, **given).frames[0])
+
+    videos = [make(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
+    write_contact_sheet(PICTURES / "kairos-tiny.png", videos, columns=9, captions=PROMPTS, scale=1)
+
+    rows, titles = [], []
+    for scene in ("uniform", "collision", "parabola"):
+        clip = simulate(scene, split="in", seed=0, index=0)
+        rows += [
+            clip.frames,
+            make(clip.caption, 0, image=Image.fromarray(clip.frames[0])),
+            make(clip.caption, 0, video=clip.frames[:5]),
+        ]
+        titles += [f"simulator: {clip.caption}", "kairos-tiny from the first frame", "kairos-tiny from five frames"]
+    write_contact_sheet(PICTURES / "continuation.png", rows, columns=9, captions=titles, scale=1)
+
+
+if __name__ == "__main__":
+    main()
