@@ -10,7 +10,9 @@ from kairos.cli.console import out, show_log
 
 
 def evaluate(
-    model: Annotated[str, typer.Option(metavar="NAME|PATH", help="A model's name or folder.")] = "kairos-tiny",
+    model: Annotated[
+        str, typer.Option(metavar="NAME|PATH", help="A model's name or folder.")
+    ] = "kairos-tiny",
     scenes: Annotated[
         str, typer.Option(metavar="SCENE,SCENE", help="Which worlds.")
     ] = "uniform,collision,parabola",
@@ -20,7 +22,8 @@ def evaluate(
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps. Default: the model's.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance. Default: the model's.")] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Write results.json and the videos here.")
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="Write results.json and the videos here."),
     ] = None,
 ) -> None:
     """Measure a model against the simulator: velocity, and colours, count and direction as captioned."""
@@ -35,12 +38,16 @@ def evaluate(
 
     if output is not None:
         prepare_folder(output)
-    pipeline = load_pipeline(model, device="cuda" if torch.cuda.is_available() else "cpu", dtype=torch.float32)
+    pipeline = load_pipeline(
+        model, device="cuda" if torch.cuda.is_available() else "cpu", dtype=torch.float32
+    )
     pipeline.set_progress_bar_config(disable=True)
 
     def keep(kind: str, scene: str, index: int, frames: physics.Frames) -> None:
         if output is not None:
-            write_video(output / f"{scene}-{index:03d}-{kind}.mp4", frames, fps=pipeline.config.defaults["fps"])
+            write_video(
+                output / f"{scene}-{index:03d}-{kind}.mp4", frames, fps=pipeline.config.defaults["fps"]
+            )
 
     result = physics.evaluate(
         pipeline,
