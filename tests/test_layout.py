@@ -167,3 +167,12 @@ def test_the_licence_is_apache_2() -> None:
     assert "Apache License" in text
     assert "Version 2.0, January 2004" in text
     assert "END OF TERMS AND CONDITIONS" in text
+
+
+def test_the_readmes_two_commands_are_those_that_ci_and_the_package_know() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert 'pip install -c constraints.txt . && kairos generate "a red ball' in readme
+    assert 'pip install -c constraints.txt ".[test]" && pytest' in readme
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert '-c constraints.txt ".[test]"' in ci
+    assert "\npytest || status=1\n" in ci
