@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from kairos.pipeline import KairosPipelineOutput as KairosPipelineOutput
     from kairos.schedulers import FewStepScheduler as FewStepScheduler
     from kairos.schedulers import FlowMatchScheduler as FlowMatchScheduler
+    from kairos.streaming import StreamingVAEDecoder as StreamingVAEDecoder
+    from kairos.streaming import WorldState as WorldState
 
 _HOME = {
     "FewStepScheduler": "kairos.schedulers",
@@ -26,7 +28,9 @@ _HOME = {
     "KairosPipelineOutput": "kairos.pipeline",
     "KairosTransformer3DModel": "kairos.models.transformer",
     "MachineError": "kairos.errors",
+    "StreamingVAEDecoder": "kairos.streaming",
     "UserError": "kairos.errors",
+    "WorldState": "kairos.streaming",
 }
 
 __all__ = ["__version__", *_HOME]  # noqa: PLE0604

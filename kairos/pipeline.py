@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from kairos.models import vae as video_vae
 from kairos.models.transformer import KairosTransformer3DModel
 from kairos.models.vae import SPATIAL, TEMPORAL
 from kairos.schedulers import FewStepScheduler, FlowMatchScheduler
+
+if TYPE_CHECKING:
+    from kairos.streaming import Rollout
 
 logger = logging.getLogger(__name__)
 
@@ -198,6 +201,15 @@ class KairosPipeline(DiffusionPipeline):
         frames = self._decode(latents, output_type, tiled)
         self.maybe_free_model_hooks()
         return KairosPipelineOutput(frames=frames) if return_dict else (frames,)
+
+    def stream(self, prompt: str | list[str] = "", **options: Any) -> Rollout:
+        """Begin a video without end: `for frames in pipeline.stream("a ball", image=image): ...`.
+
+        See `kairos.streaming.stream` for the options, and `kairos.streaming.resume` to go on from a saved world.
+        """
+        from kairos.streaming import stream
+
+        return stream(self, prompt, **options)
 
     def encode_prompt(self, prompts: list[str], image: Image.Image | None = None) -> tuple[Tensor, Tensor]:
         """Embeddings (B, T, C) and their mask (B, T) of `prompts`, from the cache where they are known."""

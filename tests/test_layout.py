@@ -32,6 +32,7 @@ LAYERS = {
     "pipeline": 3,
     "streaming": 3,
     "presets": 3,
+    "streaming": 3,
     "training": 3,
     "cli": 4,
     "__main__": 5,
@@ -45,7 +46,9 @@ PUBLIC = {
     "KairosPipelineOutput",
     "KairosTransformer3DModel",
     "MachineError",
+    "StreamingVAEDecoder",
     "UserError",
+    "WorldState",
     "__version__",
 }
 

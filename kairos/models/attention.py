@@ -64,7 +64,8 @@ class WindowedSelfAttention(nn.Module):
         v = self.v(x).unflatten(-1, heads)
         q, k = q.to(v.dtype), k.to(v.dtype)
         if past is not None:
-            k, v = torch.cat((past.keys, k), dim=1), torch.cat((past.values, v), dim=1)
+            k = torch.cat((past.keys.to(k.dtype), k), dim=1)
+            v = torch.cat((past.values.to(v.dtype), v), dim=1)
         dilated = not self.follow_length or x.shape[1] // tokens_per_frame >= 2 * self.dilation
         out = windowed_attention(
             q,

@@ -63,9 +63,9 @@ class GatedDeltaNet(nn.Module):
 
     def forward(self, x: Tensor, past: DeltaState | None = None) -> tuple[Tensor, DeltaState]:
         """Mix x (B, N, dim) along the tokens; also returns the state after the last."""
-        q, conv_q = short_conv(self.q_proj(x), self.q_conv1d, past and past.conv_q)
-        k, conv_k = short_conv(self.k_proj(x), self.k_conv1d, past and past.conv_k)
-        v, conv_v = short_conv(self.v_proj(x), self.v_conv1d, past and past.conv_v)
+        q, conv_q = short_conv(self.q_proj(x), self.q_conv1d, past.conv_q if past else None)
+        k, conv_k = short_conv(self.k_proj(x), self.k_conv1d, past.conv_k if past else None)
+        v, conv_v = short_conv(self.v_proj(x), self.v_conv1d, past.conv_v if past else None)
         q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in (q, k, v))
         with torch.autocast(x.device.type, enabled=False):
             precise = x.to(self.a_proj.weight.dtype)

@@ -9,7 +9,7 @@ constant size from chunk to chunk.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -34,6 +34,11 @@ class TransformerState:
 
     layers: tuple[AttentionState | DeltaState, ...]
     frames: int
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> TransformerState:
+        """The same with every tensor changed."""
+        layers = (type(layer)(*(change(tensor) for tensor in vars(layer).values())) for layer in self.layers)
+        return TransformerState(tuple(layers), self.frames)
 
 
 @dataclass
