@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """
     import typer
 
-    from kairos.cli.console import err
+    from kairos.cli.console import say
 
     try:
         from kairos.cli.app import app
@@ -42,6 +42,5 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if status == 130:
         message = "interrupted"
     if message:
-        err.print("[bold red]error:[/]", end=" ")
-        err.print(" ".join(message.split()), markup=False, highlight=False, soft_wrap=True)
+        say("error", "bold red", message)
     sys.exit(status if isinstance(status, int) else 0)

@@ -3,18 +3,25 @@
 import logging
 
 from rich.console import Console
+from rich.text import Text
 
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
+
+
+def say(kind: str, style: str, message: str) -> None:
+    """One line on stderr: `kind: message`."""
+    err.print(Text.assemble((f"{kind}:", style), " ", " ".join(message.split())))
 
 
 class LogLines(logging.Handler):
     """Kairos's log on stderr, a line for each remark."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        serious = record.levelno >= logging.WARNING
-        err.print("[bold yellow]warning:[/]" if serious else "[dim]note:[/]", end=" ")
-        err.print(" ".join(record.getMessage().split()), markup=False, highlight=False)
+        if record.levelno >= logging.WARNING:
+            say("warning", "bold yellow", record.getMessage())
+        else:
+            say("note", "dim", record.getMessage())
 
 
 def show_log(verbose: bool) -> None:
