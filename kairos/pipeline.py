@@ -1,8 +1,8 @@
 """The pipeline: a prompt, an image or the start of a video in; frames out.
 
 Prompt -> embeddings -> noise -> for each sigma, guidance around the LinearDiT -> latents -> frames.
-One pipeline for the released 4B model and for kairos-tiny, for base and distilled models: they differ by their
-components and by `defaults`.
+One pipeline for the released 4B model and for kairos-tiny, for base and distilled models: they differ by
+their components and by `defaults`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class KairosPipelineOutput(BaseOutput):
-    """`frames`: (B, F, H, W, 3) in [0, 1] as NumPy; (B, F, 3, H, W) as a tensor; lists of PIL images; or latents."""
+    """`frames`: (B, F, H, W, 3) in [0, 1] as NumPy; (B, F, 3, H, W) as a tensor; lists of PIL images; or
+    latents."""
 
     frames: Any
 
@@ -44,13 +45,13 @@ class KairosPipelineOutput(BaseOutput):
 class KairosPipeline(DiffusionPipeline):
     """Text to video, image to video, both, and continuation of a video.
 
-    Components: `transformer`, `vae`, `text_encoder` with `tokenizer` (and `processor`, where images go into the
-    prompt), `scheduler`. `prompt_template` names one of `kairos.conditioning.TEMPLATES`; `defaults` holds what a call
-    does not say: height, width, num_frames, fps, num_inference_steps, guidance_scale.
+    Components: `transformer`, `vae`, `text_encoder` with `tokenizer` (and `processor`, where images go into
+    the prompt), `scheduler`. `prompt_template` names one of `kairos.conditioning.TEMPLATES`; `defaults`
+    holds what a call does not say: height, width, num_frames, fps, num_inference_steps, guidance_scale.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
-    _optional_components = ["processor"]  # noqa: RUF012 (diffusers' protocol)
+    _optional_components = ["processor"]
 
     def __init__(
         self,
@@ -74,7 +75,9 @@ class KairosPipeline(DiffusionPipeline):
         )
         if prompt_template not in TEMPLATES:
             raise UserError(f"prompt_template must be one of {', '.join(TEMPLATES)}, got {prompt_template!r}")
-        self.register_to_config(prompt_template=prompt_template, defaults=RELEASED_DEFAULTS | (defaults or {}))
+        self.register_to_config(
+            prompt_template=prompt_template, defaults=RELEASED_DEFAULTS | (defaults or {})
+        )
 
     @torch.no_grad()
     def __call__(
@@ -116,9 +119,11 @@ class KairosPipeline(DiffusionPipeline):
             prompt_embeds, negative_prompt_embeds: (embeddings (B, T, C), mask (B, T)) instead of the texts.
             output_type: "np", "pt", "pil" or "latent".
             tiled: encode and decode in tiles, for frames too large for the memory.
-            after_encoding: what becomes of the text encoder: "keep", "cpu" (moved off the device), "free" (dropped).
-            callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) and may return new latents;
-                setting `pipeline.interrupt = True` in it ends the sampling there, with the latents as they are.
+            after_encoding: what becomes of the text encoder: "keep", "cpu" (moved off the device), "free"
+            (dropped). callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) and may
+            return new latents;
+                setting `pipeline.interrupt = True` in it ends the sampling there, with the latents as they
+                are.
 
         Raises:
             UserError: for input that cannot be used, with the rule and the fix.
@@ -136,7 +141,7 @@ class KairosPipeline(DiffusionPipeline):
         if after_encoding not in ("keep", "cpu", "free"):
             raise UserError(f'after_encoding must be "keep", "cpu" or "free", got {after_encoding!r}')
         given = self._given_frames(image, video, num_frames)
-        device, dtype = self._execution_device, self.transformer.dtype
+        device = self._execution_device
 
         # 1. Prompts to embeddings; the image is part of the positive prompt where the template says so.
         picture = given[0] if given else None
@@ -147,7 +152,9 @@ class KairosPipeline(DiffusionPipeline):
             negative = negative_prompt_embeds or self.encode_prompt([negative_prompt] * len(positive[0]))
         self._release_text_encoder(after_encoding)
         positive, negative = (
-            tuple(t.repeat_interleave(num_videos_per_prompt, 0).to(device) for t in branch) if branch else None
+            tuple(t.repeat_interleave(num_videos_per_prompt, 0).to(device) for t in branch)
+            if branch
+            else None
             for branch in (positive, negative)
         )
         batch = len(positive[0])
@@ -168,36 +175,45 @@ class KairosPipeline(DiffusionPipeline):
             raise UserError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
         latents = latents.to(device, torch.float32)
 
-        # 3. Denoise, and 4. decode.
+        # 3. Denoise, chunk by chunk, and 4. decode.
+        chunks = chunk_ends(self.transformer, shape[2], known_frames)
         patch = self.transformer.config.patch_size
-        self.scheduler.set_timesteps(
-            steps,
-            latent_frames=shape[2],
-            tokens_per_frame=shape[3] * shape[4] // (patch[1] * patch[2]),
-            device=device,
-        )
-        self.interrupt = False
-        with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:
+        tokens = shape[3] * shape[4] // (patch[1] * patch[2])
 
-            def after_step(step: int, timestep: Tensor, latents: Tensor) -> Tensor | None:
-                progress.update()
-                if callback_on_step_end is not None:
-                    latents = (callback_on_step_end(self, step, timestep, {"latents": latents}) or {}).get(
-                        "latents", latents
-                    )
-                return latents, self.interrupt
-
-            latents = denoise(
-                self.transformer,
-                self.scheduler,
-                latents,
-                positive=positive,
-                negative=negative,
-                guidance_scale=guidance,
-                known=known,
-                generator=generator,
-                after_step=after_step,
+        def set_timesteps(latent_frames: int) -> int:
+            self.scheduler.set_timesteps(
+                steps, latent_frames=latent_frames, tokens_per_frame=tokens, device=device
             )
+            return len(self.scheduler.timesteps)
+
+        self.interrupt = False
+        with self.progress_bar(total=len(chunks) * set_timesteps(shape[2])) as progress:
+            taken = 0
+
+            def after_step(timestep: Tensor, chunk: Tensor) -> tuple[Tensor, bool]:
+                nonlocal taken
+                if callback_on_step_end is not None:
+                    answer = callback_on_step_end(self, taken, timestep, {"latents": chunk}) or {}
+                    chunk = answer.get("latents", chunk)
+                taken += 1
+                progress.update()
+                return chunk, self.interrupt
+
+            for end in chunks:
+                set_timesteps(end)
+                latents[:, :, :end] = known = denoise(
+                    self.transformer,
+                    self.scheduler,
+                    latents[:, :, :end],
+                    positive=positive,
+                    negative=negative,
+                    guidance_scale=guidance,
+                    known=known,
+                    generator=generator,
+                    after_step=after_step,
+                )
+                if self.interrupt:
+                    break
         frames = self._decode(latents, output_type, tiled)
         self.maybe_free_model_hooks()
         return KairosPipelineOutput(frames=frames) if return_dict else (frames,)
@@ -205,7 +221,8 @@ class KairosPipeline(DiffusionPipeline):
     def stream(self, prompt: str | list[str] = "", **options: Any) -> Rollout:
         """Begin a video without end: `for frames in pipeline.stream("a ball", image=image): ...`.
 
-        See `kairos.streaming.stream` for the options, and `kairos.streaming.resume` to go on from a saved world.
+        See `kairos.streaming.stream` for the options, and `kairos.streaming.resume` to go on from a saved
+        world.
         """
         from kairos.streaming import stream
 
@@ -245,8 +262,8 @@ class KairosPipeline(DiffusionPipeline):
         Args:
             dit: the LinearDiT's safetensors file, or a folder of them.
             vae: Wan2.1_VAE.pth, or a folder in diffusers' layout.
-            text_encoder: a Qwen2.5-VL folder in transformers' layout (or with `text_encoder/` and `tokenizer/` in it).
-            few_step: a distilled checkpoint: four steps, no guidance.
+            text_encoder: a Qwen2.5-VL folder in transformers' layout (or with `text_encoder/` and
+            `tokenizer/` in it). few_step: a distilled checkpoint: four steps, no guidance.
             transformer_config: what the file does not tell, such as `dilation`.
         """
         from kairos.conditioning import load_text_encoder
@@ -278,7 +295,9 @@ class KairosPipeline(DiffusionPipeline):
     def _rounded_frames(self, num_frames: float) -> int:
         """The number of frames rounded up to 4n + 1, and said so."""
         if num_frames < 1:
-            raise UserError(f"num_frames must be 4n + 1, got {num_frames}; try {RELEASED_DEFAULTS['num_frames']}")
+            raise UserError(
+                f"num_frames must be 4n + 1, got {num_frames}; try {RELEASED_DEFAULTS['num_frames']}"
+            )
         rounded = int(-(-(num_frames - 1) // TEMPORAL) * TEMPORAL + 1)
         if rounded != num_frames:
             logger.warning("%d frames are rounded up to %d", num_frames, rounded)
@@ -291,12 +310,18 @@ class KairosPipeline(DiffusionPipeline):
             raise UserError("image and video exclude each other: the video's first frame is the image")
         if video is None:
             return [] if image is None else [image.convert("RGB")]
-        given = [f.convert("RGB") if isinstance(f, Image.Image) else Image.fromarray(np.asarray(f)) for f in video]
+        given = [
+            f.convert("RGB") if isinstance(f, Image.Image) else Image.fromarray(np.asarray(f)) for f in video
+        ]
         if len(given) % TEMPORAL != 1:
             fewer = (len(given) - 1) // TEMPORAL * TEMPORAL + 1
-            raise UserError(f"a given video must have 4n + 1 frames, got {len(given)}; give its first {max(fewer, 1)}")
+            raise UserError(
+                f"a given video must have 4n + 1 frames, got {len(given)}; give its first {max(fewer, 1)}"
+            )
         if len(given) >= num_frames:
-            raise UserError(f"the given video has {len(given)} frames, so num_frames must be larger, got {num_frames}")
+            raise UserError(
+                f"the given video has {len(given)} frames, so num_frames must be larger, got {num_frames}"
+            )
         return given
 
     def _encode_frames(
@@ -320,7 +345,9 @@ class KairosPipeline(DiffusionPipeline):
         array = frames.permute(0, 1, 3, 4, 2).numpy()
         if output_type == "np":
             return array
-        return [[Image.fromarray((frame * 255).round().astype(np.uint8)) for frame in video] for video in array]
+        return [
+            [Image.fromarray((frame * 255).round().astype(np.uint8)) for frame in video] for video in array
+        ]
 
     def _release_text_encoder(self, after_encoding: str) -> None:
         if after_encoding == "cpu" and self.text_encoder is not None:
@@ -351,12 +378,12 @@ def denoise(
     guidance_scale: float = 1.0,
     known: Tensor | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
-    after_step: Callable[[int, Tensor, Tensor], tuple[Tensor, bool]] | None = None,
+    after_step: Callable[[Tensor, Tensor], tuple[Tensor, bool]] | None = None,
 ) -> Tensor:
     """Noise to latents (B, 16, F, h, w), float32, along the scheduler's timesteps.
 
-    The first frames stay as `known` (1 or B, 16, f, h, w), at t = 0; a chunk-causal model sees them as the past.
-    `after_step(step, timestep, latents)` may change the latents and says whether to stop.
+    The first frames stay as `known` (1 or B, 16, f, h, w), at t = 0; a chunk-causal model sees them as the
+    past. `after_step(timestep, latents)` may change the latents and says whether to stop.
     """
     batch, _, frames = latents.shape[:3]
     known_frames = 0 if known is None else known.shape[2]
@@ -376,7 +403,8 @@ def denoise(
         )
         return output.float()
 
-    for step, time in enumerate(scheduler.timesteps):
+    latents = latents.clone()
+    for time in scheduler.timesteps:
         if known is not None:
             latents[:, :, :known_frames] = known
         timestep = time.expand(batch)
@@ -389,12 +417,22 @@ def denoise(
             prediction = unguided + guidance_scale * (prediction - unguided)
         latents = scheduler.step(prediction, time, latents, generator=generator, return_dict=False)[0]
         if after_step is not None:
-            latents, stop = after_step(step, time, latents)
+            latents, stop = after_step(time, latents)
             if stop:
                 break
     if known is not None:
         latents[:, :, :known_frames] = known
     return latents
+
+
+def chunk_ends(transformer: KairosTransformer3DModel, frames: int, known_frames: int) -> list[int]:
+    """Where the chunks end that are made one after the other, in latent frames.
+
+    All at once; but a chunk-causal model makes the first latent frame, which is one frame of pixels, by
+    itself, and goes on from it as it would from an image.
+    """
+    alone = transformer.config.causal == "chunk" and known_frames == 0 and frames > 1
+    return [1, frames] if alone else [frames]
 
 
 def draw_noise(shape: Sequence[int], generator: torch.Generator | list[torch.Generator] | None) -> Tensor:

@@ -16,12 +16,21 @@ def random_pipeline(seed: int = 0, **transformer_config):
 
     torch.manual_seed(seed)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+    specials = [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|image_pad|>",
+    ]
     core = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(specials)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
     text_config = {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,
@@ -64,7 +73,13 @@ def random_pipeline(seed: int = 0, **transformer_config):
         tokenizer=tokenizer,
         scheduler=FlowMatchScheduler(),
         prompt_template="tiny",
-        defaults={"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 2, "guidance_scale": 2.0},
+        defaults={
+            "height": 32,
+            "width": 32,
+            "num_frames": 9,
+            "num_inference_steps": 2,
+            "guidance_scale": 2.0,
+        },
     )
 
 

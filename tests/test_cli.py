@@ -48,8 +48,6 @@ class FakePipeline:
 
     def __call__(self, prompt: str, *, generator: torch.Generator, **call: Any) -> Any:
         self.calls.append({"prompt": prompt, "template": self.config.prompt_template, **call})
-        for step in range(2):
-            call["callback_on_step_end"](self, step, 0, {})
         if self.failure is not None:
             raise self.failure
         size = (1, call["num_frames"], call["height"], call["width"], 3)

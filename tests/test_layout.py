@@ -32,7 +32,6 @@ LAYERS = {
     "pipeline": 3,
     "streaming": 3,
     "presets": 3,
-    "streaming": 3,
     "training": 3,
     "cli": 4,
     "__main__": 5,

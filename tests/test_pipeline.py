@@ -106,6 +106,17 @@ def test_a_few_step_scheduler_takes_four_steps_without_guidance(pipeline):
     assert steps == [0, 1, 2, 3]
 
 
+def test_a_chunk_causal_model_makes_the_first_frame_alone_and_goes_on_from_it(chunk_causal_pipeline):
+    pipe, first = chunk_causal_pipeline, []
+
+    def watch(pipe, step, timestep, kwargs):
+        first.append((step, kwargs["latents"].shape[2], kwargs["latents"][:, :, 0].clone()))
+
+    latents = pipe("x", generator=seeded(), output_type="latent", callback_on_step_end=watch).frames
+    assert [(step, frames) for step, frames, _ in first] == [(0, 1), (1, 1), (2, 3), (3, 3)]
+    assert torch.equal(latents[:, :, 0], first[1][2])
+
+
 def test_a_callback_can_stop_the_sampling_and_change_the_latents(pipeline):
     steps = []
 
@@ -150,7 +161,9 @@ def test_a_freed_text_encoder_is_missed_with_a_clear_line(pipeline):
     assert pipeline.text_encoder is None
     with pytest.raises(UserError, match="text encoder was freed"):
         pipeline("a cube", generator=seeded())
-    with_embeds = pipeline(prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1], generator=seeded()).frames
+    with_embeds = pipeline(
+        prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1], generator=seeded()
+    ).frames
     np.testing.assert_array_equal(with_text, with_embeds)
 
 

@@ -44,7 +44,11 @@ def main() -> None:
             make(clip.caption, 0, image=Image.fromarray(clip.frames[0])),
             make(clip.caption, 0, video=clip.frames[:5]),
         ]
-        titles += [f"simulator: {clip.caption}", "kairos-tiny from the first frame", "kairos-tiny from five frames"]
+        titles += [
+            f"simulator: {clip.caption}",
+            "kairos-tiny from the first frame",
+            "kairos-tiny from five frames",
+        ]
     write_contact_sheet(PICTURES / "continuation.png", rows, columns=9, captions=titles, scale=1)
 
 

@@ -1,6 +1,8 @@
 """Where the command line talks: results to `out`, everything else to `err`."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
 from rich.text import Text
@@ -12,6 +14,13 @@ err = Console(stderr=True, soft_wrap=True)
 def say(kind: str, style: str, message: str) -> None:
     """One line on stderr: `kind: message`."""
     err.print(Text.assemble((f"{kind}:", style), " ", " ".join(message.split())))
+
+
+@contextmanager
+def waiting(title: str) -> Iterator[None]:
+    """A spinner beside `title`, where there is a terminal to see it."""
+    with err.status(title) if err.is_terminal else nullcontext():
+        yield
 
 
 class LogLines(logging.Handler):

@@ -10,11 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from kairos import __version__, presets
 from kairos.cli.clock import Clock
-from kairos.cli.console import err, out
+from kairos.cli.console import err, out, waiting
 from kairos.data.files import prepare_file
 from kairos.data.media import read_image, read_video, shown_size, write_video
 from kairos.errors import MachineError, UserError
@@ -68,10 +66,10 @@ def run(jobs: Sequence["Job"], options: RunOptions) -> None:
         if template not in TEMPLATES:
             raise UserError(f"no prompt template {template!r}{did_you_mean(template, TEMPLATES)}")
     if options.rewrite is not None:
-        with clock.stage("rewrite"), err.status("rewriting prompts"):
+        with clock.stage("rewrite"), waiting("rewriting prompts"):
             jobs = [rewritten(job, options.rewrite) for job in jobs]
     with _explained_memory():
-        with clock.stage("load"), err.status(f"loading {options.model}"):
+        with clock.stage("load"), waiting(f"loading {options.model}"):
             pipeline = presets.load_pipeline(
                 options.model, device=device, dtype=dtype, weights=options.weights
             )
@@ -81,9 +79,11 @@ def run(jobs: Sequence["Job"], options: RunOptions) -> None:
         for job in jobs:
             request = resolved(job.request, pipeline)
             assert request.height and request.width and request.num_frames and request.fps
-            size = {"height": request.height, "width": request.width, "num_frames": request.num_frames}
-            shown_size(request.height, request.width, options.scale)
-            for warning in presets.check_request_against(pipeline.config.defaults, **size):
+            height, width, fps = request.height, request.width, request.fps
+            shown_size(height, width, options.scale)
+            for warning in presets.check_request_against(
+                pipeline.config.defaults, height=height, width=width, num_frames=request.num_frames
+            ):
                 logger.warning(warning)
             with clock.stage("sample"):
                 after_encoding = ("free" if job is jobs[-1] else "cpu") if options.free_encoder else "keep"
@@ -94,8 +94,8 @@ def run(jobs: Sequence["Job"], options: RunOptions) -> None:
             with clock.stage("write"):
                 made_from = {"request": replace(request, output="").to_dict(), "mode": request.mode}
                 said = made_from | about | job.remarks
-                write_video(job.path, frames, request.fps, said, options.scale)
-            _report(job.path, frames.shape, request.fps, options.scale)
+                write_video(job.path, frames, fps, said, options.scale)
+            _report(job.path, frames.shape, fps, options.scale)
     if options.verbose:
         err.print(clock.table())
         err.print(f"peak memory: {peak_memory()}", highlight=False)
@@ -151,42 +151,27 @@ def make(pipeline: "KairosPipeline", request: Request, after_encoding: str = "ke
     import torch
 
     own_template = pipeline.config.prompt_template
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-        disable=not err.is_terminal,
-    ) as progress:
-        task = progress.add_task("denoising", total=None)
-        pipeline.set_progress_bar_config(disable=True)
-
-        def after_step(pipeline: Any, step: int, *_: Any) -> None:
-            progress.update(task, completed=step + 1, total=len(pipeline.scheduler.timesteps))
-
-        if request.template:
-            pipeline.register_to_config(prompt_template=request.template)
-        try:
-            made: Any = pipeline(
-                request.prompt,
-                image=read_image(request.input_image) if request.input_image else None,
-                video=start_of_video(request) if request.input_video else None,
-                negative_prompt=request.negative_prompt,
-                height=request.height,
-                width=request.width,
-                num_frames=request.num_frames,
-                num_inference_steps=request.num_inference_steps,
-                guidance_scale=request.guidance_scale,
-                generator=torch.Generator("cpu").manual_seed(request.seed),
-                tiled=request.tiled,
-                after_encoding=after_encoding,
-                callback_on_step_end=after_step,
-                output_type="np",
-            )
-        finally:
-            pipeline.register_to_config(prompt_template=own_template)
+    pipeline.set_progress_bar_config(desc="denoising", leave=False, disable=not err.is_terminal)
+    if request.template:
+        pipeline.register_to_config(prompt_template=request.template)
+    try:
+        made: Any = pipeline(
+            request.prompt,
+            image=read_image(request.input_image) if request.input_image else None,
+            video=start_of_video(request) if request.input_video else None,
+            negative_prompt=request.negative_prompt,
+            height=request.height,
+            width=request.width,
+            num_frames=request.num_frames,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(request.seed),
+            tiled=request.tiled,
+            after_encoding=after_encoding,
+            output_type="np",
+        )
+    finally:
+        pipeline.register_to_config(prompt_template=own_template)
     return (made.frames[0] * 255).round().astype("uint8")
 
 

@@ -100,8 +100,9 @@ def write_video(
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or len(frames) == 0:
         raise ValueError(f"frames must be (F, H, W, 3) uint8 with F >= 1, got {frames.shape} {frames.dtype}")
-    scale = scale or automatic_scale(*frames.shape[1:3])
-    shown_size(*frames.shape[1:3], scale)
+    _, height, width, _ = frames.shape
+    scale = scale or automatic_scale(height, width)
+    shown_size(height, width, scale)
     comment = None if metadata is None else json.dumps(metadata, ensure_ascii=False)
     # Encoded in memory, for clips are short: all that can fail at the disk is then plain file writing.
     write_atomically(path, _encode(frames, fps, scale, comment))

@@ -1,7 +1,7 @@
 """Reads the state of a world off its pixels: where each coloured ball is, how large, and how many there are.
 
-A pixel that a ball covers by `a` is background + a * (colour - background); projecting on that line gives `a` even where
-a video is soft, and the distance from the line tells colours apart.
+A pixel that a ball covers by `a` is background + a * (colour - background); projecting on that line gives
+`a` even where a video is soft, and the distance from the line tells colours apart.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class Track:
 
 
 def covers(frames: NDArray[np.uint8], colors: tuple[str, ...]) -> Floats:
-    """How much of each pixel each colour covers: (F, H, W, 3) -> (n, F, H, W); a pixel has at most one colour.
+    """How much of each pixel each colour covers: (F, H, W, 3) -> (n, F, H, W); a pixel has at most one
+    colour.
 
     Grey stands among the colours, so that a floor or a shadow is none of them.
     """
@@ -64,10 +65,12 @@ def track(frames: NDArray[np.uint8], color: str, others: tuple[str, ...] = ()) -
 
 
 def velocity_error(frames: NDArray[np.uint8], clip: Clip, given: int = 1) -> float:
-    """Mean |v measured - v true| over balls and frames after the `given` ones, in world units per unit of time.
+    """Mean |v measured - v true| over balls and frames after the `given` ones, in world units per unit of
+    time.
 
-    Velocities are differences of centres from frame to frame, for the measured and the true places alike, where the ball
-    is wholly in the picture in truth. A ball that the video has lost counts as standing still. NaN if none can be seen.
+    Velocities are differences of centres from frame to frame, for the measured and the true places alike,
+    where the ball is wholly in the picture in truth. A ball that the video has lost counts as standing
+    still. NaN if none can be seen.
     """
     errors: list[float] = []
     for ball, color in enumerate(clip.colors):
@@ -113,8 +116,8 @@ def blob_sizes(mask: NDArray[np.bool_]) -> list[int]:
 def caption_agreement(frames: NDArray[np.uint8], said: dict[str, Any]) -> dict[str, bool]:
     """Whether a video (F, H, W, 3) shows what its caption names: colours, count and directions of motion.
 
-    Colours and count are those of most of the first eight frames, before anything leaves the picture. What the caption
-    leaves open is not judged.
+    Colours and count are those of most of the first eight frames, before anything leaves the picture. What
+    the caption leaves open is not judged.
     """
     pictures = [sorted(balls_in(frame)) for frame in frames[:8]]
     shown = max(pictures, key=pictures.count)

@@ -1,7 +1,7 @@
 """Measures a pipeline on the worlds: how true its motion is, and whether its videos show what was asked for.
 
-Every number stands beside two floors: the same measure on the simulator's own frames, and on their reconstruction by the
-model's VAE. A run is a function of (model, scenes, clips, split, seed).
+Every number stands beside two floors: the same measure on the simulator's own frames, and on their
+reconstruction by the model's VAE. A run is a function of (model, scenes, clips, split, seed).
 """
 
 from __future__ import annotations
@@ -37,11 +37,13 @@ def evaluate(
     guidance: float | None = None,
     keep: Callable[[str, str, int, Frames], None] | None = None,
 ) -> dict[str, Any]:
-    """The measures of each scene, {"scenes": {scene: {measure: {"value", "ci", "floor_truth", "floor_vae"}}}}.
+    """The measures of each scene, {"scenes": {scene: {measure: {"value", "ci", "floor_truth",
+    "floor_vae"}}}}.
 
-    Measures: `velocity_error` of a continuation from five frames (world units per unit of time), `psnr` of the VAE (dB),
-    and for text to video the shares `colors`, `count`, `direction`, `all`. `ci` is a 95 % bootstrap interval of the mean.
-    `keep(kind, scene, index, frames)` is handed every video: "truth", "vae", "continuation" and "t2v".
+    Measures: `velocity_error` of a continuation from five frames (world units per unit of time), `psnr` of
+    the VAE (dB), and for text to video the shares `colors`, `count`, `direction`, `all`. `ci` is a 95 %
+    bootstrap interval of the mean. `keep(kind, scene, index, frames)` is handed every video: "truth",
+    "vae", "continuation" and "t2v".
     """
     size = int(pipeline.config.defaults["height"])
     num_frames = int(pipeline.config.defaults["num_frames"])
@@ -57,7 +59,9 @@ def evaluate(
             generator = torch.Generator().manual_seed(seed * 100_003 + index)
             again = reconstruct(pipeline, clip.frames)
             continued = to_uint8(
-                pipeline(clip.caption, video=clip.frames[:GIVEN_FRAMES], generator=generator, **options).frames[0]
+                pipeline(
+                    clip.caption, video=clip.frames[:GIVEN_FRAMES], generator=generator, **options
+                ).frames[0]
             )
             made = to_uint8(pipeline(clip.caption, generator=generator, **options).frames[0])
             errors.append(velocity_error(continued, clip, GIVEN_FRAMES))
@@ -67,7 +71,12 @@ def evaluate(
             agreement = caption_agreement(made, clip.parameters["said"])
             for name, right in (agreement | {"all": all(agreement.values())}).items():
                 agreements[name].append(float(right))
-            for kind, frames in (("truth", clip.frames), ("vae", again), ("continuation", continued), ("t2v", made)):
+            for kind, frames in (
+                ("truth", clip.frames),
+                ("vae", again),
+                ("continuation", continued),
+                ("t2v", made),
+            ):
                 keep(kind, scene, index, frames)
         result[scene] = {
             "velocity_error": summary(errors, seed)
@@ -75,7 +84,9 @@ def evaluate(
             "psnr": summary(floors["psnr"], seed),
             **{name: summary(values, seed) for name, values in agreements.items()},
         }
-        logger.info("%s: %s", scene, {name: round(entry["value"], 4) for name, entry in result[scene].items()})
+        logger.info(
+            "%s: %s", scene, {name: round(entry["value"], 4) for name, entry in result[scene].items()}
+        )
     return {"split": split, "seed": seed, "clips": clips, "given_frames": GIVEN_FRAMES, "scenes": result}
 
 

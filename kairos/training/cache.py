@@ -1,7 +1,8 @@
-"""Latents of the physics clips, computed once and kept in safetensors shards; prompts are embedded when they are read.
+"""Latents of the physics clips, computed once and kept in safetensors shards; prompts are embedded when
+they are read.
 
-A shard is a function of (scenes, seed, its number, the VAE): building can stop, go on, and run beside a training that
-reads the shards already there.
+A shard is a function of (scenes, seed, its number, the VAE): building can stop, go on, and run beside a
+training that reads the shards already there.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ SHARD_CLIPS = 240
 
 @dataclass
 class Cache:
-    """Clips in memory: latents (N, 16, F, h, w), embeddings (N, T, C) with their mask (N, T), and the empty prompt's."""
+    """Clips in memory: latents (N, 16, F, h, w), embeddings (N, T, C) with their mask (N, T), and the empty
+    prompt's."""
 
     latents: Tensor
     prompt_embeds: Tensor
@@ -65,7 +67,8 @@ def build_cache(
     seed: int = 0,
     batch_size: int = 8,
 ) -> None:
-    """Write the shards that `output` does not hold yet, the scenes taking turns, `SHARD_CLIPS` clips in each."""
+    """Write the shards that `output` does not hold yet, the scenes taking turns, `SHARD_CLIPS` clips in
+    each."""
     vae = AutoencoderKLWan.from_pretrained(vae_path).to(torch.bfloat16).eval()
     use_one_pass_norm(vae)
     encoder = fingerprint(vae_path)
@@ -78,7 +81,12 @@ def build_cache(
         for first in range(shard * SHARD_CLIPS, (shard + 1) * SHARD_CLIPS, batch_size):
             clips = [
                 simulate(
-                    scenes[index % len(scenes)], split="train", seed=seed, index=index, num_frames=num_frames, size=size
+                    scenes[index % len(scenes)],
+                    split="train",
+                    seed=seed,
+                    index=index,
+                    num_frames=num_frames,
+                    size=size,
                 )
                 for index in range(first, first + batch_size)
             ]
@@ -105,10 +113,14 @@ def load_cache(folder: Path, *, vae_path: Path, conditioner_path: Path) -> Cache
         with safe_open(file, framework="pt") as shard:
             metadata = shard.metadata()
             if metadata["vae"] != encoder:
-                raise UserError(f"{file} was made by another VAE than {vae_path}; delete the folder and build it again")
+                raise UserError(
+                    f"{file} was made by another VAE than {vae_path}; delete the folder and build it again"
+                )
             latents.append(shard.get_tensor("latents"))
             captions += json.loads(metadata["captions"])
-    text_encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(conditioner_path / "text_encoder").float().eval()
+    text_encoder = (
+        Qwen2_5_VLForConditionalGeneration.from_pretrained(conditioner_path / "text_encoder").float().eval()
+    )
     tokenizer = AutoTokenizer.from_pretrained(conditioner_path / "tokenizer")
     # Longest first in one list of distinct captions: batches of equal length waste no padding.
     distinct = sorted(set(captions), key=len)

@@ -1,7 +1,8 @@
-"""Trains kairos-tiny's prompt encoder: a byte-level BPE and a small Qwen2.5-VL, on the captions of the worlds.
+"""Trains kairos-tiny's prompt encoder: a byte-level BPE and a small Qwen2.5-VL, on the captions of the
+worlds.
 
-It learns the next token, and to say from the last token what the caption names (scene, colours, sizes, directions,
-speeds). The heads that say it are thrown away; what they needed stays in the hidden states.
+It learns the next token, and to say from the last token what the caption names (scene, colours, sizes,
+directions, speeds). The heads that say it are thrown away; what they needed stays in the hidden states.
 """
 
 from __future__ import annotations
@@ -24,7 +25,14 @@ from kairos.worlds import simulate
 
 logger = logging.getLogger(__name__)
 
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+SPECIAL_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+]
 PER_BALL = ("colors", "sizes", "directions", "speeds")
 BALLS = 2
 
@@ -39,7 +47,8 @@ def train_conditioner(
     batch_size: int = 96,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Write `output`/tokenizer and `output`/text_encoder; returns the accuracy of each label on unseen captions."""
+    """Write `output`/tokenizer and `output`/text_encoder; returns the accuracy of each label on unseen
+    captions."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     corpus = [caption_of(scenes, "train", seed, index) for index in range(captions)]
@@ -47,9 +56,13 @@ def train_conditioner(
     tokenizer.save_pretrained(output / "tokenizer")
     encoder = build_text_encoder(tokenizer)
     answers = label_answers([said for _, said in corpus])
-    heads = nn.ModuleDict({name: nn.Linear(encoder.config.text_config.hidden_size, len(a)) for name, a in answers.items()})
+    heads = nn.ModuleDict(
+        {name: nn.Linear(encoder.config.text_config.hidden_size, len(a)) for name, a in answers.items()}
+    )
     both = nn.ModuleDict({"encoder": encoder, "heads": heads})
-    optimizer = Muon(split_parameters(both, muon_lr=0.01, adamw_lr=3e-3, exclude=("embed", "lm_head", "heads.")))
+    optimizer = Muon(
+        split_parameters(both, muon_lr=0.01, adamw_lr=3e-3, exclude=("embed", "lm_head", "heads."))
+    )
     base = [group["lr"] for group in optimizer.param_groups]
     both.train()
     logger.info("prompt encoder of %.2f M parameters", sum(p.numel() for p in encoder.parameters()) / 1e6)
@@ -114,7 +127,8 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFas
 
 
 def build_text_encoder(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGeneration:
-    """Qwen2.5-VL at a ten-thousandth of its size; its eye is as small as it can be, since prompts hold no picture."""
+    """Qwen2.5-VL at a ten-thousandth of its size; its eye is as small as it can be, since prompts hold no
+    picture."""
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     text = {
         "vocab_size": len(tokenizer),
@@ -151,7 +165,9 @@ def build_text_encoder(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForCondi
 
 def tokenise(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> tuple[Tensor, Tensor]:
     """Token ids (B, T) and their mask, in the layout of the "tiny" prompt template."""
-    encoded = tokenizer([f"<|im_start|>{text}<|im_end|>" for text in texts], padding=True, return_tensors="pt")
+    encoded = tokenizer(
+        [f"<|im_start|>{text}<|im_end|>" for text in texts], padding=True, return_tensors="pt"
+    )
     return encoded["input_ids"], encoded["attention_mask"].bool()
 
 
@@ -196,7 +212,8 @@ def measure(
     seed: int,
     captions: int = 600,
 ) -> dict[str, float]:
-    """The share of right answers for each label on captions of the split "in", and `all`: nothing wrong in one."""
+    """The share of right answers for each label on captions of the split "in", and `all`: nothing wrong in
+    one."""
     corpus = [caption_of(scenes, "in", seed, index) for index in range(captions)]
     ids, mask = tokenise(tokenizer, [text for text, _ in corpus])
     last = last_token(encoder.model(input_ids=ids, attention_mask=mask).last_hidden_state, mask)

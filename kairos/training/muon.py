@@ -28,7 +28,14 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         super().__init__(
             groups,
-            {"lr": 1e-3, "weight_decay": 0.0, "muon": False, "momentum": momentum, "betas": betas, "eps": eps},
+            {
+                "lr": 1e-3,
+                "weight_decay": 0.0,
+                "muon": False,
+                "momentum": momentum,
+                "betas": betas,
+                "eps": eps,
+            },
         )
 
     @torch.no_grad()
@@ -78,7 +85,9 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     return (x if wide else x.mT).to(matrix.dtype)
 
 
-def split_parameters(model: nn.Module, *, muon_lr: float, adamw_lr: float, exclude: tuple[str, ...] = ()) -> list[dict]:
+def split_parameters(
+    model: nn.Module, *, muon_lr: float, adamw_lr: float, exclude: tuple[str, ...] = ()
+) -> list[dict]:
     """Parameter groups of a model: matrices and convolutions to Muon, the rest to AdamW.
 
     `exclude` names parts (by substring) whose matrices go to AdamW: embeddings and output heads.

@@ -1,4 +1,5 @@
-"""A recipe: one YAML file that names every stage of a model's making, and the command that runs them in order.
+"""A recipe: one YAML file that names every stage of a model's making, and the command that runs them in
+order.
 
 A stage that has finished is not run again; one that was stopped goes on from its checkpoint.
 """
@@ -75,7 +76,13 @@ def run_recipe(recipe: Recipe, only: tuple[str, ...] = STAGES) -> None:
             raise UserError(f"unknown stage {stage!r}; stages are {', '.join(STAGES)}")
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    runs = {"vae": _vae, "conditioner": _conditioner, "cache": _cache, "transformer": _transformer, "assemble": _assemble}
+    runs = {
+        "vae": _vae,
+        "conditioner": _conditioner,
+        "cache": _cache,
+        "transformer": _transformer,
+        "assemble": _assemble,
+    }
     for stage in STAGES:
         if stage in only:
             logger.info("stage %s", stage)
@@ -156,9 +163,13 @@ def _assemble(recipe: Recipe) -> None:
     conditioner = recipe.output / "conditioner"
     dtype = torch.bfloat16
     pipeline = KairosPipeline(
-        transformer=KairosTransformer3DModel.from_pretrained(recipe.output / "transformer" / "ema", torch_dtype=dtype),
+        transformer=KairosTransformer3DModel.from_pretrained(
+            recipe.output / "transformer" / "ema", torch_dtype=dtype
+        ),
         vae=AutoencoderKLWan.from_pretrained(recipe.output / "vae", torch_dtype=dtype),
-        text_encoder=Qwen2_5_VLForConditionalGeneration.from_pretrained(conditioner / "text_encoder", dtype=dtype),
+        text_encoder=Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            conditioner / "text_encoder", dtype=dtype
+        ),
         tokenizer=AutoTokenizer.from_pretrained(conditioner / "tokenizer"),
         scheduler=FlowMatchScheduler(),
         prompt_template="tiny",

@@ -58,13 +58,20 @@ class Layout:
 
 
 def draw_layout(rng: np.random.Generator, latent_frames: int) -> Layout:
-    """What one model must do: T2V (no past), I2V (one frame), continuation (more), and the chunks of a rollout."""
-    past = int(rng.choice([0, 1, 2, 3], p=[0.3, 0.4, 0.2, 0.1]))
-    chunk = latent_frames - past
-    if rng.random() < 0.15:
-        past = int(rng.integers(1, latent_frames - 1))
-        chunk = int(min(rng.integers(1, 5), latent_frames - past))
-    return Layout(past, chunk)
+    """What one model must do: the first frame from text, the rest from it or from more, and the chunks of a
+    rollout.
+
+    The first latent frame is a chunk of its own: one frame of pixels where the others are four, and in text
+    to video the place where colours, sizes and places are decided.
+    """
+    task = rng.random()
+    if task < 0.2:
+        return Layout(0, 1)
+    if task < 0.85:
+        past = int(rng.choice([1, 2, 3], p=[0.6, 0.3, 0.1]))
+        return Layout(past, latent_frames - past)
+    past = int(rng.integers(1, latent_frames - 1))
+    return Layout(past, int(min(rng.integers(1, 5), latent_frames - past)))
 
 
 @dataclass
@@ -85,19 +92,21 @@ def draw_batch(cache: Cache, recipe: Recipe, step: int) -> Batch:
     generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
     layout = draw_layout(rng, cache.latents.shape[2])
     frames = layout.past + layout.chunk
-    index = torch.from_numpy(rng.integers(len(cache), size=recipe.batch_size))
+    # A first frame has so few tokens that four times as many of them are still the smaller batch.
+    batch_size = recipe.batch_size * (1 if layout.past else 4)
+    index = torch.from_numpy(rng.integers(len(cache), size=batch_size))
     sample = cache.latents[index, :, :frames].float()
-    dropped = torch.from_numpy(rng.random(recipe.batch_size) < recipe.text_dropout)
+    dropped = torch.from_numpy(rng.random(batch_size) < recipe.text_dropout)
     embeds = torch.where(dropped[:, None, None], cache.empty_embeds, cache.prompt_embeds[index])
     mask = torch.where(dropped[:, None], cache.empty_mask, cache.prompt_mask[index])
 
     height, width = sample.shape[-2:]
-    shift = shift_for(cache.latents.shape[2], height * width // 4)
-    u = torch.sigmoid(torch.randn(recipe.batch_size, generator=generator) * 1.2)
-    sigma = torch.zeros(recipe.batch_size, frames)
+    shift = shift_for(cache.latents.shape[2] if layout.past else 1, height * width // 4)
+    u = torch.sigmoid(torch.randn(batch_size, generator=generator) * 1.2)
+    sigma = torch.zeros(batch_size, frames)
     sigma[:, layout.past :] = (shift * u / (1 + (shift - 1) * u))[:, None]
     if layout.past and rng.random() < 0.25:
-        sigma[:, : layout.past] = recipe.past_noise * torch.rand(recipe.batch_size, 1, generator=generator)
+        sigma[:, : layout.past] = recipe.past_noise * torch.rand(batch_size, 1, generator=generator)
     noise = torch.randn(sample.shape, generator=generator)
     spread = sigma[:, None, :, None, None]
     return Batch(
@@ -133,14 +142,18 @@ def train_transformer(
     *,
     save_every_s: float = 300,
 ) -> KairosTransformer3DModel:
-    """Train `model` until `recipe.steps`, going on from `output`/checkpoint.pt if there is one; returns the EMA.
+    """Train `model` until `recipe.steps`, going on from `output`/checkpoint.pt if there is one; returns the
+    EMA.
 
     The cache is read again at each checkpoint, so shards that were built meanwhile are used.
     """
     output.mkdir(parents=True, exist_ok=True)
     ema = copy.deepcopy(model).requires_grad_(False)
     groups = split_parameters(
-        model, muon_lr=recipe.muon_lr, adamw_lr=recipe.adamw_lr, exclude=("embedding", "projection", "head.", "modulation")
+        model,
+        muon_lr=recipe.muon_lr,
+        adamw_lr=recipe.adamw_lr,
+        exclude=("embedding", "projection", "head.", "modulation"),
     )
     optimizer = Muon(groups)
     base = [group["lr"] for group in optimizer.param_groups]
@@ -155,29 +168,31 @@ def train_transformer(
         recipe.steps,
     )
     saved = reported = time.monotonic()
-    first, average = step, float("nan")
+    first, seen, average = step, 0, float("nan")
     while step < recipe.steps:
         for group, rate in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = rate * recipe.learning_rate(step)
             group["weight_decay"] = recipe.weight_decay
-        loss = flow_loss(model, draw_batch(cache, recipe, step))
+        batch = draw_batch(cache, recipe, step)
+        loss = flow_loss(model, batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         update_ema(ema, model, min(recipe.ema, (step + 1) / (step + 10)))
         step += 1
+        seen += len(batch.noisy)
         value = loss.item()
         average = value if math.isnan(average) else 0.98 * average + 0.02 * value
         if step % 50 == 0:
-            pace = (time.monotonic() - reported) / 50
-            logger.info("step %d: loss %.4f, %.1f clips/s", step, average, recipe.batch_size / pace)
-            reported = time.monotonic()
+            pace = seen / (time.monotonic() - reported)
+            logger.info("step %d: loss %.4f, %.1f clips/s", step, average, pace)
+            reported, seen = time.monotonic(), 0
         if time.monotonic() - saved > save_every_s or step == recipe.steps:
             save_checkpoint(output / "checkpoint.pt", model, ema, optimizer, step)
             ema.save_pretrained(output / "ema")
             cache = read_cache()
-            saved = reported = time.monotonic()
+            saved = time.monotonic()
     logger.info("%d steps in this run", step - first)
     return ema
 
@@ -191,7 +206,12 @@ def update_ema(ema: torch.nn.Module, model: torch.nn.Module, decay: float) -> No
 def save_checkpoint(file: Path, model, ema, optimizer, step: int) -> None:
     """Weights, EMA, optimizer and step in one file, written whole or not at all."""
     partial = file.with_suffix(".partial")
-    state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+    state = {
+        "model": model.state_dict(),
+        "ema": ema.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "step": step,
+    }
     torch.save(state, partial)
     os.replace(partial, file)
 

@@ -28,7 +28,8 @@ PALETTE = np.array(list(COLORS.values()), dtype=np.float32)
 
 @dataclass(frozen=True)
 class VAEStage:
-    """One stretch of the training, on clips of `num_frames`; `scenes` is the share of physics clips among them."""
+    """One stretch of the training, on clips of `num_frames`; `scenes` is the share of physics clips among
+    them."""
 
     steps: int
     num_frames: int
@@ -87,9 +88,13 @@ def draw_shapes(rng: np.random.Generator, batch: int, num_frames: int, size: int
             if rng.random() < 0.55:
                 distance = np.sqrt(dx * dx + dy * dy) - rng.uniform(1.5, 13)
             else:
-                angle = (rng.uniform(0, math.pi) if rng.random() < 0.5 else 0.0) + rng.normal(0, 0.05) * time_axis
+                angle = (rng.uniform(0, math.pi) if rng.random() < 0.5 else 0.0) + rng.normal(
+                    0, 0.05
+                ) * time_axis
                 cos, sin = np.cos(angle)[:, None, None], np.sin(angle)[:, None, None]
-                half = rng.uniform(0.5, 14, 2) if rng.random() < 0.8 else np.array([size, rng.uniform(0.5, 4)])
+                half = (
+                    rng.uniform(0.5, 14, 2) if rng.random() < 0.8 else np.array([size, rng.uniform(0.5, 4)])
+                )
                 across = np.abs(cos * dx + sin * dy) - half[0]
                 along = np.abs(-sin * dx + cos * dy) - half[1]
                 distance = np.maximum(across, along)
@@ -133,7 +138,8 @@ def train_vae(
     seed: int = 0,
     resume: Path | None = None,
 ) -> None:
-    """Train and write `output` (a diffusers folder) after each stage, its latents_mean and latents_std measured."""
+    """Train and write `output` (a diffusers folder) after each stage, its latents_mean and latents_std
+    measured."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     vae = AutoencoderKLWan.from_pretrained(resume) if resume else build_vae()
@@ -158,7 +164,9 @@ def train_vae(
             average = squared.item() if math.isnan(average) else 0.95 * average + 0.05 * squared.item()
             if time.monotonic() - reported > 15:
                 reported = time.monotonic()
-                logger.info("stage %d step %d/%d: %.1f dB", number, step, stage.steps, 10 * math.log10(4 / average))
+                logger.info(
+                    "stage %d step %d/%d: %.1f dB", number, step, stage.steps, 10 * math.log10(4 / average)
+                )
         if not stage.decoder_only:
             measure_latents(vae, scenes)
         vae.save_pretrained(output)
@@ -168,8 +176,8 @@ def train_vae(
 def measure_latents(vae: AutoencoderKLWan, scenes: tuple[str, ...]) -> None:
     """Measure the latents' mean and standard deviation on physics clips, and put them in the configuration.
 
-    A channel that the VAE hardly uses keeps a standard deviation of at least a tenth of the largest one, so that
-    normalising does not blow up its noise.
+    A channel that the VAE hardly uses keeps a standard deviation of at least a tenth of the largest one, so
+    that normalising does not blow up its noise.
     """
     vae.eval()
     means = []

@@ -1,7 +1,7 @@
 """Small physical worlds with exact state: clips to train a video model on and to measure it by.
 
-`simulate("collision", index=7)` is a `Clip`: frames, caption, and where everything truly was. Deterministic from
-(scene, split, seed, index). World: 10 x 10 units, y up, 0.1 units of time a frame.
+`simulate("collision", index=7)` is a `Clip`: frames, caption, and where everything truly was. Deterministic
+from (scene, split, seed, index). World: 10 x 10 units, y up, 0.1 units of time a frame.
 """
 
 from kairos.worlds.captions import Caption

@@ -70,7 +70,11 @@ class Speaker:
         """A noun phrase, such as "a small red ball"."""
         ball, words = self.balls[i], [adjective]
         if ball.size != "medium" and self.often(0.4):
-            synonyms = ("small", "small", "little", "tiny") if ball.size == "small" else ("large", "large", "big", "huge")
+            synonyms = (
+                ("small", "small", "little", "tiny")
+                if ball.size == "small"
+                else ("large", "large", "big", "huge")
+            )
             words.append(self.pick(*synonyms))
             self.said["sizes"][i] = ball.size
         if self.often(0.97):
@@ -120,7 +124,10 @@ class Speaker:
             opening = self.pick("a video of", "a clip of", "an animation of", "a simulation of")
             return Caption(f"{opening} {text.text}", text.said)
         if self.often(0.08):
-            return Caption(f"{text.text} {self.pick('on a plain background', 'on a light background', 'in the picture')}", text.said)
+            return Caption(
+                f"{text.text} {self.pick('on a plain background', 'on a light background', 'in the picture')}",
+                text.said,
+            )
         return text
 
 
@@ -135,7 +142,11 @@ def uniform(rng: np.random.Generator, ball: Ball) -> Caption:
         verb = say.pick("moving", "rolling", "sliding", "gliding", "travelling", "going")
     else:
         verb = say.pick("moves", "moves", "rolls", "rolls", "slides", "glides", "travels", "goes")
-    where = say.pick("across the screen", "across the picture", "at constant speed", "in a straight line") if say.often(0.15) else ""
+    where = (
+        say.pick("across the screen", "across the picture", "at constant speed", "in a straight line")
+        if say.often(0.15)
+        else ""
+    )
     return say.frame(say.caption(subject, verb, say.way(0), where))
 
 
@@ -146,7 +157,9 @@ def collision(rng: np.random.Generator, first: Ball, second: Ball, kind: str) ->
         return say.frame(_mutual(say))
     subject = say.ball(0, article=say.article())
     verb = say.pick("rolls", "rolls", "moves", "moves", "slides", "goes")
-    hits = say.pick("hits", "hits", "strikes", "collides with", "bumps into", "knocks into", "runs into", "crashes into")
+    hits = say.pick(
+        "hits", "hits", "strikes", "collides with", "bumps into", "knocks into", "runs into", "crashes into"
+    )
     if say.often(0.15):
         verb = say.pick("rolling", "moving", "sliding")
         middle = [verb, say.way(0), say.pick("hits", "strikes", "collides with")]
@@ -154,15 +167,23 @@ def collision(rng: np.random.Generator, first: Ball, second: Ball, kind: str) ->
         middle = [hits]
     elif kind == "catching" and say.often(0.4):
         middle = [verb, say.way(0), "and catches up with"]
-        return say.frame(say.caption(subject, *middle, say.ball(1, adjective="slower" if say.often(0.5) else "")))
+        return say.frame(
+            say.caption(subject, *middle, say.ball(1, adjective="slower" if say.often(0.5) else ""))
+        )
     else:
         middle = [verb, say.way(0), "and", hits]
     moving = say.pick("rolling", "moving", "coming", "going") if say.often(0.45) else ""
     if kind == "rest" and say.often(0.5):
         say.said["directions"][1], say.said["speeds"][1] = "none", "still"
         if say.often(0.4):
-            return say.frame(say.caption(subject, *middle, say.ball(1, adjective=say.pick("still", "resting", "stationary"))))
-        tail = say.pick("at rest", "that stands still", "that is at rest", "standing still", "that does not move")
+            return say.frame(
+                say.caption(
+                    subject, *middle, say.ball(1, adjective=say.pick("still", "resting", "stationary"))
+                )
+            )
+        tail = say.pick(
+            "at rest", "that stands still", "that is at rest", "standing still", "that does not move"
+        )
         return say.frame(say.caption(subject, *middle, say.ball(1), tail))
     target = say.ball(1)
     if kind != "rest" and moving:
@@ -194,7 +215,9 @@ def parabola(rng: np.random.Generator, ball: Ball) -> Caption:
     ground = say.pick("the ground", "the ground", "the floor")
     if ball.speed == "still":
         say.said["directions"][0], say.said["speeds"][0] = "none", "still"
-        return say.caption(subject, say.pick("is dropped and falls to", "falls straight down to", "drops to"), ground)
+        return say.caption(
+            subject, say.pick("is dropped and falls to", "falls straight down to", "drops to"), ground
+        )
     form = say.rng.random()
     if form < 0.6:
         verb = say.pick("is thrown", "is thrown", "is tossed", "is launched", "flies")
@@ -205,7 +228,11 @@ def parabola(rng: np.random.Generator, ball: Ball) -> Caption:
         return say.frame(say.caption(subject, verb, say.way(0), ending))
     if form < 0.8:
         verb = say.pick("falls", "drops", "falls in an arc", "falls through the air")
-        return say.frame(say.caption(subject, verb, say.way(0), say.pick("", f"to {ground}", f"onto {ground}", "under gravity")))
+        return say.frame(
+            say.caption(
+                subject, verb, say.way(0), say.pick("", f"to {ground}", f"onto {ground}", "under gravity")
+            )
+        )
     if form < 0.9:
         return say.frame(say.caption(subject, say.pick("thrown", "flying", "tossed", "falling"), say.way(0)))
     return say.frame(say.caption(subject, "is thrown", say.way(0)))

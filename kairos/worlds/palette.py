@@ -1,4 +1,5 @@
-"""The colours of the worlds, far enough apart that a mask tells them from each other and from the greys around."""
+"""The colours of the worlds, far enough apart that a mask tells them from each other and from the greys
+around."""
 
 BACKGROUND = (240, 240, 236)
 GROUND = (205, 205, 201)

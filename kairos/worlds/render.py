@@ -1,7 +1,8 @@
-"""Draws a world in NumPy: every shape by its signed distance, so edges are smooth and sub-pixel places are true.
+"""Draws a world in NumPy: every shape by its signed distance, so edges are smooth and sub-pixel places are
+true.
 
-Colours are mixed linearly in pixel values: a pixel is background + coverage * (colour - background), which makes the
-centroid of the colour mask the place of the shape (`kairos.worlds.measure` stands on that).
+Colours are mixed linearly in pixel values: a pixel is background + coverage * (colour - background), which
+makes the centroid of the colour mask the place of the shape (`kairos.worlds.measure` stands on that).
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Shape(Protocol):
         ...
 
     def distance(self, x: Floats, y: Floats) -> Floats:
-        """Signed distance in world units, negative inside, of points x (F, 1, P) and y (F, P, 1): (F, P, P)."""
+        """Signed distance in world units, negative inside, of points x (F, 1, P) and y (F, P, 1): (F, P,
+        P)."""
         ...
 
 
@@ -45,11 +47,17 @@ class Disc:
         return self.centers, self.radius
 
     def distance(self, x: Floats, y: Floats) -> Floats:
-        return np.sqrt((x - self.centers[:, 0, None, None]) ** 2 + (y - self.centers[:, 1, None, None]) ** 2) - self.radius
+        return (
+            np.sqrt((x - self.centers[:, 0, None, None]) ** 2 + (y - self.centers[:, 1, None, None]) ** 2)
+            - self.radius
+        )
 
 
-def draw(shapes: Sequence[Shape], *, num_frames: int, size: int, world: float, floor: float | None) -> NDArray[np.uint8]:
-    """Frames (F, size, size, 3) uint8 of a square world; `shapes` from back to front; `floor` a height or None."""
+def draw(
+    shapes: Sequence[Shape], *, num_frames: int, size: int, world: float, floor: float | None
+) -> NDArray[np.uint8]:
+    """Frames (F, size, size, 3) uint8 of a square world; `shapes` from back to front; `floor` a height or
+    None."""
     frames = np.empty((num_frames, size, size, 3), np.uint8)
     frames[:] = _backdrop(size, world, floor)
     for shape in shapes:
@@ -58,7 +66,8 @@ def draw(shapes: Sequence[Shape], *, num_frames: int, size: int, world: float, f
 
 
 def _backdrop(size: int, world: float, floor: float | None) -> NDArray[np.uint8]:
-    """(size, 1, 3): plain, or with the ground below `floor` under a dark line as thick as a 64th of the picture."""
+    """(size, 1, 3): plain, or with the ground below `floor` under a dark line as thick as a 64th of the
+    picture."""
     rows = np.full((size, 1, 3), BACKGROUND, np.float64)
     if floor is not None:
         scale = size / world
@@ -73,7 +82,9 @@ def _paint(frames: NDArray[np.uint8], shape: Shape, scale: float) -> None:
     """Mix one shape into the frames, working on the square of pixels around it only."""
     size = frames.shape[1]
     centers, half = shape.box()
-    first = np.floor(np.stack([centers[:, 0], size / scale - centers[:, 1]], 1) * scale - half * scale - 1).astype(np.int64)
+    first = np.floor(
+        np.stack([centers[:, 0], size / scale - centers[:, 1]], 1) * scale - half * scale - 1
+    ).astype(np.int64)
     side = np.arange(int(np.ceil(2 * half * scale)) + 3)
     columns, rows = first[:, :1] + side, first[:, 1:] + side
     distance = shape.distance((columns[:, None, :] + 0.5) / scale, (size - rows[:, :, None] - 0.5) / scale)

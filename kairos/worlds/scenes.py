@@ -1,7 +1,9 @@
-"""The scenes whose law is free motion, an elastic collision, or a fall. Their states are exact, in closed form.
+"""The scenes whose law is free motion, an elastic collision, or a fall. Their states are exact, in closed
+form.
 
-Ranges follow phyworld (Kang et al., arXiv 2411.02385): speed 1 to 4 and radius 0.7 to 1.4 in distribution (0.5 to 1.4 in
-collisions), gravity -2.5; beyond them, speed 0 to 0.8 or 4.5 to 6, radius 0.3 to 0.6 or 1.5 to 2.
+Ranges follow phyworld (Kang et al., arXiv 2411.02385): speed 1 to 4 and radius 0.7 to 1.4 in distribution
+(0.5 to 1.4 in collisions), gravity -2.5; beyond them, speed 0 to 0.8 or 4.5 to 6, radius 0.3 to 0.6 or 1.5
+to 2.
 """
 
 from __future__ import annotations
@@ -36,8 +38,11 @@ def draw_from(rng: np.random.Generator, ranges: Ranges) -> float:
     return ranges[-1][1]
 
 
-def ranges_of(rng: np.random.Generator, split: str, radius: Ranges, radius_out: Ranges) -> tuple[Ranges, Ranges, str | None]:
-    """The ranges of speed and radius in a split, and what is beyond the ranges in "out": speed, radius or both."""
+def ranges_of(
+    rng: np.random.Generator, split: str, radius: Ranges, radius_out: Ranges
+) -> tuple[Ranges, Ranges, str | None]:
+    """The ranges of speed and radius in a split, and what is beyond the ranges in "out": speed, radius or
+    both."""
     if split == "interpolation":
         return SPEED_HELD_OUT, radius, None
     if split == "out":
@@ -47,7 +52,8 @@ def ranges_of(rng: np.random.Generator, split: str, radius: Ranges, radius_out: 
 
 
 def start(rng: np.random.Generator, speed: float, radius: float) -> float:
-    """A starting x for motion to the right: wholly visible, and to the end of the clip where the speed allows it."""
+    """A starting x for motion to the right: wholly visible, and to the end of the clip where the speed
+    allows it."""
     return float(rng.uniform(radius, max(radius + 1.0, WORLD - radius - speed * PLANNED)))
 
 
@@ -73,7 +79,8 @@ class Uniform:
 class Collision:
     """Momentum and energy: two balls of one density on one line meet without loss.
 
-    Kinds: "head-on", "rest" (the second ball stands still) and "catching" (both go one way, the first is faster).
+    Kinds: "head-on", "rest" (the second ball stands still) and "catching" (both go one way, the first is
+    faster).
     """
 
     name = "collision"
@@ -91,7 +98,11 @@ class Collision:
             contact = rng.uniform(0.5, 2.2)
             meeting = rng.uniform(r[0], WORLD - r[0] - 2 * r[1])
             x0 = np.array([meeting - first * contact, meeting + r[0] + r[1] - second * contact])
-            if first - second >= (0.3 if split == "out" else 1.0) and np.all(x0 >= r) and np.all(x0 <= WORLD - r):
+            if (
+                first - second >= (0.3 if split == "out" else 1.0)
+                and np.all(x0 >= r)
+                and np.all(x0 <= WORLD - r)
+            ):
                 break
         v0, mass = np.array([first, second]), r**2
         v1 = 2 * (mass @ v0) / mass.sum() - v0
@@ -101,7 +112,9 @@ class Collision:
         y = rng.uniform(r.max(), WORLD - r.max())
         positions = np.stack([x if sign > 0 else WORLD - x, np.full_like(x, y)], -1)
         velocities = np.stack([sign * v, np.zeros_like(v)], -1)
-        return Motion(positions, velocities, r, {"beyond": beyond, "kind": kind, "contact_time": float(contact)})
+        return Motion(
+            positions, velocities, r, {"beyond": beyond, "kind": kind, "contact_time": float(contact)}
+        )
 
     def describe(self, rng: np.random.Generator, balls: Sequence[Ball], facts: dict[str, Any]) -> Caption:
         return captions.collision(rng, balls[0], balls[1], facts["kind"])

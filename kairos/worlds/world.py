@@ -1,7 +1,7 @@
 """What a scene is and what a clip holds; `simulate` makes clips.
 
-A scene is any object with the attributes of `Scene`: how things move, how they look, and what one says about them.
-Three random streams keep those apart, so colour and wording tell nothing about motion.
+A scene is any object with the attributes of `Scene`: how things move, how they look, and what one says
+about them. Three random streams keep those apart, so colour and wording tell nothing about motion.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ FLOOR = 0.625
 """Height of the ground in scenes with gravity: four pixels of 64."""
 SPLITS = ("train", "in", "interpolation", "out")
 PLANNED = 3.2
-"""World time that starting places are chosen for (33 frames). A longer clip of one index starts the same way."""
+"""World time that starting places are chosen for (33 frames). A longer clip of one index starts the same
+way."""
 
 
 @dataclass(frozen=True)
 class Motion:
-    """Where everything is at each asked time. n balls; `facts` are numbers of the scene that serve as labels."""
+    """Where everything is at each asked time. n balls; `facts` are numbers of the scene that serve as
+    labels."""
 
     positions: Floats  # (F, n, 2)
     velocities: Floats  # (F, n, 2)
@@ -71,28 +73,42 @@ class Clip:
     radii: Floats  # (n,)
     colors: tuple[str, ...]
     parameters: dict[str, Any]
-    """Labels, all JSON values: scene, split, seed, index, count, colors, sizes, directions, speeds, radii, the scene's own
-    numbers, and `said`: which of them the caption names (None where it does not)."""
+    """Labels, all JSON values: scene, split, seed, index, count, colors, sizes, directions, speeds, radii,
+    the scene's own numbers, and `said`: which of them the caption names (None where it does not)."""
     dt: float = DT
 
 
 def simulate(
-    scene: str | Scene, *, split: str = "train", seed: int = 0, index: int = 0, num_frames: int = 33, size: int = 64
+    scene: str | Scene,
+    *,
+    split: str = "train",
+    seed: int = 0,
+    index: int = 0,
+    num_frames: int = 33,
+    size: int = 64,
 ) -> Clip:
     """The clip of (scene, split, seed, index), the same on every machine.
 
-    Splits: "train" and "in" draw from the same ranges by disjoint random streams; "interpolation" from a band that both
-    leave out; "out" from beyond the ranges. Raises UserError for an unknown scene or split, or a number below its least.
+    Splits: "train" and "in" draw from the same ranges by disjoint random streams; "interpolation" from a
+    band that both leave out; "out" from beyond the ranges. Raises UserError for an unknown scene or split,
+    or a number below its least.
     """
     world = _scene(scene)
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}; one of {', '.join(SPLITS)}")
-    for name, value, least in (("seed", seed, 0), ("index", index, 0), ("num_frames", num_frames, 1), ("size", size, 16)):
+    for name, value, least in (
+        ("seed", seed, 0),
+        ("index", index, 0),
+        ("num_frames", num_frames, 1),
+        ("size", size, 16),
+    ):
         if value < least:
             raise UserError(f"{name} must be at least {least}, got {value}")
 
     key = [zlib.crc32(world.name.encode()), zlib.crc32(split.encode()), seed, index]
-    motion_rng, look_rng, words_rng = (np.random.Generator(np.random.PCG64([*key, stream])) for stream in range(3))
+    motion_rng, look_rng, words_rng = (
+        np.random.Generator(np.random.PCG64([*key, stream])) for stream in range(3)
+    )
 
     motion = world.move(motion_rng, split, np.arange(num_frames) * DT)
     # Rounding hides the last bits, in which the mathematics libraries of two machines may differ.
