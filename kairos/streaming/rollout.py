@@ -157,15 +157,16 @@ def next_chunk(pipeline: KairosPipeline, state: WorldState) -> tuple[Tensor, Wor
 
 
 def denoise_chunk(pipeline: KairosPipeline, state: WorldState, generators: list[torch.Generator]) -> Tensor:
-    """The latents (B, 16, chunk_frames, h, w), float32, of the next chunk."""
+    """The latents (B, 16, frames, h, w), float32, of the next chunk: the first frame is one by itself."""
     settings, config, scheduler = state.settings, pipeline.transformer.config, pipeline.scheduler
     height, width = state.latent_size
-    shape = (state.batch, config.in_channels, settings.chunk_frames, height, width)
+    first = state.transformer is None
+    shape = (state.batch, config.in_channels, 1 if first else settings.chunk_frames, height, width)
     latents = draw_noise(shape, generators).to(state.prompt[0].device)
     # The shift is that of the clips which the model was trained on, however short the chunk.
     scheduler.set_timesteps(
         settings.num_inference_steps,
-        latent_frames=(int(pipeline.config.defaults["num_frames"]) - 1) // 4 + 1,
+        latent_frames=1 if first else (int(pipeline.config.defaults["num_frames"]) - 1) // 4 + 1,
         tokens_per_frame=height * width // (config.patch_size[1] * config.patch_size[2]),
         device=latents.device,
     )
