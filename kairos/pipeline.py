@@ -146,17 +146,12 @@ class KairosPipeline(DiffusionPipeline):
         # 1. Prompts to embeddings; the image is part of the positive prompt where the template says so.
         picture = given[0] if given else None
         positive = prompt_embeds or self.encode_prompt(prompts, image=picture)
-        guided = guidance > 1
         negative = None
-        if guided:
+        if guidance > 1:
             negative = negative_prompt_embeds or self.encode_prompt([negative_prompt] * len(positive[0]))
         self._release_text_encoder(after_encoding)
-        positive, negative = (
-            tuple(t.repeat_interleave(num_videos_per_prompt, 0).to(device) for t in branch)
-            if branch
-            else None
-            for branch in (positive, negative)
-        )
+        positive = repeated(positive, num_videos_per_prompt, device)
+        negative = negative and repeated(negative, num_videos_per_prompt, device)
         batch = len(positive[0])
 
         # 2. The clean frames and the noise.
@@ -353,7 +348,7 @@ class KairosPipeline(DiffusionPipeline):
         if after_encoding == "cpu" and self.text_encoder is not None:
             self.text_encoder.to("cpu")
         elif after_encoding == "free":
-            self.text_encoder = None
+            self.register_modules(text_encoder=None)
         if after_encoding != "keep" and torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -423,6 +418,12 @@ def denoise(
     if known is not None:
         latents[:, :, :known_frames] = known
     return latents
+
+
+def repeated(branch: tuple[Tensor, Tensor], times: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Embeddings and mask with each prompt `times` times in a row, on `device`."""
+    embeds, mask = (tensor.repeat_interleave(times, 0).to(device) for tensor in branch)
+    return embeds, mask
 
 
 def chunk_ends(transformer: KairosTransformer3DModel, frames: int, known_frames: int) -> list[int]:

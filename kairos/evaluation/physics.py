@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from kairos.evaluation.measure import caption_agreement, velocity_error
 from kairos.models import vae as video_vae
-from kairos.pipeline import KairosPipeline
+from kairos.pipeline import KairosPipeline, KairosPipelineOutput
 from kairos.worlds import Clip, simulate
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,6 @@ def evaluate(
     """
     size = int(pipeline.config.defaults["height"])
     num_frames = int(pipeline.config.defaults["num_frames"])
-    options = {"num_inference_steps": steps, "guidance_scale": guidance}
     keep = keep or (lambda kind, scene, index, frames: None)
     result: dict[str, Any] = {}
     for scene in scenes:
@@ -58,12 +57,16 @@ def evaluate(
             clip = simulate(scene, split=split, seed=seed, index=index, num_frames=num_frames, size=size)
             generator = torch.Generator().manual_seed(seed * 100_003 + index)
             again = reconstruct(pipeline, clip.frames)
-            continued = to_uint8(
-                pipeline(
-                    clip.caption, video=clip.frames[:GIVEN_FRAMES], generator=generator, **options
-                ).frames[0]
-            )
-            made = to_uint8(pipeline(clip.caption, generator=generator, **options).frames[0])
+
+            def make(generator: torch.Generator = generator, **given: Any) -> Frames:
+                output = pipeline(
+                    generator=generator, num_inference_steps=steps, guidance_scale=guidance, **given
+                )
+                assert isinstance(output, KairosPipelineOutput)
+                return to_uint8(output.frames[0])
+
+            continued = make(prompt=clip.caption, video=clip.frames[:GIVEN_FRAMES])
+            made = make(prompt=clip.caption)
             errors.append(velocity_error(continued, clip, GIVEN_FRAMES))
             floors["truth"].append(velocity_error(clip.frames, clip, GIVEN_FRAMES))
             floors["vae"].append(velocity_error(again, clip, GIVEN_FRAMES))
@@ -105,7 +108,7 @@ def to_uint8(frames: NDArray[np.floating]) -> Frames:
 
 def psnr(frames: Frames, clip: Clip) -> float:
     """Peak signal to noise ratio in dB of `frames` against the clip's."""
-    error = np.mean((frames.astype(np.float64) - clip.frames) ** 2)
+    error = float(np.mean((frames.astype(np.float64) - clip.frames) ** 2))
     return 10 * math.log10(255**2 / max(error, 1e-9))
 
 

@@ -35,6 +35,7 @@ SPECIAL_TOKENS = [
 ]
 PER_BALL = ("colors", "sizes", "directions", "speeds")
 BALLS = 2
+HIDDEN_SIZE = 128
 
 
 def train_conditioner(
@@ -56,9 +57,7 @@ def train_conditioner(
     tokenizer.save_pretrained(output / "tokenizer")
     encoder = build_text_encoder(tokenizer)
     answers = label_answers([said for _, said in corpus])
-    heads = nn.ModuleDict(
-        {name: nn.Linear(encoder.config.text_config.hidden_size, len(a)) for name, a in answers.items()}
-    )
+    heads = nn.ModuleDict({name: nn.Linear(HIDDEN_SIZE, len(a)) for name, a in answers.items()})
     both = nn.ModuleDict({"encoder": encoder, "heads": heads})
     optimizer = Muon(
         split_parameters(both, muon_lr=0.01, adamw_lr=3e-3, exclude=("embed", "lm_head", "heads."))
@@ -86,7 +85,7 @@ def train_conditioner(
             logger.info("step %d/%d: loss %.3f", step + 1, steps, loss.item())
     both.eval()
     measured = measure(encoder, heads, tokenizer, answers, scenes, seed)
-    encoder.to(torch.bfloat16).save_pretrained(output / "text_encoder")
+    encoder.bfloat16().save_pretrained(output / "text_encoder")
     return measured
 
 
@@ -129,10 +128,10 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFas
 def build_text_encoder(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGeneration:
     """Qwen2.5-VL at a ten-thousandth of its size; its eye is as small as it can be, since prompts hold no
     picture."""
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    ids = {token: int(tokenizer.get_vocab()[token]) for token in SPECIAL_TOKENS}
     text = {
         "vocab_size": len(tokenizer),
-        "hidden_size": 128,
+        "hidden_size": HIDDEN_SIZE,
         "intermediate_size": 384,
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
@@ -149,7 +148,7 @@ def build_text_encoder(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForCondi
         "hidden_size": 16,
         "intermediate_size": 16,
         "num_heads": 1,
-        "out_hidden_size": 128,
+        "out_hidden_size": HIDDEN_SIZE,
         "fullatt_block_indexes": [0],
     }
     config = Qwen2_5_VLConfig(

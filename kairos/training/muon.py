@@ -39,7 +39,7 @@ class Muon(torch.optim.Optimizer):
         )
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             update = self._muon if group["muon"] else self._adamw
             for parameter in group["params"]:
@@ -92,7 +92,8 @@ def split_parameters(
 
     `exclude` names parts (by substring) whose matrices go to AdamW: embeddings and output heads.
     """
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             small = parameter.squeeze().ndim < 2 or any(part in name for part in exclude)

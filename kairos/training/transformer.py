@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kairos.models.transformer import KairosTransformer3DModel
 from kairos.schedulers import shift_for
@@ -71,7 +71,7 @@ def draw_layout(rng: np.random.Generator, latent_frames: int) -> Layout:
         past = int(rng.choice([1, 2, 3], p=[0.6, 0.3, 0.1]))
         return Layout(past, latent_frames - past)
     past = int(rng.integers(1, latent_frames - 1))
-    return Layout(past, int(min(rng.integers(1, 5), latent_frames - past)))
+    return Layout(past, min(int(rng.integers(1, 5)), latent_frames - past))
 
 
 @dataclass
@@ -198,12 +198,14 @@ def train_transformer(
 
 
 @torch.no_grad()
-def update_ema(ema: torch.nn.Module, model: torch.nn.Module, decay: float) -> None:
+def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """ema <- decay ema + (1 - decay) model, parameter by parameter."""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-def save_checkpoint(file: Path, model, ema, optimizer, step: int) -> None:
+def save_checkpoint(
+    file: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, step: int
+) -> None:
     """Weights, EMA, optimizer and step in one file, written whole or not at all."""
     partial = file.with_suffix(".partial")
     state = {
@@ -216,7 +218,7 @@ def save_checkpoint(file: Path, model, ema, optimizer, step: int) -> None:
     os.replace(partial, file)
 
 
-def load_checkpoint(file: Path, model, ema, optimizer) -> int:
+def load_checkpoint(file: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """The step to go on from: 0 where there is no checkpoint."""
     if not file.exists():
         return 0
