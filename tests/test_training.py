@@ -3,6 +3,7 @@ recipes."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -182,6 +183,38 @@ def test_the_recipe_of_kairos_tiny_can_be_read():
     recipe = read_recipe(Path(__file__).parents[1] / "recipes" / "kairos-tiny.yaml")
     KairosTransformer3DModel(**recipe.transformer["model"])
     assert [VAEStage(**stage) for stage in recipe.vae["stages"]]
+
+
+def test_a_recipe_makes_a_model_that_makes_a_video(tmp_path, monkeypatch):
+    from kairos.presets import load_pipeline
+    from kairos.training import cache, vae
+
+    monkeypatch.setattr(cache, "SHARD_CLIPS", 8)
+    monkeypatch.setattr(vae, "MEASURED_CLIPS", 1)
+    whole = read_recipe(Path(__file__).parents[1] / "recipes" / "kairos-tiny.yaml")
+    size = {"hidden_size": 32, "num_attention_heads": 2, "ffn_dim": 32, "gated_delta_head_dim": 8}
+    recipe = replace(
+        whole,
+        output=tmp_path,
+        vae={"stages": [{"steps": 1, "num_frames": 1, "batch_size": 2}]},
+        conditioner={"steps": 2, "captions": 30, "batch_size": 4, "vocabulary": 300},
+        cache={"shards": 1, "num_frames": 9},
+        transformer={
+            "model": whole.transformer["model"] | size,
+            "steps": 2,
+            "decay_steps": 1,
+            "batch_size": 2,
+        },
+    )
+    run_recipe(recipe)
+    before = (tmp_path / "vae" / "config.json").stat().st_mtime_ns
+    run_recipe(recipe)  # everything is finished: nothing is made again
+    assert (tmp_path / "vae" / "config.json").stat().st_mtime_ns == before
+    pipeline = load_pipeline(tmp_path / "kairos-tiny", dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    frames = pipeline("a red ball", num_frames=5, num_inference_steps=1).frames
+    assert frames.shape == (1, 5, 64, 64, 3)
+    assert "_name_or_path" not in (tmp_path / "kairos-tiny" / "vae" / "config.json").read_text()
 
 
 @pytest.mark.parametrize(

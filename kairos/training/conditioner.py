@@ -194,10 +194,12 @@ def label_answers(corpus: list[dict[str, Any]]) -> dict[str, list[str]]:
 
 
 def label_targets(batch: list[dict[str, Any]], answers: dict[str, list[str]]) -> dict[str, Tensor]:
+    """The number of each answer; one that no caption of the training had is -1, which nobody guesses."""
     columns: dict[str, list[int]] = {name: [] for name in answers}
     for said in batch:
         for name, answer in labels(said):
-            columns[name].append(answers[name].index(answer))
+            known = answers[name]
+            columns[name].append(known.index(answer) if answer in known else -1)
     return {name: torch.tensor(column) for name, column in columns.items()}
 
 

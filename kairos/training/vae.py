@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 PALETTE = np.array(list(COLORS.values()), dtype=np.float32)
 
+MEASURED_CLIPS = 24
+"""Clips over which the latents' mean and standard deviation are taken."""
+
 
 @dataclass(frozen=True)
 class VAEStage:
@@ -181,7 +184,7 @@ def measure_latents(vae: AutoencoderKLWan, scenes: tuple[str, ...]) -> None:
     """
     vae.eval()
     means = []
-    for index in range(24):
+    for index in range(MEASURED_CLIPS):
         frames = simulate(scenes[index % len(scenes)], split="train", seed=2, index=index).frames
         video = torch.from_numpy(frames).permute(3, 0, 1, 2)[None] / 127.5 - 1
         means.append(vae.encode(video).latent_dist.mode()[0])
