@@ -65,7 +65,7 @@ def draw_layout(rng: np.random.Generator, latent_frames: int) -> Layout:
     to video the place where colours, sizes and places are decided.
     """
     task = rng.random()
-    if task < 0.3:
+    if task < 0.45:
         return Layout(0, 1)
     if task < 0.85:
         past = int(rng.choice([1, 2, 3], p=[0.6, 0.3, 0.1]))
