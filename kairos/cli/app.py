@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from kairos import __version__
-from kairos.cli import evaluate, generate, models, show, train
+from kairos.cli import evaluate, generate, models, rollout, show, train
 from kairos.cli.console import out
 
 app = typer.Typer(
@@ -35,6 +35,7 @@ def kairos(
 
 
 app.command("generate")(generate.generate)
+app.command("rollout")(rollout.rollout)
 app.command("show")(show.show)
 app.command("evaluate")(evaluate.evaluate)
 app.command("train")(train.train)

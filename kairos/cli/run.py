@@ -58,17 +58,17 @@ def run(jobs: Sequence["Job"], options: RunOptions) -> None:
         for job in jobs:
             prepare_file(job.path)
     with clock.stage("import"):
-        _quiet_libraries()
+        quiet_libraries()
         from kairos.conditioning import TEMPLATES
 
-        device, dtype = _device_and_dtype(options)
+        device, dtype = device_and_dtype(options)
     for template in filter(None, (job.request.template for job in jobs)):
         if template not in TEMPLATES:
             raise UserError(f"no prompt template {template!r}{did_you_mean(template, TEMPLATES)}")
     if options.rewrite is not None:
         with clock.stage("rewrite"), waiting("rewriting prompts"):
             jobs = [rewritten(job, options.rewrite) for job in jobs]
-    with _explained_memory():
+    with explained_memory():
         with clock.stage("load"), waiting(f"loading {options.model}"):
             pipeline = presets.load_pipeline(
                 options.model, device=device, dtype=dtype, weights=options.weights
@@ -212,7 +212,7 @@ def describe(pipeline: "KairosPipeline", options: RunOptions, dtype: Any) -> dic
     }
 
 
-def _device_and_dtype(options: RunOptions) -> tuple[Any, Any]:
+def device_and_dtype(options: RunOptions) -> tuple[Any, Any]:
     import torch
 
     name = options.device
@@ -256,7 +256,7 @@ def peak_memory() -> str:
     return said
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Our own progress and warnings are enough; those of the libraries below are about their insides."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -276,7 +276,7 @@ def _report(path: Path, shape: tuple[int, ...], fps: float, scale: int | None) -
 
 
 @contextmanager
-def _explained_memory() -> Iterator[None]:
+def explained_memory() -> Iterator[None]:
     """Too little memory, on whichever device, is the machine's failure and not a bug."""
     try:
         yield

@@ -21,7 +21,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     the disk is full.
     """
     path = Path(path)
-    with _explained(path):
+    with explained(path):
         _refuse_folder(path)
         handle, temporary = tempfile.mkstemp(prefix=".kairos-", suffix=".part", dir=path.parent)
         try:
@@ -42,7 +42,7 @@ def prepare_folder(folder: str | os.PathLike[str]) -> None:
     Raises UserError where it cannot, MachineError where the disk is full.
     """
     folder = Path(folder)
-    with _explained(folder):
+    with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(prefix=".kairos-", dir=folder) as file:
             file.write(b"\0")
@@ -52,7 +52,7 @@ def prepare_file(path: str | os.PathLike[str]) -> None:
     """`prepare_folder` for the folder of `path`, and that `path` can be the name of a file in it."""
     path = Path(path)
     prepare_folder(path.parent)
-    with _explained(path):
+    with explained(path):
         _refuse_folder(path)
 
 
@@ -62,7 +62,7 @@ def _refuse_folder(path: Path) -> None:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
     """Turn the operating system's errors about writing `path` into one clear line."""
     try:
         yield

@@ -154,15 +154,29 @@ def write_contact_sheet(
 
 
 def _encode(frames: Frames, fps: float, scale: int, comment: str | None) -> bytes:
-    _, height, width, _ = frames.shape
     buffer = io.BytesIO()
-    with av.open(buffer, mode="w", format="mp4") as container:
+    encode_mp4(buffer, frames, fps, scale, comment)
+    return buffer.getvalue()
+
+
+def encode_mp4(
+    buffer: io.BytesIO,
+    frames: Frames,
+    fps: float,
+    scale: int,
+    comment: str | None,
+    muxer_options: dict[str, str] | None = None,
+    encoder_options: dict[str, str] | None = None,
+) -> Fraction:
+    """Write an H.264 mp4 into `buffer`, and return the unit of its time stamps in seconds."""
+    _, height, width, _ = frames.shape
+    with av.open(buffer, mode="w", format="mp4", options=muxer_options or {}) as container:
         if comment is not None:
             container.metadata["comment"] = comment
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = shown_size(height, width, scale)
         stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": _CRF, "preset": "medium"}
+        stream.options = {"crf": _CRF, "preset": "medium"} | (encoder_options or {})
         context = stream.codec_context
         context.thread_count = _ENCODER_THREADS
         context.color_primaries = context.color_trc = context.colorspace = _BT709
@@ -174,7 +188,8 @@ def _encode(frames: Frames, fps: float, scale: int, comment: str | None) -> byte
             )
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
-    return buffer.getvalue()
+        assert stream.time_base is not None
+        return stream.time_base
 
 
 def _enlarged(pixels: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:

@@ -1,0 +1,263 @@
+"""A rollout to a file: chunk after chunk to the video, and what each has drifted to the JSON beside it."""
+
+import json
+import logging
+import time
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kairos.cli.console import err, out, waiting
+from kairos.cli.run import (
+    RunOptions,
+    check_inputs,
+    check_model,
+    describe,
+    device_and_dtype,
+    explained_memory,
+    quiet_libraries,
+)
+from kairos.data.files import prepare_file
+from kairos.data.growing_video import GrowingFile, GrowingVideo
+from kairos.data.media import read_image, read_video
+from kairos.errors import KairosError, MachineError, UserError
+from kairos.presets import load_pipeline
+from kairos.request import Request
+
+if TYPE_CHECKING:
+    import torch
+
+    from kairos.pipeline import KairosPipeline
+    from kairos.streaming import Drift, OverlappingRollout, Rollout, WorldState
+
+logger = logging.getLogger(__name__)
+
+GRID_GAP = 2  # pixels between the videos of a grid
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to roll out, as the command line says it."""
+
+    output: Path
+    request: Request | None
+    """How it begins; None where a state does."""
+    prompt: str | None = None
+    changes: tuple[tuple[float, str], ...] = ()
+    """Seconds of this video and prompts, in their order."""
+    seconds: float | None = None
+    """None: for ever."""
+    chunk_frames: int | None = None
+    seed: int | None = None
+    futures: int | None = None
+    save_state: Path | None = None
+    from_state: Path | None = None
+    stop_on_drift: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the video's metadata says."""
+        said = {name: value for name, value in asdict(self).items() if name not in ("output", "request")}
+        said = {name: str(value) if isinstance(value, Path) else value for name, value in said.items()}
+        return {name: value for name, value in said.items() if value not in (None, (), False)}
+
+
+def roll(plan: Plan, options: RunOptions) -> None:
+    """Make the video. All that can be checked without the model is checked before it is loaded."""
+    if plan.request is not None:
+        check_inputs(plan.request)
+    check_model(options)
+    prepare_file(plan.output)
+    if plan.save_state is not None:
+        prepare_file(plan.save_state)
+    quiet_libraries()
+    from kairos.streaming import WorldState
+
+    world = WorldState.load(plan.from_state) if plan.from_state is not None else None
+    device, dtype = device_and_dtype(options)
+    with explained_memory():
+        with waiting(f"loading {options.model}"):
+            pipeline = load_pipeline(options.model, device=device, dtype=dtype)
+            about = describe(pipeline, options, dtype)
+        pipeline.set_progress_bar_config(disable=True)
+        fps = pipeline.config.defaults["fps"]
+        rollout = begin(plan, pipeline, world, options.model)
+        request = {} if plan.request is None else {"request": plan.request.to_dict()}
+        video = GrowingVideo(plan.output, fps, request | {"rollout": plan.to_dict()} | about, options.scale)
+        write(plan, rollout, video)
+
+
+def begin(
+    plan: Plan, pipeline: "KairosPipeline", world: "WorldState | None", model: str
+) -> "Rollout | OverlappingRollout":
+    """The rollout before its first chunk: exact for a chunk-causal model, by overlapping clips for others."""
+    from kairos.streaming import OverlappingRollout, resume, stream
+
+    causal = pipeline.transformer.config.causal == "chunk"
+    if not causal:
+        for option in ("from_state", "save_state", "futures"):
+            if getattr(plan, option) is not None:
+                flag = f"--{option.replace('_', '-')}"
+                raise UserError(f"{flag} needs a chunk-causal model, such as kairos-tiny; {model} is none")
+    if world is not None:
+        if plan.futures is not None:
+            world = world.fork(plan.futures)
+        new_noise = plan.seed is not None or plan.futures is not None
+        going_on = resume(
+            pipeline, world, generator=generators(plan.seed, world.batch) if new_noise else None
+        )
+        if plan.prompt:
+            going_on.change_prompt(plan.prompt)
+        return going_on
+    request = plan.request
+    assert request is not None
+    options: dict[str, Any] = {
+        "image": read_image(request.input_image) if request.input_image else None,
+        "negative_prompt": request.negative_prompt,
+        "height": request.height,
+        "width": request.width,
+        "num_inference_steps": request.num_inference_steps,
+        "guidance_scale": request.guidance_scale,
+        "generator": generators(request.seed, 1)[0],
+    }
+    if causal:
+        given = end_of_video(request, pipeline) if request.input_video else None
+        return stream(pipeline, request.prompt, video=given, chunk_frames=plan.chunk_frames or 3, **options)
+    overlapping = OverlappingRollout(pipeline, request.prompt, chunk_frames=plan.chunk_frames, **options)
+    if request.input_video:
+        overlapping.begin_with(end_of_video(request, pipeline)[-overlapping.overlap :])
+    logger.warning(
+        "%s sees whole clips, so this is an approximation: each clip goes on from the last %d frames and "
+        "forgets what was before",
+        model,
+        overlapping.overlap,
+    )
+    return overlapping
+
+
+def write(plan: Plan, rollout: "Rollout | OverlappingRollout", video: GrowingVideo) -> None:
+    """Chunk after chunk to the file, until the length is reached, the drift too large, or Ctrl-C."""
+    from kairos.streaming import Rollout, resume
+
+    log = DriftLog(plan.output.with_suffix(".drift.json"), video.fps)
+    changes = list(plan.changes)
+    world = None
+    began = time.perf_counter()
+    try:
+        with err.status("the first chunk") if err.is_terminal else nullcontext() as status:
+            while plan.seconds is None or video.frames < plan.seconds * video.fps:
+                while changes and changes[0][0] * video.fps <= video.frames:
+                    rollout.change_prompt(changes.pop(0)[1])
+                frames = next(rollout)
+                if plan.futures and not video.frames and plan.from_state is None:
+                    assert isinstance(rollout, Rollout)
+                    forked = rollout.state.fork(plan.futures)
+                    rollout = resume(rollout.pipeline, forked, generator=generators(plan.seed, plan.futures))
+                    frames = frames.repeat(plan.futures, axis=0)
+                video.write((grid(frames) * 255).round().astype(np.uint8))
+                world = rollout.state if isinstance(rollout, Rollout) else None
+                line, drifted = log.add(frames)
+                rate = video.frames / (time.perf_counter() - began)
+                line = f"{video.frames / video.fps:.1f} s, {rate:.1f} frames a second; {line}"
+                logger.info("%s", line)
+                if status is not None:
+                    status.update(line)
+                if drifted and plan.stop_on_drift:
+                    logger.warning("stopped, for the video has drifted: %s", drifted)
+                    break
+    except MachineError:
+        with suppress(KairosError):  # the first failure is the one to tell
+            save(world, plan.save_state)
+        raise
+    except KeyboardInterrupt:
+        save(world, plan.save_state)
+        report(video)
+        raise
+    save(world, plan.save_state)
+    report(video)
+
+
+class DriftLog:
+    """Measures every chunk of every video, and keeps it in a JSON that is whole after each chunk."""
+
+    _END = "\n]}\n"
+
+    def __init__(self, path: Path, fps: float) -> None:
+        from kairos.streaming import DriftLimits
+
+        self.limits = DriftLimits()
+        self._file = GrowingFile(path)
+        self._fps, self._chunks, self._frames = fps, 0, 0
+        self._meters: list[Any] = []
+
+    def add(self, frames: np.ndarray) -> tuple[str, str | None]:
+        """Take a chunk, (B, F, H, W, 3) in [0, 1]: the line to show, and the limit that is passed, if any."""
+        from kairos.streaming import DriftMeter
+
+        self._meters = self._meters or [DriftMeter() for _ in frames]
+        drifts = [meter.measure(video) for meter, video in zip(self._meters, frames, strict=True)]
+        record = json.dumps(
+            {
+                "chunk": self._chunks,
+                "start_s": round(self._frames / self._fps, 4),
+                "frames": frames.shape[1],
+                "videos": [drift.to_dict() for drift in drifts],
+            }
+        )
+        if self._chunks:
+            self._file.append(f",\n{record}{self._END}".encode(), instead_of=len(self._END))
+        else:
+            head = {"fps": self._fps, "limits": asdict(self.limits)}
+            self._file.append(f'{json.dumps(head)[:-1]}, "chunks": [\n{record}{self._END}'.encode())
+        self._chunks += 1
+        self._frames += frames.shape[1]
+        broken = [limit for drift in drifts if (limit := self.limits.broken_by(drift))]
+        return shown(drifts), broken[0] if broken else None
+
+
+def shown(drifts: "list[Drift]") -> str:
+    """The measures in a line; of several videos, each one's mean."""
+    measures = [drift.to_dict() for drift in drifts]
+    names = ("colour", "contrast", "sharpness", "motion", "fidelity")
+    return ", ".join(f"{name} {np.mean([m[name] for m in measures]):.3f}" for name in names)
+
+
+def grid(videos: np.ndarray) -> np.ndarray:
+    """Videos (B, F, H, W, 3) in [0, 1] side by side, as near to a square as can be, black where none is."""
+    count, frames, height, width, _ = videos.shape
+    if count == 1:
+        return videos[0]
+    columns = int(np.ceil(np.sqrt(count)))
+    rows = -(-count // columns)
+    high, wide = height + GRID_GAP, width + GRID_GAP
+    sheet = np.zeros((frames, rows * high - GRID_GAP, columns * wide - GRID_GAP, 3), videos.dtype)
+    for index, video in enumerate(videos):
+        top, left = index // columns * high, index % columns * wide
+        sheet[:, top : top + height, left : left + width] = video
+    return sheet
+
+
+def end_of_video(request: Request, pipeline: "KairosPipeline") -> np.ndarray:
+    """The last frames of the given video, (k, H, W, 3) uint8, k = 4n + 1, at the model's rate."""
+    frames = read_video(request.input_video, fps=pipeline.config.defaults["fps"])
+    return frames[(len(frames) - 1) % 4 :]
+
+
+def generators(seed: int | None, count: int) -> "list[torch.Generator]":
+    """One for each video, from the seeds `seed`, `seed` + 1, ..."""
+    import torch
+
+    return [torch.Generator("cpu").manual_seed((seed or 0) + index) for index in range(count)]
+
+
+def save(world: "WorldState | None", path: Path | None) -> None:
+    if world is not None and path is not None:
+        world.save(path)
+
+
+def report(video: GrowingVideo) -> None:
+    if video.frames:
+        length = f"{video.frames} frames, {video.frames / video.fps:.1f} s at {video.fps:g} fps"
+        out.print(f"{video.file.path}: {length}", markup=False, highlight=False)

@@ -1,0 +1,202 @@
+"""`kairos rollout`: a video without end, written as it is made."""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kairos import presets
+from kairos.cli.console import show_log
+from kairos.cli.generate import INPUT, RUN, SAMPLING, SIZE, prompt_job
+from kairos.errors import UserError
+
+LENGTH, WORLD = "How long", "The world"
+
+
+def rollout(
+    prompt: Annotated[
+        str | None, typer.Argument(show_default=False, help="What happens. With --from-state: from now on.")
+    ] = None,
+    image: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The first frame.", rich_help_panel=INPUT)
+    ] = None,
+    video: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A video to go on from.", rich_help_panel=INPUT)
+    ] = None,
+    prompt_at: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar='"12s TEXT"',
+            help="From that second of this video on, something else happens. May be repeated.",
+            rich_help_panel=INPUT,
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="PATH",
+            help="The mp4, or a folder. It grows as it is made, and plays whenever it is cut off.",
+            rich_help_panel=INPUT,
+        ),
+    ] = None,
+    negative: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="What guidance leads away from.", rich_help_panel=INPUT),
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            metavar="N", help="End with the chunk that reaches this length.", rich_help_panel=LENGTH
+        ),
+    ] = None,
+    forever: Annotated[
+        bool, typer.Option("--forever", help="End at Ctrl-C.", rich_help_panel=LENGTH)
+    ] = False,
+    stop_on_drift: Annotated[
+        bool,
+        typer.Option(
+            "--stop-on-drift",
+            help="End where a chunk is too far from the first one. All are measured, beside the video.",
+            rich_help_panel=LENGTH,
+        ),
+    ] = False,
+    save_state: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Keep the world behind the last frame, to go on later.",
+            rich_help_panel=WORLD,
+        ),
+    ] = None,
+    from_state: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Go on from a world that was kept.", rich_help_panel=WORLD),
+    ] = None,
+    futures: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="N futures of the world, or of the first chunk, side by side in a grid.",
+            rich_help_panel=WORLD,
+        ),
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option(metavar="PIXELS", help="Height.", rich_help_panel=SIZE)
+    ] = None,
+    width: Annotated[int | None, typer.Option(metavar="PIXELS", help="Width.", rich_help_panel=SIZE)] = None,
+    scale: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Enlarge by a whole factor when writing. Default: to 256 pixels; 1 keeps it as made.",
+            rich_help_panel=SIZE,
+        ),
+    ] = None,
+    chunk_frames: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Latent frames a chunk, four frames each. Default: 3; a clip's, if not chunk-causal.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="One seed, one video; future k has seed N + k. Default: 0, or as the world goes on.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Denoising steps a chunk.", rich_help_panel=SAMPLING)
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SCALE", help="How strongly to follow the prompt; 1 is off.", rich_help_panel=SAMPLING
+        ),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(metavar="NAME|PATH", help="A model by name or a folder.", rich_help_panel=RUN),
+    ] = presets.DEFAULT,
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=RUN)
+    ] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="auto, float32, bfloat16 or float16. auto: bfloat16 on a GPU, float32 on a CPU.",
+            rich_help_panel=RUN,
+        ),
+    ] = "auto",
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="A line for each chunk.", rich_help_panel=RUN)
+    ] = False,
+) -> None:
+    """Make a video chunk after chunk, for as long as one likes, in the memory of one chunk.
+
+    Every chunk is in the file as soon as it is made, so a video that is stopped or killed plays up to there.
+    Ctrl-C ends it: the state is saved where that was asked for, and the exit status is 130.
+    """
+    show_log(verbose)
+    from kairos.cli.roll import Plan, roll
+    from kairos.cli.run import RunOptions
+
+    if (seconds is None) is not forever:
+        raise UserError("say how long the video is to be: --seconds N, or --forever")
+    if seconds is not None and not 0 < seconds < float("inf"):
+        raise UserError(f"seconds must be above 0, got {seconds}")
+    for name, count in (("futures", futures), ("chunk_frames", chunk_frames)):
+        if count is not None and count < 1:
+            raise UserError(f"{name} must be at least 1, got {count}")
+    changes = sorted(map(prompt_change, prompt_at or []))
+    said = {
+        "input_image": image,
+        "input_video": video,
+        "negative_prompt": negative,
+        "height": height,
+        "width": width,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+    }
+    if from_state is None:
+        if changes and changes[0][0] == 0:
+            raise UserError("--prompt-at 0s is before the first chunk; give the first prompt as PROMPT")
+        job = prompt_job({"prompt": prompt, "seed": seed} | said, {}, output)
+        request, path = job.request, job.path
+    else:
+        fixed = [*(name for name, value in said.items() if value is not None)]
+        fixed += ["chunk_frames"] if chunk_frames is not None else []
+        if fixed:
+            raise UserError(f"--from-state goes on as the rollout was begun; leave out {', '.join(fixed)}")
+        # Only its checks and its file name are wanted: the world knows the rest.
+        job = prompt_job({"prompt": prompt or from_state.stem, "seed": seed}, {}, output)
+        request, path = None, job.path
+    plan = Plan(
+        output=path,
+        request=request,
+        prompt=prompt,
+        changes=tuple(changes),
+        seconds=seconds,
+        chunk_frames=chunk_frames,
+        seed=seed,
+        futures=futures,
+        save_state=save_state,
+        from_state=from_state,
+        stop_on_drift=stop_on_drift,
+    )
+    roll(plan, RunOptions(model=model, device=device, dtype=dtype, scale=scale, verbose=verbose))
+
+
+def prompt_change(text: str) -> tuple[float, str]:
+    """`12s a blue ball falls` -> (12.0, "a blue ball falls")."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*s\s+(.*\S)\s*", text, re.DOTALL)
+    if found is None:
+        raise UserError(f'--prompt-at takes a second and a text, such as "12s a ball falls", got {text!r}')
+    return float(found[1]), found[2]

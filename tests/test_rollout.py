@@ -1,0 +1,396 @@
+"""`kairos rollout`: the file grows and plays wherever it is cut off, worlds go on, and drift is measured."""
+
+import errno
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_pipeline
+from PIL import Image
+
+from kairos import UserError
+from kairos.cli import main, roll
+from kairos.data import growing_video
+from kairos.data.growing_video import GrowingVideo
+from kairos.data.media import read_metadata, read_video
+from kairos.errors import MachineError
+from kairos.streaming import DriftLimits, DriftMeter, OverlappingRollout, Rollout, WorldState
+
+CAUSAL = {"causal": "chunk", "pad_dilated": False}
+SHORT = ("--seconds", 0.5, "--steps", 1, "--chunk-frames", 1)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of saved pipelines: chunk-causal, another such, and one that sees whole clips."""
+    folder = tmp_path_factory.mktemp("models")
+    random_pipeline(**CAUSAL).save_pretrained(folder / "causal")
+    random_pipeline(seed=1, **CAUSAL).save_pretrained(folder / "other")
+    random_pipeline().save_pretrained(folder / "whole")
+    return {name: folder / name for name in ("causal", "other", "whole")}
+
+
+@pytest.fixture
+def rollout(
+    models: dict[str, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any
+) -> Any:
+    """Run the command in an empty folder: (exit status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object, model: str = "causal") -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as left:
+            main(["rollout", *map(str, arguments), "--model", str(models[model])])
+        printed = capsys.readouterr()
+        assert isinstance(left.value.code, int)
+        return left.value.code, printed.out, printed.err
+
+    return run
+
+
+def drifts(name: str = "out") -> list[dict[str, Any]]:
+    return json.loads(Path(f"{name}.drift.json").read_text())["chunks"]
+
+
+def moving_bar(frames: int, start: int = 0) -> np.ndarray:
+    video = np.zeros((frames, 64, 64, 3), np.uint8)
+    for index in range(frames):
+        video[index, :, start + index : start + index + 8] = 220
+    return video
+
+
+class FullDisk(io.FileIO):
+    """Grows by `room` bytes, of all files together, and then has no space left."""
+
+    room = 0
+
+    def write(self, data: Any) -> int:
+        over = os.fstat(self.fileno()).st_size - self.tell()
+        part = memoryview(data)[: over + FullDisk.room]
+        if len(data) and not part:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        FullDisk.room -= max(0, len(part) - over)
+        return super().write(part) or 0
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> type[FullDisk]:
+    def opened(path: Path, mode: str, buffering: int) -> FullDisk:
+        return FullDisk(path, mode)
+
+    monkeypatch.setattr(growing_video, "open", opened, raising=False)
+    FullDisk.room = 1 << 40
+    return FullDisk
+
+
+# The file
+
+
+@pytest.mark.parametrize("fps", [16, 29.97])
+def test_a_growing_video_plays_after_each_chunk_and_has_all_frames_in_their_order(
+    tmp_path: Path, fps: float
+) -> None:
+    video = GrowingVideo(tmp_path / "out.mp4", fps, {"about": "a bar"}, scale=4)
+    written = 0
+    for size in (1, 12, 4):
+        video.write(moving_bar(size, written))
+        written += size
+        for rate in (None, fps):
+            frames = read_video(tmp_path / "out.mp4", fps=rate)
+            assert len(frames) == video.frames == written
+            np.testing.assert_allclose(frames[:, ::4, ::4], moving_bar(written), atol=40)
+    assert read_metadata(tmp_path / "out.mp4") == {"about": "a bar"}
+
+
+def test_a_growing_video_takes_the_place_of_a_file_only_with_its_first_chunk(tmp_path: Path) -> None:
+    (tmp_path / "out.mp4").write_text("the old one")
+    video = GrowingVideo(tmp_path / "out.mp4", 16)
+    assert (tmp_path / "out.mp4").read_text() == "the old one"
+    video.write(moving_bar(1))
+    assert len(read_video(tmp_path / "out.mp4")) == 1
+
+
+def test_a_chunk_that_finds_the_disk_full_leaves_those_before_it(
+    tmp_path: Path, full_disk: type[FullDisk]
+) -> None:
+    video = GrowingVideo(tmp_path / "out.mp4", 16)
+    video.write(moving_bar(5))
+    before = (tmp_path / "out.mp4").read_bytes()
+    full_disk.room = 100
+    with pytest.raises(MachineError, match="no space left on device; free some space"):
+        video.write(moving_bar(4, 5))
+    assert (tmp_path / "out.mp4").read_bytes() == before
+    full_disk.room = 1 << 40
+    video.write(moving_bar(4, 5))
+    assert len(read_video(tmp_path / "out.mp4")) == video.frames == 9
+
+
+def test_a_killed_rollout_leaves_a_video_and_a_drift_log_that_can_be_read(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "kairos", "rollout", "a ball", "--forever", "--steps", "1"]
+    command += ["--model", str(models["causal"]), "-o", "out.mp4"]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment()) as process:
+        try:
+            wait_for(tmp_path / "out.drift.json", process)
+        finally:
+            process.kill()
+    assert process.returncode == -signal.SIGKILL
+    frames = read_video(tmp_path / "out.mp4")
+    chunks = json.loads((tmp_path / "out.drift.json").read_text())["chunks"]
+    assert len(frames) % 12 == 1
+    assert len(frames) - sum(chunk["frames"] for chunk in chunks) in (0, 12)
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+
+
+def wait_for(log: Path, process: subprocess.Popen[bytes]) -> None:
+    """Until three chunks are in the log."""
+    until = time.monotonic() + 120
+    while not log.exists() or log.read_text().count('"chunk"') < 3:
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.02)
+
+
+# The world
+
+
+def test_ending_with_a_saved_state_and_going_on_gives_the_frames_of_an_unbroken_run(rollout: Any) -> None:
+    settings = ("--steps", 1, "--chunk-frames", 2, "--scale", 1)
+    assert rollout("a ball", *settings, "--seconds", 2, "-o", "unbroken.mp4")[0] == 0
+    assert rollout("a ball", *settings, "--seconds", 1, "-o", "1.mp4", "--save-state", "world")[0] == 0
+    status, said, complaint = rollout("--from-state", "world", "--seconds", 1, "-o", "2.mp4", "--scale", 1)
+    assert (status, complaint) == (0, "")
+    assert said == "2.mp4: 16 frames, 1.0 s at 16 fps\n"
+    parts = np.concatenate([read_video("1.mp4"), read_video("2.mp4")])
+    assert np.array_equal(parts, read_video("unbroken.mp4")[: len(parts)])
+    assert len(parts) == 17 + 16
+
+
+def test_futures_begin_together_in_a_grid_and_part(rollout: Any) -> None:
+    assert rollout("a ball", *SHORT, "--futures", 3, "--scale", 4, "-o", "out.mp4")[0] == 0
+    video = read_video("out.mp4")[:, 1::4, 1::4].astype(int)
+    assert video.shape[1:3] == (2 * 32 + roll.GRID_GAP, 2 * 32 + roll.GRID_GAP)
+    first, second, empty = video[:, :32, :32], video[:, :32, 34:], video[:, 34:, 34:]
+    apart = np.abs(first - second).mean(axis=(1, 2, 3))
+    assert apart[0] < 1.5
+    assert apart[-1] > 3 * apart[0]
+    assert empty.mean() < 3
+    assert [len(chunk["videos"]) for chunk in drifts()] == [3, 3, 3]
+
+
+def test_a_kept_world_has_several_futures_and_the_seed_tells_them(rollout: Any) -> None:
+    rollout("a ball", *SHORT, "--save-state", "world", "-o", "out.mp4")
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        again = (
+            "--from-state",
+            "world",
+            "--seconds",
+            0.2,
+            "--futures",
+            2,
+            "--seed",
+            seed,
+            "-o",
+            f"{name}.mp4",
+        )
+        assert rollout(*again)[0] == 0
+    a, b, c = (read_video(f"{name}.mp4") for name in "abc")
+    assert np.array_equal(a, b)
+    assert not np.array_equal(a, c)
+
+
+def test_the_prompt_changes_at_its_second(rollout: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed: list[tuple[int, str]] = []
+    monkeypatch.setattr(
+        Rollout, "change_prompt", lambda self, prompt: changed.append((self.state.frames, prompt))
+    )
+    later = ("--prompt-at", "0.5s it falls", "--prompt-at", "0.2 s it stops")
+    assert rollout("a ball", "--seconds", 0.8, *SHORT[2:], *later, "-o", "out.mp4")[0] == 0
+    assert changed == [(2, "it stops"), (3, "it falls")]
+
+
+def test_interrupting_keeps_the_chunks_and_their_state(rollout: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Rollout.__next__
+
+    def interrupted(self: Rollout) -> np.ndarray:
+        if self.state.frames == 3:
+            raise KeyboardInterrupt
+        return made(self)
+
+    monkeypatch.setattr(Rollout, "__next__", interrupted)
+    forever = ("--forever", *SHORT[2:], "--save-state", "world")
+    status, said, complaint = rollout("a ball", *forever, "-o", "out.mp4")
+    assert (status, complaint) == (130, "error: interrupted\n")
+    assert said == "out.mp4: 9 frames, 0.6 s at 16 fps\n"
+    assert len(read_video("out.mp4")) == 9
+    assert WorldState.load("world").frames == 3
+
+
+def test_a_full_disk_ends_the_rollout_in_one_line_and_what_was_written_plays(
+    rollout: Any, full_disk: type[FullDisk]
+) -> None:
+    full_disk.room = 60_000
+    forever = ("--forever", *SHORT[2:], "--save-state", "world")
+    status, _, complaint = rollout("a ball", *forever, "-o", "out.mp4")
+    assert status == 1
+    assert complaint.startswith("error: cannot write out.")
+    assert "no space left on device; free some space" in complaint
+    assert complaint.count("\n") == 1
+    assert len(read_video("out.mp4")) == 1 + 4 * (WorldState.load("world").frames - 1) > 1
+
+
+# What is refused
+
+
+def test_input_that_cannot_be_used_is_refused_in_one_line(rollout: Any) -> None:
+    rollout("a ball", *SHORT, "--save-state", "world", "-o", "taken.mp4")
+    Path("torn").write_bytes(Path("world").read_bytes()[:5000])
+    cases: list[tuple[str, tuple[object, ...], str]] = [
+        ("causal", ("--from-state", "torn", *SHORT[:2]), "torn is not a whole world state"),
+        ("causal", ("--from-state", "nothing", *SHORT[:2]), "no world state at nothing"),
+        ("other", ("--from-state", "world", *SHORT[:2]), "the world state belongs to model"),
+        ("causal", ("--from-state", "world", *SHORT), "leave out num_inference_steps, chunk_frames"),
+        ("causal", ("a", *SHORT, "--prompt-at", "0s b"), "is before the first chunk"),
+        ("causal", ("a", *SHORT, "--prompt-at", "soon b"), 'takes a second and a text, such as "12s'),
+        ("causal", ("a",), "--seconds N, or --forever"),
+        ("causal", ("a", "--forever", "--seconds", 1), "--seconds N, or --forever"),
+        ("causal", ("a", "--seconds", -1), "seconds must be above 0, got -1"),
+        ("causal", ("a", "--seconds", 1, "--futures", 0), "futures must be at least 1, got 0"),
+        ("causal", SHORT, "nothing to make a video of"),
+        ("whole", ("a", *SHORT, "--save-state", "w"), "--save-state needs a chunk-causal model"),
+        ("whole", ("a", *SHORT, "--futures", 2), "--futures needs a chunk-causal model"),
+        ("whole", ("--from-state", "world", *SHORT[:2]), "--from-state needs a chunk-causal model"),
+    ]
+    for model, arguments, message in cases:
+        status, said, complaint = rollout(*arguments, "-o", "out.mp4", model=model)
+        assert (status, said) == (2, ""), arguments
+        assert message in complaint
+        assert complaint.startswith("error: ")
+        assert complaint.count("\n") == 1
+    assert not Path("out.mp4").exists()
+
+
+# Models that see whole clips
+
+
+def test_a_model_that_sees_whole_clips_goes_on_from_its_last_frames_and_says_so(
+    rollout: Any, pipeline: Any
+) -> None:
+    status, _, complaint = rollout("a ball", "--seconds", 1, "--steps", 1, "-o", "out.mp4", model="whole")
+    assert status == 0
+    assert "this is an approximation: each clip goes on from the last 5 frames" in complaint
+    assert len(read_video("out.mp4")) == 9 + 4 + 4
+
+    calls = []
+    call = type(pipeline).__call__
+
+    class Watched(type(pipeline)):
+        def __call__(self, *arguments: Any, **options: Any) -> Any:
+            calls.append(options)
+            return call(self, *arguments, **options)
+
+    pipeline.__class__ = Watched
+    overlapping = OverlappingRollout(
+        pipeline, "a ball", num_inference_steps=1, generator=torch.Generator().manual_seed(0)
+    )
+    first, second, _ = (next(overlapping) for _ in range(3))
+    assert (first.shape[1], second.shape[1]) == (9, 4)
+    assert np.array_equal(calls[1]["video"], (first[0, -5:] * 255).round().astype(np.uint8))
+    assert calls[2]["video"].shape == calls[1]["video"].shape
+
+
+def test_an_overlapping_rollout_refuses_what_it_cannot_do(pipeline: Any) -> None:
+    for options, message in (
+        ({"overlap": 4}, "overlap must be 4n \\+ 1, got 4"),
+        ({"overlap": 9}, "less than a clip's 9 frames, got 9"),
+        ({"chunk_frames": 0}, "chunk_frames must be at least 1, got 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            OverlappingRollout(pipeline, "a ball", **options)
+    with pytest.raises(UserError, match="once there is a first chunk"):
+        OverlappingRollout(pipeline, "a ball").change_prompt("it falls")
+
+
+def test_a_rollout_goes_on_from_the_end_of_a_video(rollout: Any) -> None:
+    Image.new("RGB", (32, 32), (200, 30, 30)).save("red.png")
+    assert rollout("--image", "red.png", *SHORT, "--scale", 1, "-o", "1.mp4")[0] == 0
+    for model in ("causal", "whole"):
+        assert rollout("--video", "1.mp4", *SHORT, "--scale", 1, "-o", "2.mp4", model=model)[0] == 0
+        np.testing.assert_allclose(read_video("2.mp4")[0].shape, (32, 32, 3))
+
+
+# Drift
+
+
+def picture(frames: int = 4) -> np.ndarray:
+    """A red square on grey, moving, in [0, 1]."""
+    video = np.full((frames, 32, 32, 3), 0.5)
+    for index in range(frames):
+        video[index, 8:16, 4 + index : 12 + index] = (0.9, 0.1, 0.1)
+    return video
+
+
+def test_a_video_that_stays_as_it_is_has_not_drifted() -> None:
+    meter = DriftMeter()
+    for _ in range(3):
+        drift = meter.measure(picture())
+        assert DriftLimits().broken_by(drift) is None
+    assert drift.colour == pytest.approx(0)
+    assert [drift.contrast, drift.sharpness, drift.fidelity] == pytest.approx([1, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("decay", "measure"),
+    [
+        (lambda video: np.zeros_like(video), "brightness"),
+        (lambda video: np.clip(video + np.array([0.4, 0, -0.4]), 0, 1), "colour"),
+        (lambda video: 0.5 + 0.2 * (video - 0.5), "contrast"),
+        (lambda video: video + 0.2 * np.random.default_rng(0).standard_normal(video.shape), "sharpness"),
+        (lambda video: video + np.array([0.3, -0.3] * 2)[:, None, None, None], "motion"),
+        (lambda video: video + 0.13, "fidelity"),
+    ],
+)
+def test_each_measure_tells_its_own_decay(decay: Any, measure: str) -> None:
+    meter, still = DriftMeter(), DriftMeter()
+    meter.measure(picture())
+    still.measure(picture())
+    drift, none = meter.measure(np.clip(decay(picture()), 0, 1)), still.measure(picture())
+    only = DriftLimits(**{n: (-1.0, 1e9) for n in vars(drift) if n != measure})
+    assert only.broken_by(none) is None
+    assert str(only.broken_by(drift)).startswith(f"{measure} is ")
+
+
+def test_motion_is_counted_across_the_borders_of_chunks() -> None:
+    whole, parts = DriftMeter(), DriftMeter()
+    parts.measure(picture(2)[:1])
+    motion = whole.measure(picture(2)).motion
+    assert motion > 0
+    assert parts.measure(picture(2)[1:]).motion == pytest.approx(motion)
+
+
+def test_a_rollout_that_drifts_is_stopped_where_that_is_asked_for(
+    rollout: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Rollout.__next__
+    monkeypatch.setattr(
+        Rollout, "__next__", lambda self: made(self) * (0.0 if self.state.frames >= 3 else 1.0)
+    )
+    monkeypatch.setattr(DriftLimits, "broken_by", lambda _, d: "too dark" if d.brightness < 0.02 else None)
+    status, _, complaint = rollout(
+        "a ball", "--forever", "--stop-on-drift", *SHORT[2:], "--save-state", "world", "-o", "out.mp4"
+    )
+    assert (status, complaint) == (0, "warning: stopped, for the video has drifted: too dark\n")
+    assert [chunk["frames"] for chunk in drifts()] == [1, 4, 4]
+    assert drifts()[-1]["start_s"] == 0.3125
+    assert WorldState.load("world").frames == 3
