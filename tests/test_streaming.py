@@ -114,6 +114,16 @@ def test_stopping_saving_loading_and_going_on_equals_not_stopping_to_the_bit(
     assert np.array_equal(frames, unbroken)
 
 
+def test_a_loaded_world_lies_in_memory_as_a_made_one_does(pipe, tmp_path):
+    rollout = stream(pipe, "a ball", num_inference_steps=1, generator=seeded())
+    next(rollout)
+    for length in range(8):  # of the heading, behind which a file's tensors begin
+        named = replace(rollout.state, model="m" * (16 + 8 * length))
+        named.save(tmp_path / "world")
+        tensors = WorldState.load(tmp_path / "world")._tensors().values()
+        assert {tensor.data_ptr() % 64 for tensor in tensors} == {0}
+
+
 def test_a_fork_with_the_same_generator_has_equal_futures_and_with_others_different_ones(pipe):
     rollout = stream(pipe, "a ball", generator=seeded())
     next(rollout)

@@ -120,7 +120,9 @@ class WorldState:
                         f"{path} has version {metadata['version']} of the format, this Kairos reads {VERSION}"
                     )
                 names = file.keys()
-                return cls._read(metadata, {name: file.get_tensor(name) for name in names})
+                # Cloned, since the file's own tensors begin anywhere in memory, and products of tensors that
+                # are not aligned differ in their last bit.
+                return cls._read(metadata, {name: file.get_tensor(name).clone() for name in names})
         except FileNotFoundError:
             raise UserError(f"no world state at {path}") from None
         except OSError as error:
