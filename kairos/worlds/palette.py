@@ -1,9 +1,10 @@
-"""The colours of the worlds, far enough apart that a mask tells them from each other and from the greys
-around."""
+"""The colours of the worlds, far enough apart that a mask tells them from each other and from greys."""
 
 BACKGROUND = (240, 240, 236)
 GROUND = (205, 205, 201)
 GROUND_LINE = (120, 120, 118)
+FIXTURE = (150, 150, 147)
+"""Walls, ramps, rods and grippers: what stands or drives, and is not measured."""
 
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (214, 39, 40),

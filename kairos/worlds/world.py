@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from kairos.errors import UserError
 from kairos.worlds.captions import Ball, Caption
 from kairos.worlds.palette import COLORS
-from kairos.worlds.render import Disc, Shape, draw
+from kairos.worlds.render import Box, Disc, Shape, draw
 
 Floats = NDArray[np.float64]
 
@@ -30,21 +30,24 @@ FLOOR = 0.625
 """Height of the ground in scenes with gravity: four pixels of 64."""
 SPLITS = ("train", "in", "interpolation", "out")
 PLANNED = 3.2
-"""World time that starting places are chosen for (33 frames). A longer clip of one index starts the same
-way."""
+"""World time that starting places are chosen for (33 frames). A longer clip starts the same way."""
 
 
 @dataclass(frozen=True)
 class Motion:
-    """Where everything is at each asked time. n balls; `facts` are numbers of the scene that serve as
-    labels."""
+    """Where everything is at each asked time, and what else is in the picture. n balls or blocks."""
 
     positions: Floats  # (F, n, 2)
     velocities: Floats  # (F, n, 2)
-    radii: Floats  # (n,)
+    radii: Floats  # (n,), of a block half its side
     facts: dict[str, Any] = field(default_factory=dict)
+    """Numbers of the scene that serve as labels: JSON values."""
     behind: tuple[Shape, ...] = ()
     before: tuple[Shape, ...] = ()
+    heading: Floats | None = None
+    """(n, 2), the velocity that words go by where it is not that of the first frame."""
+    blocks: bool = False
+    """Squares in place of discs."""
 
 
 class Scene(Protocol):
@@ -96,30 +99,25 @@ def simulate(
     world = _scene(scene)
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}; one of {', '.join(SPLITS)}")
-    for name, value, least in (
-        ("seed", seed, 0),
-        ("index", index, 0),
-        ("num_frames", num_frames, 1),
-        ("size", size, 16),
-    ):
-        if value < least:
-            raise UserError(f"{name} must be at least {least}, got {value}")
+    least = {"seed": (seed, 0), "index": (index, 0), "num_frames": (num_frames, 1), "size": (size, 16)}
+    for name, (value, bound) in least.items():
+        if value < bound:
+            raise UserError(f"{name} must be at least {bound}, got {value}")
 
     key = [zlib.crc32(world.name.encode()), zlib.crc32(split.encode()), seed, index]
-    motion_rng, look_rng, words_rng = (
-        np.random.Generator(np.random.PCG64([*key, stream])) for stream in range(3)
-    )
+    motion_rng, look_rng, words_rng = (np.random.Generator(np.random.PCG64([*key, i])) for i in range(3))
 
-    motion = world.move(motion_rng, split, np.arange(num_frames) * DT)
+    motion = world.move(motion_rng, split, np.arange(num_frames, dtype=np.float64) * DT)
     # Rounding hides the last bits, in which the mathematics libraries of two machines may differ.
     positions, velocities = motion.positions.round(9), motion.velocities.round(9)
     count = len(motion.radii)
     colors = tuple(str(color) for color in look_rng.permutation(list(COLORS))[:count])
-    balls = [Ball.of(colors[i], float(motion.radii[i]), velocities[0, i]) for i in range(count)]
+    radii = motion.radii.tolist()
+    heading = velocities[0] if motion.heading is None else motion.heading
+    balls = [Ball.of(*traits) for traits in zip(colors, radii, heading, strict=True)]
     caption = world.describe(words_rng, balls, motion.facts)
-    discs = [Disc(positions[:, i], float(motion.radii[i]), COLORS[colors[i]]) for i in range(count)]
     frames = draw(
-        [*motion.behind, *discs, *motion.before],
+        [*motion.behind, *bodies(positions, radii, colors, blocks=motion.blocks), *motion.before],
         num_frames=num_frames,
         size=size,
         world=WORLD,
@@ -135,11 +133,19 @@ def simulate(
         "sizes": [ball.size for ball in balls],
         "directions": [ball.direction for ball in balls],
         "speeds": [ball.speed for ball in balls],
-        "radii": motion.radii.tolist(),
+        "radii": radii,
         **motion.facts,
         "said": caption.said,
     }
     return Clip(frames, caption.text, positions, velocities, motion.radii, colors, parameters)
+
+
+def bodies(positions: Floats, radii: list[float], colors: Sequence[str], *, blocks: bool) -> list[Shape]:
+    """The shapes of what moves: discs, or squares of twice the radius."""
+    places = zip(positions.swapaxes(0, 1), radii, colors, strict=True)
+    if blocks:
+        return [Box(centers, (radius, radius), COLORS[color]) for centers, radius, color in places]
+    return [Disc(centers, radius, COLORS[color]) for centers, radius, color in places]
 
 
 def _scene(scene: str | Scene) -> Scene:
