@@ -184,13 +184,37 @@ def read_requests(path: str | os.PathLike[str], defaults: Mapping[str, Any] | No
     return requests
 
 
-def shell_command(request: Request, output: str, options: Mapping[str, Any]) -> str:
-    """The `kairos generate` command that makes the request, quoted for a shell.
+def shell_command(
+    request: Request | None, output: str, options: Mapping[str, Any], command: str = "generate"
+) -> str:
+    """The `kairos` command that makes the request, quoted for a shell.
 
-    `options` are those of the command that are not part of the request: model, dtype and so on.
+    `options` are those of the command that are not part of the request: model, dtype and so on. One with a
+    list of values is repeated. A rollout from a state has no request.
     """
-    arguments = ["kairos", "generate"]
-    flags = {
+    arguments = ["kairos", command]
+    flags: dict[str, Any] = {} if request is None else _request_flags(request)
+    flags |= {f"--{name.replace('_', '-')}": value for name, value in options.items()}
+    flags["--output"] = output
+    single = [
+        (flag, one)
+        for flag, value in flags.items()
+        for one in (value if isinstance(value, list) else [value])
+    ]
+    for flag, value in single:
+        if value is True:
+            arguments.append(flag)
+        elif value is not None and value is not False and value != "":
+            text = str(value).removesuffix(".0") if isinstance(value, float) else str(value)
+            # In one word where it could be taken for an option itself.
+            arguments += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
+    if request is not None and request.prompt:
+        arguments += ["--", request.prompt] if request.prompt.startswith("-") else [request.prompt]
+    return shlex.join(arguments)
+
+
+def _request_flags(request: Request) -> dict[str, Any]:
+    return {
         "--image": request.input_image,
         "--video": request.input_video,
         "--video-frames": request.input_frames,
@@ -204,19 +228,7 @@ def shell_command(request: Request, output: str, options: Mapping[str, Any]) -> 
         "--fps": request.fps,
         "--tiled": request.tiled,
         "--template": request.template,
-        **{f"--{name.replace('_', '-')}": value for name, value in options.items()},
-        "--output": output,
     }
-    for flag, value in flags.items():
-        if value is True:
-            arguments.append(flag)
-        elif value is not None and value is not False and value != "":
-            text = str(value).removesuffix(".0") if isinstance(value, float) else str(value)
-            # In one word where it could be taken for an option itself.
-            arguments += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
-    if request.prompt:
-        arguments += ["--", request.prompt] if request.prompt.startswith("-") else [request.prompt]
-    return shlex.join(arguments)
 
 
 def _of_type(name: str, kind: str, value: Any) -> Any:

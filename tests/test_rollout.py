@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -248,6 +249,35 @@ def test_a_full_disk_ends_the_rollout_in_one_line_and_what_was_written_plays(
     assert "no space left on device; free some space" in complaint
     assert complaint.count("\n") == 1
     assert len(read_video("out.mp4")) == 1 + 4 * (WorldState.load("world").frames - 1) > 1
+
+
+def test_a_rollout_is_shown_and_made_again(rollout: Any, models: dict[str, Path], capsys: Any) -> None:
+    begun = ("a ball", *SHORT, "--prompt-at", "0.1s it's falling", "--save-state", "world", "-o", "1.mp4")
+    went_on = (
+        "it stops",
+        "--from-state",
+        "world",
+        "--seconds",
+        0.5,
+        "--futures",
+        2,
+        "--seed",
+        3,
+        "-o",
+        "2.mp4",
+    )
+    for name, arguments in (("1.mp4", begun), ("2.mp4", went_on)):
+        assert rollout(*arguments)[0] == 0
+        made = Path(name).read_bytes()
+        with pytest.raises(SystemExit) as left:
+            main(["show", name])
+        assert left.value.code == 0
+        words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+        assert words[:2] == ["kairos", "rollout"]
+        again = [word for word in words[2:] if word not in ("--model", str(models["causal"]))]
+        Path(name).unlink()
+        assert rollout(*again)[0] == 0
+        assert Path(name).read_bytes() == made
 
 
 # What is refused

@@ -13,8 +13,9 @@ HEAD = """# The command line
 Made by `python tools/cli_reference.py`; do not edit.
 
 Every command leaves with status 0 when it is done, 2 when its input cannot be used, 1 when the machine failed
-(a full disk, too little memory) and 130 when it was interrupted. Errors are one line on stderr. A video is
-written whole or not at all, and carries the request that it was made from: `kairos show out.mp4` prints it.
+(a full disk, too little memory) and 130 when it was interrupted. Errors are one line on stderr. `generate`
+writes a video whole or not at all, `rollout` chunk after chunk. Both carry what they were made from: `kairos
+show out.mp4` prints it.
 """
 
 

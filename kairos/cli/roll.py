@@ -45,7 +45,6 @@ class Plan:
     output: Path
     request: Request | None
     """How it begins; None where a state does."""
-    prompt: str | None = None
     changes: tuple[tuple[float, str], ...] = ()
     """Seconds of this video and prompts, in their order."""
     seconds: float | None = None
@@ -58,10 +57,19 @@ class Plan:
     stop_on_drift: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """What the video's metadata says."""
-        said = {name: value for name, value in asdict(self).items() if name not in ("output", "request")}
-        said = {name: str(value) if isinstance(value, Path) else value for name, value in said.items()}
-        return {name: value for name, value in said.items() if value not in (None, (), False)}
+        """The options that are no part of the request, as the command line names them."""
+        said = {
+            "seconds": self.seconds,
+            "forever": self.seconds is None,
+            "stop_on_drift": self.stop_on_drift,
+            "chunk_frames": self.chunk_frames,
+            "futures": self.futures,
+            "save_state": self.save_state and str(self.save_state),
+            "from_state": self.from_state and str(self.from_state),
+            "seed": self.seed if self.request is None else None,  # it is part of the request
+            "prompt_at": [f"{second:g}s {prompt}" for second, prompt in self.changes],
+        }
+        return {name: value for name, value in said.items() if value not in (None, False, [])}
 
 
 def roll(plan: Plan, options: RunOptions) -> None:
@@ -85,7 +93,8 @@ def roll(plan: Plan, options: RunOptions) -> None:
         fps = pipeline.config.defaults["fps"]
         rollout = begin(plan, pipeline, world, options.model)
         request = {} if plan.request is None else {"request": plan.request.to_dict()}
-        video = GrowingVideo(plan.output, fps, request | {"rollout": plan.to_dict()} | about, options.scale)
+        said = request | {"rollout": plan.to_dict()} | about
+        video = GrowingVideo(plan.output, fps, said, options.scale)
         write(plan, rollout, video)
 
 
@@ -105,12 +114,7 @@ def begin(
         if plan.futures is not None:
             world = world.fork(plan.futures)
         new_noise = plan.seed is not None or plan.futures is not None
-        going_on = resume(
-            pipeline, world, generator=generators(plan.seed, world.batch) if new_noise else None
-        )
-        if plan.prompt:
-            going_on.change_prompt(plan.prompt)
-        return going_on
+        return resume(pipeline, world, generator=generators(plan.seed, world.batch) if new_noise else None)
     request = plan.request
     assert request is not None
     options: dict[str, Any] = {

@@ -178,10 +178,10 @@ def rollout(
         # Only its checks and its file name are wanted: the world knows the rest.
         job = prompt_job({"prompt": prompt or from_state.stem, "seed": seed}, {}, output)
         request, path = None, job.path
+        changes = [(0.0, prompt), *changes] if prompt else changes
     plan = Plan(
         output=path,
         request=request,
-        prompt=prompt,
         changes=tuple(changes),
         seconds=seconds,
         chunk_frames=chunk_frames,

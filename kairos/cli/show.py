@@ -10,6 +10,18 @@ from rich.text import Text
 from kairos.cli.console import out
 from kairos.errors import UserError
 
+ROLLOUT_OPTIONS = (
+    "seconds",
+    "forever",
+    "stop_on_drift",
+    "chunk_frames",
+    "futures",
+    "save_state",
+    "from_state",
+    "seed",
+    "prompt_at",
+)
+
 
 def show(
     video: Annotated[Path, typer.Argument(show_default=False, help="An mp4 that kairos wrote.")],
@@ -39,10 +51,16 @@ def _command(video: Path, metadata: dict[str, Any]) -> str:
             name: metadata[name] for name in ("model", "weights", "dtype", "scale") if metadata.get(name)
         }
         options["model"] = metadata["model"]["name"]
+        rollout = metadata.get("rollout")
+        if rollout is not None:
+            options |= {name: rollout[name] for name in ROLLOUT_OPTIONS if name in rollout}
         for name, value in options.items():
-            if _printable(value) != value and not isinstance(value, int):
-                raise UserError(f"{name} is {_printable(value)}")
-        return shell_command(Request.from_dict(metadata["request"]), str(video), options)
+            for one in value if isinstance(value, list) else [value]:
+                if not isinstance(one, int | float) and _printable(one) != one:
+                    raise UserError(f"{name} is {_printable(one)}")
+        begun_from_state = rollout is not None and "from_state" in rollout
+        request = None if begun_from_state else Request.from_dict(metadata["request"])
+        return shell_command(request, str(video), options, "generate" if rollout is None else "rollout")
     except (AttributeError, KeyError, TypeError, UserError) as error:
         raise UserError(f"{video} carries metadata that is not a request of kairos: {error}") from error
 
@@ -54,7 +72,7 @@ def _printable(value: Any) -> str:
 
 def _rows(metadata: dict[str, Any]) -> list[tuple[str, Any]]:
     """What there is to show, a line each: the request first, then what it ran on."""
-    rows = list(metadata["request"].items())
+    rows = list(metadata.get("request", {}).items())
     for name, value in metadata.items():
         if isinstance(value, dict) and name != "request":
             rows += [(f"{name} {key}" if name == "model" else key, entry) for key, entry in value.items()]
