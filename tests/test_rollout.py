@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from kairos.data import growing_video
 from kairos.data.growing_video import GrowingVideo
 from kairos.data.media import read_metadata, read_video
 from kairos.errors import MachineError
+from kairos.presets import load_pipeline
 from kairos.streaming import DriftLimits, DriftMeter, OverlappingRollout, Rollout, WorldState
 
 CAUSAL = {"causal": "chunk", "pad_dilated": False}
@@ -40,12 +42,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in ("causal", "other", "whole")}
 
 
+@lru_cache
+def load_once(model: str, **options: Any) -> Any:
+    return load_pipeline(model, **options)
+
+
 @pytest.fixture
 def rollout(
     models: dict[str, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any
 ) -> Any:
-    """Run the command in an empty folder: (exit status, stdout, stderr)."""
+    """Run the command in an empty folder: (exit status, stdout, stderr). Each model is loaded once."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(roll, "load_pipeline", load_once)
 
     def run(*arguments: object, model: str = "causal") -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as left:
@@ -137,7 +145,18 @@ def test_a_chunk_that_finds_the_disk_full_leaves_those_before_it(
 def test_a_killed_rollout_leaves_a_video_and_a_drift_log_that_can_be_read(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "kairos", "rollout", "a ball", "--forever", "--steps", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "kairos",
+        "rollout",
+        "a ball",
+        "--forever",
+        "--steps",
+        "1",
+        "--chunk-frames",
+        "1",
+    ]
     command += ["--model", str(models["causal"]), "-o", "out.mp4"]
     with subprocess.Popen(command, cwd=tmp_path, env=environment()) as process:
         try:
@@ -147,8 +166,8 @@ def test_a_killed_rollout_leaves_a_video_and_a_drift_log_that_can_be_read(
     assert process.returncode == -signal.SIGKILL
     frames = read_video(tmp_path / "out.mp4")
     chunks = json.loads((tmp_path / "out.drift.json").read_text())["chunks"]
-    assert len(frames) % 12 == 1
-    assert len(frames) - sum(chunk["frames"] for chunk in chunks) in (0, 12)
+    assert len(frames) % 4 == 1
+    assert len(frames) - sum(chunk["frames"] for chunk in chunks) in (0, 4)
 
 
 def environment() -> dict[str, str]:
@@ -167,15 +186,15 @@ def wait_for(log: Path, process: subprocess.Popen[bytes]) -> None:
 
 
 def test_ending_with_a_saved_state_and_going_on_gives_the_frames_of_an_unbroken_run(rollout: Any) -> None:
-    settings = ("--steps", 1, "--chunk-frames", 2, "--scale", 1)
-    assert rollout("a ball", *settings, "--seconds", 2, "-o", "unbroken.mp4")[0] == 0
-    assert rollout("a ball", *settings, "--seconds", 1, "-o", "1.mp4", "--save-state", "world")[0] == 0
-    status, said, complaint = rollout("--from-state", "world", "--seconds", 1, "-o", "2.mp4", "--scale", 1)
+    settings = ("--steps", 1, "--chunk-frames", 1, "--scale", 1)
+    assert rollout("a ball", *settings, "--seconds", 1, "-o", "unbroken.mp4")[0] == 0
+    assert rollout("a ball", *settings, "--seconds", 0.5, "-o", "1.mp4", "--save-state", "world")[0] == 0
+    status, said, complaint = rollout("--from-state", "world", "--seconds", 0.5, "-o", "2.mp4", "--scale", 1)
     assert (status, complaint) == (0, "")
-    assert said == "2.mp4: 16 frames, 1.0 s at 16 fps\n"
+    assert said == "2.mp4: 8 frames, 0.5 s at 16 fps\n"
     parts = np.concatenate([read_video("1.mp4"), read_video("2.mp4")])
     assert np.array_equal(parts, read_video("unbroken.mp4")[: len(parts)])
-    assert len(parts) == 17 + 16
+    assert len(parts) == 9 + 8
 
 
 def test_futures_begin_together_in_a_grid_and_part(rollout: Any) -> None:
