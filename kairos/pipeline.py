@@ -62,7 +62,7 @@ class KairosPipeline(DiffusionPipeline):
         scheduler: FlowMatchScheduler | FewStepScheduler,
         processor: Any = None,
         prompt_template: str = "2025-12",
-        defaults: dict[str, float] | None = None,
+        defaults: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(

@@ -94,7 +94,7 @@ PRESETS: dict[str, Preset] = {
             width=64,
             num_frames=33,
             num_inference_steps=20,
-            guidance_scale=2.0,
+            guidance_scale=3.0,
             transformer_config={},
         ),
         Preset(
