@@ -120,9 +120,9 @@ class KairosPipeline(DiffusionPipeline):
             output_type: "np", "pt", "pil" or "latent".
             tiled: encode and decode in tiles, for frames too large for the memory.
             after_encoding: what becomes of the text encoder: "keep", "cpu" (moved off the device), "free"
-            (dropped). callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) and may
-            return new latents;
-                setting `pipeline.interrupt = True` in it ends the sampling there, with the latents as they
+                (dropped).
+            callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}); it may return new
+                latents. `pipeline.interrupt = True` in it ends the sampling there, with the latents as they
                 are.
 
         Raises:
@@ -258,7 +258,8 @@ class KairosPipeline(DiffusionPipeline):
             dit: the LinearDiT's safetensors file, or a folder of them.
             vae: Wan2.1_VAE.pth, or a folder in diffusers' layout.
             text_encoder: a Qwen2.5-VL folder in transformers' layout (or with `text_encoder/` and
-            `tokenizer/` in it). few_step: a distilled checkpoint: four steps, no guidance.
+                `tokenizer/` in it).
+            few_step: a distilled checkpoint: four steps, no guidance.
             transformer_config: what the file does not tell, such as `dilation`.
         """
         from kairos.conditioning import load_text_encoder

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import os
 import shlex
 import unicodedata
@@ -96,7 +95,7 @@ class Request:
         if self.input_video:
             return "continuation"
         if self.input_image:
-            return "ti2v" if self.prompt else "i2v"
+            return "ti2v" if self.prompt.strip() else "i2v"
         return "t2v"
 
     def to_dict(self) -> dict[str, Any]:
@@ -161,6 +160,8 @@ def read_requests(path: str | os.PathLike[str], defaults: Mapping[str, Any] | No
         raise UserError(f"{path} is nested too deeply to be a request") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    except ValueError:  # Python's limit of 4,300 digits
+        raise UserError(f"{path} holds a number with too many digits") from None
 
     dictionaries = content if isinstance(content, list) else [content]
     if not dictionaries:
@@ -240,16 +241,20 @@ def _of_type(name: str, kind: str, value: Any) -> Any:
     right = isinstance(value, {"str": str, "int": int, "float": int | float, "bool": bool}[kind])
     if not right or (isinstance(value, bool) and kind != "bool"):
         raise UserError(f"{name} must be {words[kind]}, got {_shown(value)}")
-    return float(value) if kind == "float" else value
+    try:
+        return float(value) if kind == "float" else value
+    except OverflowError:
+        raise UserError(f"{name} is out of range, got {_shown(value)}") from None
 
 
 def _check_within(name: str, value: float | None, least: float, most: float) -> None:
     if value is None:
         return
-    if not math.isfinite(value) or value < least:
-        raise UserError(f"{name} must be at least {least}, got {value}")
+    shown = str(value)[:60]
+    if not value >= least:  # nan is not
+        raise UserError(f"{name} must be at least {least}, got {shown}")
     if value > most:
-        raise UserError(f"{name} must be at most {most}, got {value}")
+        raise UserError(f"{name} must be at most {most}, got {shown}")
 
 
 def _check_frames(name: str, frames: int | None) -> None:

@@ -257,6 +257,7 @@ BAD_INPUT = {
         "dtype must be one of auto, float32, bfloat16, float16",
     ),
     "a device that is not there": (("x", "--device", "cuda:99"), "device 'cuda:99' cannot be used"),
+    "a device that holds no numbers": (("x", "--device", "meta"), "device 'meta' cannot be used"),
     "a device that is no device": (("x", "--device", "toaster"), "device 'toaster' cannot be used"),
     "an unknown template": (("x", "--template", "1999"), "1999"),
     "an output of another kind": (("x", "-o", "out.avi"), "--output must end in .mp4"),
@@ -281,6 +282,7 @@ BAD_INPUT = {
         "line 1: unknown name 'hight'; did you mean",
     ),
     "a configuration that computes": (("x", "--config", "code.py"), "line 1: height must be a plain value"),
+    "a configuration that is no value": (("x", "--config", "key.py"), "line 1: model must be a plain value"),
     "a configuration that imports": (("x", "--config", "import.py"), "only lines of the form name = value"),
     "a configuration of another type": (("x", "--config", "type.py"), "line 1: model must be a text, got 5"),
     "a configuration that cannot be": (
@@ -314,6 +316,7 @@ def test_bad_input_gets_one_line_and_status_2_before_a_model_is_loaded(
     Path("typo.py").write_text("hight = 48\n")
     Path("code.py").write_text("height = 2 * 480\n")
     Path("import.py").write_text("import os\n")
+    Path("key.py").write_text("model = {[]: 1}\n")
     Path("folder.json").write_text('{"prompt": "x", "output": "taken.mp4"}')
     Path("taken.mp4").mkdir()
     Path("type.py").write_text("model = 5\n")

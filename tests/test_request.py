@@ -70,6 +70,9 @@ def test_the_mode_is_told_by_what_is_empty(given: dict, mode: str) -> None:
         ({"prompt": "x", "seed": -1}, "seed must be at least 0, got -1"),
         ({"prompt": "x", "num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
         ({"prompt": "x", "cfg_scale": float("nan")}, "guidance_scale must be at least 0, got nan"),
+        ({"prompt": "x", "cfg_scale": float("inf")}, "guidance_scale must be at most 100, got inf"),
+        ({"prompt": "x", "cfg_scale": 10**400}, "guidance_scale is out of range, got 1000"),
+        ({"prompt": "x", "seed": 10**400}, "seed must be at most 9223372036854775807, got 1000"),
         ({"prompt": "x", "fps": 0}, "fps must be at least 1, got 0"),
         ({"prompt": 5}, "prompt must be a text, got 5"),
         ({"prompt": "x", "num_frames": "81"}, 'num_frames must be a whole number, got "81"'),
@@ -112,6 +115,7 @@ def test_what_cannot_be_is_told_with_the_value_the_rule_and_the_fix(given: dict,
         ([{"prompt": "x"}, 3], "request 2: a request must be a dictionary, got 3"),
         ('{"prompt": "x", "prompt": "y"}', "the key 'prompt' is there twice"),
         ("[" * 100_000, "nested too deeply"),
+        ('{"prompt": "x", "seed": ' + "1" * 5000 + "}", "a number with too many digits"),
     ],
 )
 def test_a_bad_request_file_is_told_in_one_line_with_the_place(

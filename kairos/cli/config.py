@@ -76,6 +76,6 @@ def read_config(path: str | os.PathLike[str]) -> Config:
 def _literal(path: Path, name: str, expression: ast.expr) -> Any:
     try:
         return ast.literal_eval(expression)
-    except ValueError:
+    except (ValueError, TypeError):
         where = f"{path}, line {expression.lineno}"
         raise UserError(f"{where}: {name} must be a plain value, such as 480 or 'kairos-tiny'") from None

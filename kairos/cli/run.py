@@ -220,7 +220,7 @@ def device_and_dtype(options: RunOptions) -> tuple[Any, Any]:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"device {options.device!r} cannot be used: {reason}; try --device cpu") from error

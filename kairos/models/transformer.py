@@ -238,6 +238,24 @@ class KairosTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 f"chunk_frames must be positive and sum to {frames} latent frames, got {list(chunk_frames)}"
             )
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
+        """As diffusers' own, but strict: that leaves parameters without values where the file lacks them.
+
+        Raises:
+            UserError: naming the tensors that are missing or left over.
+        """
+        info_wanted = options.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, output_loading_info=True, **options
+        )
+        for kind, verb in (("missing_keys", "lacks"), ("unexpected_keys", "has no place for")):
+            if names := sorted(info.get(kind, ())):
+                more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+                source = pretrained_model_name_or_path
+                raise UserError(f"the LinearDiT in {source} {verb} {', '.join(names[:4])}{more}")
+        return (model, info) if info_wanted else model
+
     @torch.no_grad()
     def init_weights(self) -> None:
         """Weights to train from: every block begins as the identity and the velocity as 0.
