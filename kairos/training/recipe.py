@@ -111,9 +111,7 @@ def _conditioner(recipe: Recipe) -> None:
     if (output / "text_encoder").exists():
         logger.info("%s is finished", output)
         return
-    measured = train_conditioner(
-        output, **{"scenes": recipe.scenes, "seed": recipe.seed} | recipe.conditioner
-    )
+    measured = train_conditioner(output, scenes=recipe.scenes, seed=recipe.seed, **recipe.conditioner)
     logger.info("prompt encoder: %s", measured)
 
 
