@@ -49,6 +49,7 @@ def test_the_reference_dictionary_is_understood(tmp_path: Path) -> None:
         ({"prompt": "a ball", "input_image": ""}, "t2v"),
         ({"prompt": "a ball", "input_image": "a.png"}, "ti2v"),
         ({"prompt": "", "input_image": "a.png"}, "i2v"),
+        ({"prompt": " ", "input_image": "a.png"}, "i2v"),
         ({"prompt": "a ball", "input_video": "a.mp4"}, "continuation"),
         ({"input_video": "a.mp4"}, "continuation"),
     ],

@@ -130,6 +130,20 @@ def test_a_diffusers_folder_is_loaded_with_its_configuration(model, tmp_path):
         assert (loaded.config.dilation, loaded.config.layer_pattern) == (2, "DSSG")
 
 
+def test_diffusers_own_way_of_loading_is_strict_too(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded, info = KairosTransformer3DModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert torch.equal(loaded.head.head.bias, model.head.head.bias)
+    (file,) = tmp_path.glob("*.safetensors")
+    tensors = load_file(file)
+    bias = tensors.pop("head.head.bias")
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert "lacks head.head.bias" in refusal(KairosTransformer3DModel.from_pretrained, tmp_path)
+    save_file(tensors | {"head.head.bias": bias, "stray": bias.clone()}, file, metadata={"format": "pt"})
+    assert "has no place for stray" in refusal(KairosTransformer3DModel.from_pretrained, tmp_path)
+
+
 def test_missing_shards_are_named(model, tmp_path):
     files = in_shards(model, tmp_path)
     files[1].unlink()

@@ -31,11 +31,16 @@ def evaluate(
     import torch
     from rich.table import Table
 
+    from kairos.cli.run import quiet_libraries
     from kairos.data.files import prepare_folder
     from kairos.data.media import write_video
     from kairos.evaluation import physics
     from kairos.presets import load_pipeline
+    from kairos.worlds import simulate
 
+    for scene in scenes.split(","):  # a name that is not known is told before the model is loaded
+        simulate(scene, split=split, num_frames=1, size=16)
+    quiet_libraries()
     if output is not None:
         prepare_folder(output)
     pipeline = load_pipeline(
