@@ -8,7 +8,7 @@ their components and by `defaults`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from kairos.errors import UserError
 from kairos.models import vae as video_vae
 from kairos.models.transformer import KairosTransformer3DModel
 from kairos.models.vae import SPATIAL, TEMPORAL
-from kairos.schedulers import FewStepScheduler, FlowMatchScheduler
+from kairos.schedulers import FewStepScheduler, FlowMatchScheduler, draw_noise
 
 if TYPE_CHECKING:
     from kairos.streaming import Rollout
@@ -140,6 +140,8 @@ class KairosPipeline(DiffusionPipeline):
             raise UserError(f'output_type must be "np", "pt", "pil" or "latent", got {output_type!r}')
         if after_encoding not in ("keep", "cpu", "free"):
             raise UserError(f'after_encoding must be "keep", "cpu" or "free", got {after_encoding!r}')
+        for warning in far_from(defaults, height=height, width=width, num_frames=num_frames):
+            logger.warning(warning)
         given = self._given_frames(image, video, num_frames)
         device = self._execution_device
 
@@ -212,6 +214,11 @@ class KairosPipeline(DiffusionPipeline):
         frames = self._decode(latents, output_type, tiled)
         self.maybe_free_model_hooks()
         return KairosPipelineOutput(frames=frames) if return_dict else (frames,)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the LinearDiT is; the text encoder may be away."""
+        return self.transformer.device
 
     def stream(self, prompt: str | list[str] = "", **options: Any) -> Rollout:
         """Begin a video without end: `for frames in pipeline.stream("a ball", image=image): ...`.
@@ -364,6 +371,25 @@ RELEASED_DEFAULTS: dict[str, float] = {
 }
 
 
+def far_from(made_for: Mapping[str, float], *, height: int, width: int, num_frames: int) -> list[str]:
+    """What to warn of: a size and a length far from what the model was made for, a pipeline's `defaults`."""
+    own_height, own_width, own_frames = (int(made_for[name]) for name in ("height", "width", "num_frames"))
+    own = f"{own_height} x {own_width}"
+    warnings = []
+    area = height * width / (own_height * own_width)
+    if not 0.5 <= area <= 2:
+        warnings.append(
+            f"{height} x {width} is {area:.2g} times the area this model was made for ({own}); "
+            "expect a worse video"
+        )
+    elif not 0.5 <= (height / width) / (own_height / own_width) <= 2:
+        warnings.append(f"{height} x {width} has another shape than this model was made for ({own})")
+    if num_frames > 1.5 * own_frames or num_frames < own_frames / 4:
+        many = "many more" if num_frames > own_frames else "far fewer"
+        warnings.append(f"{num_frames} frames are {many} than this model was made for ({own_frames})")
+    return warnings
+
+
 def denoise(
     transformer: KairosTransformer3DModel,
     scheduler: FlowMatchScheduler | FewStepScheduler,
@@ -435,18 +461,6 @@ def chunk_ends(transformer: KairosTransformer3DModel, frames: int, known_frames:
     """
     alone = transformer.config.causal == "chunk" and known_frames == 0 and frames > 1
     return [1, frames] if alone else [frames]
-
-
-def draw_noise(shape: Sequence[int], generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
-    """Standard normal noise, float32, drawn on the CPU; with a list, each video from its own generator."""
-    generators = generator if isinstance(generator, list) else [generator]
-    if any(g is not None and g.device.type != "cpu" for g in generators):
-        raise UserError('the generator must be on the CPU (torch.Generator("cpu")): noise is drawn there')
-    if not isinstance(generator, list):
-        return torch.randn(*shape, generator=generator)
-    if len(generator) != shape[0]:
-        raise UserError(f"give one generator, or one for each of the {shape[0]} videos, got {len(generator)}")
-    return torch.cat([torch.randn(1, *shape[1:], generator=g) for g in generator])
 
 
 def fill_frame(image: Image.Image, height: int, width: int) -> Image.Image:

@@ -22,7 +22,6 @@ from kairos.hub import Source
 if TYPE_CHECKING:
     import torch
 
-    from kairos.model_info import ModelInfo
     from kairos.pipeline import KairosPipeline
 
 DEFAULT = "kairos-tiny"
@@ -198,13 +197,17 @@ def load_pipeline(
     Args:
         name_or_path: a name of PRESETS, a folder that a pipeline was saved to, or one that `download` filled.
         device: where to.
-        dtype: precision; None is bfloat16 for released models, what is stored for saved ones.
+        dtype: precision; None is float32 on a CPU, bfloat16 elsewhere.
         weights: another LinearDiT instead of the model's own: a released file, its shards or a folder.
 
     Raises:
         UserError: for a name that is not known, files that are not there, and weights that do not fit.
     """
+    import torch
+
     preset, folder = locate(name_or_path)
+    if dtype is None:
+        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     if preset is not None and preset.kind == "released":
         pipeline = _load_released(preset, folder, dtype, weights)
     else:
@@ -233,13 +236,6 @@ def locate(name_or_path: str | os.PathLike[str]) -> tuple[Preset | None, Path | 
     return None, folder
 
 
-def info(name_or_path: str | os.PathLike[str]) -> ModelInfo:
-    """What there is to say of a model without loading it. Raises UserError as `load_pipeline` does."""
-    from kairos.model_info import info
-
-    return info(name_or_path)
-
-
 def is_downloaded(preset: Preset) -> bool:
     """Whether all its files are here. No network is used."""
     try:
@@ -249,36 +245,7 @@ def is_downloaded(preset: Preset) -> bool:
     return preset.kind == "released" or (ASSETS / preset.name / "model_index.json").exists()
 
 
-def check_request_against(
-    made_for: Preset | Mapping[str, float], *, height: int, width: int, num_frames: int
-) -> list[str]:
-    """What to warn of: sizes and lengths far from what the model was made for.
-
-    `made_for` is a preset, or a pipeline's `config.defaults`.
-    """
-    defaults = made_for.defaults if isinstance(made_for, Preset) else made_for
-    own_height, own_width, own_frames = (int(defaults[name]) for name in ("height", "width", "num_frames"))
-    warnings = []
-    area = height * width / (own_height * own_width)
-    if not 0.5 <= area <= 2:
-        warnings.append(
-            f"{height} x {width} is {area:.2g} times the area this model was made for "
-            f"({own_height} x {own_width}); expect a worse video"
-        )
-    elif not 0.5 <= (height / width) / (own_height / own_width) <= 2:
-        own = f"{own_height} x {own_width}"
-        warnings.append(f"{height} x {width} has another shape than this model was made for ({own})")
-    if num_frames > 1.5 * own_frames or num_frames < own_frames / 4:
-        many = "many more" if num_frames > own_frames else "far fewer"
-        warnings.append(f"{num_frames} frames are {many} than this model was made for ({own_frames})")
-    return warnings
-
-
-def _load_released(
-    preset: Preset, folder: Path | None, dtype: torch.dtype | None, weights: Any
-) -> KairosPipeline:
-    import torch
-
+def _load_released(preset: Preset, folder: Path | None, dtype: torch.dtype, weights: Any) -> KairosPipeline:
     from kairos.pipeline import KairosPipeline
 
     files = local_files(preset, folder, own_weights=weights is None)
@@ -288,13 +255,13 @@ def _load_released(
         text_encoder=files["text_encoder"],
         few_step=preset.scheduler == "few_step",
         prompt_template=preset.template,
-        dtype=dtype or torch.bfloat16,
+        dtype=dtype,
         defaults=preset.defaults,
         **preset.transformer_config,
     )
 
 
-def _load_saved(folder: Path, dtype: torch.dtype | None, weights: Any) -> KairosPipeline:
+def _load_saved(folder: Path, dtype: torch.dtype, weights: Any) -> KairosPipeline:
     """A folder of `save_pretrained`, its weights loaded strictly (diffusers would fill gaps with noise)."""
     from kairos.conditioning import load_text_encoder
     from kairos.pipeline import KairosPipeline

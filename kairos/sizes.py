@@ -30,6 +30,9 @@ RELEASED_TRANSFORMER: dict[str, Any] = {
 RELEASED_VAE, RELEASED_TEXT_ENCODER = 126_892_531, 8_292_166_656
 """Parameters of the WAN2.1 VAE and of Qwen2.5-VL-7B."""
 
+PROCESS_GB = 0.6
+"""What Python and the libraries hold in the machine's memory, whatever the model."""
+
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CONV_SIZE = 4
 

@@ -74,7 +74,7 @@ def test_clips_of_a_batch_draw_their_noise_as_they_would_alone():
     together = scheduler.step(velocity, first, x, generator=generators).prev_sample
     alone = scheduler.step(velocity[1:], first, x[1:], generator=torch.Generator().manual_seed(2)).prev_sample
     assert torch.equal(together[1:], alone)
-    with pytest.raises(UserError, match="one for each of the 2 clips"):
+    with pytest.raises(UserError, match="one for each of the 2 videos"):
         scheduler.step(velocity, first, x, generator=generators[:1])
 
 

@@ -29,9 +29,10 @@ def info(
     ],
 ) -> None:
     """Say what a model was made for and what it needs. Nothing is loaded."""
-    from kairos import presets
+    from kairos.model_info import info as describe
+    from kairos.sizes import PROCESS_GB
 
-    about = presets.info(name)
+    about = describe(name)
     made_for = about.defaults
     rows: list[tuple[str, Any]] = [
         ("model", f"{about.name}: {about.description}"),
@@ -48,6 +49,7 @@ def info(
     for dtype, size_gb in about.memory_gb.items():
         freed_gb = about.memory_freed_gb[dtype]
         rows.append((f"memory in {dtype}", f"about {size_gb:.2g} GB; {freed_gb:.2g} GB with --free-encoder"))
+    rows.append(("beside that", f"about {PROCESS_GB} GB of the machine's memory for the libraries"))
     rows.append(("state of a rollout", f"{about.state_mb:,.1f} MB in bfloat16"))
     for title, value in rows:
         _say(f"{title.replace('_', ' '):>24}  {value}")

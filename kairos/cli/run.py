@@ -81,13 +81,11 @@ def run(jobs: Sequence["Job"], options: RunOptions) -> None:
             assert request.height and request.width and request.num_frames and request.fps
             height, width, fps = request.height, request.width, request.fps
             shown_size(height, width, options.scale)
-            for warning in presets.check_request_against(
-                pipeline.config.defaults, height=height, width=width, num_frames=request.num_frames
-            ):
-                logger.warning(warning)
             with clock.stage("sample"):
                 after_encoding = ("free" if job is jobs[-1] else "cpu") if options.free_encoder else "keep"
                 frames = make(pipeline, request, after_encoding)
+            made_frames, height, width, _ = frames.shape  # rounded up
+            request = replace(request, height=height, width=width, num_frames=made_frames)
             if (steps := len(pipeline.scheduler.timesteps)) != request.num_inference_steps:
                 logger.warning("this model samples in %d steps, whatever is asked for", steps)
                 request = replace(request, num_inference_steps=steps)

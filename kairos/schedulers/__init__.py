@@ -2,5 +2,6 @@
 
 from kairos.schedulers.few_step import FewStepScheduler
 from kairos.schedulers.flow_match import FlowMatchScheduler, SchedulerOutput, shift_for
+from kairos.schedulers.noise import draw_noise
 
-__all__ = ["FewStepScheduler", "FlowMatchScheduler", "SchedulerOutput", "shift_for"]
+__all__ = ["FewStepScheduler", "FlowMatchScheduler", "SchedulerOutput", "draw_noise", "shift_for"]

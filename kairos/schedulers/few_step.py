@@ -7,7 +7,8 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from kairos.errors import UserError
-from kairos.schedulers.flow_match import FlowMatchScheduler, Generators, SchedulerOutput, shifted
+from kairos.schedulers.flow_match import FlowMatchScheduler, SchedulerOutput, shifted
+from kairos.schedulers.noise import Generators, draw_noise
 
 
 class FewStepScheduler(FlowMatchScheduler):
@@ -50,22 +51,9 @@ class FewStepScheduler(FlowMatchScheduler):
         sigma, following = self._sigmas_at(timestep)
         sample = sample - velocity * sigma
         if following > 0:
-            sample = (1 - following) * sample + following * noise_like(sample, generator)
+            sample = (1 - following) * sample + following * draw_noise(sample.shape, generator).to(sample)
         return SchedulerOutput(prev_sample=sample) if return_dict else (sample,)
 
     def _set_fixed(self, device: torch.device | str | None) -> None:
         times = torch.tensor([*self.config.sampling_times, 0.0], dtype=torch.float64)
         self._set(shifted(times / self.config.num_train_timesteps, self.config.shift), device)
-
-
-def noise_like(sample: Tensor, generator: Generators) -> Tensor:
-    """Standard normal noise, drawn on the CPU and then moved; of a list, a generator for each clip."""
-    if isinstance(generator, list):
-        if len(generator) != len(sample):
-            raise UserError(
-                f"give one generator, or one for each of the {len(sample)} clips, got {len(generator)}"
-            )
-        noise = torch.cat([torch.randn(1, *sample.shape[1:], generator=g) for g in generator])
-    else:
-        noise = torch.randn(*sample.shape, generator=generator)
-    return noise.to(sample)

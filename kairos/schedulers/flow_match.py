@@ -12,8 +12,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from kairos.errors import UserError
-
-Generators = torch.Generator | list[torch.Generator] | None
+from kairos.schedulers.noise import Generators
 
 
 @dataclass

@@ -20,13 +20,12 @@ from torch import Tensor
 from kairos.errors import UserError
 from kairos.models.transformer import TransformerState
 from kairos.models.vae import SPATIAL
-from kairos.pipeline import KairosPipeline, draw_noise
-from kairos.schedulers import FewStepScheduler
+from kairos.pipeline import KairosPipeline
+from kairos.schedulers import FewStepScheduler, draw_noise
+from kairos.schedulers.noise import Generators
 from kairos.streaming.decoder import StreamingVAEDecoder
 from kairos.streaming.state import RolloutSettings, WorldState
 from kairos.weights.fingerprint import fingerprint
-
-Generators = torch.Generator | list[torch.Generator] | None
 
 
 def stream(

@@ -250,3 +250,18 @@ def _listed(names: Sequence[str], count: int | None = None) -> str:
 
 def _sizes(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "scalar"
+
+
+def written_config(file: Path, model: str) -> dict[str, Any]:
+    """A config.json in diffusers' layout, without its remarks (`_...`); `model` is the class it must be of.
+
+    Raises:
+        UserError: for a file that is not one, or of another model.
+    """
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is not a configuration in JSON; download it again") from error
+    if not isinstance(config, dict) or config.get("_class_name", model) != model:
+        raise UserError(f"{file} is not the configuration of {model}")
+    return {key: value for key, value in config.items() if not key.startswith("_")}

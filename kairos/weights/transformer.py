@@ -6,7 +6,6 @@ tell (dilation, padding, which attention layers are dilated) comes from the call
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 
 from kairos.errors import MachineError, UserError
 from kairos.models.transformer import KairosTransformer3DModel
-from kairos.weights.files import StoredTensor, fill, open_weights
+from kairos.weights.files import StoredTensor, fill, open_weights, written_config
 
 RELEASED_PATTERN = "SSDG"
 RELEASED_HEAD_DIM = 128
@@ -46,7 +45,9 @@ def load_transformer_file(
         single = path = single / "transformer"
     stored = open_weights(path)
     source = str(single or next(iter(stored.values())).file)
-    written = _written_config(single / "config.json") if single and (single / "config.json").exists() else {}
+    written = {}
+    if single and (single / "config.json").exists():
+        written = written_config(single / "config.json", KairosTransformer3DModel.__name__)
     values = infer_transformer_config(stored, source=source, **(written | config)) | written | config
     try:
         with torch.device("meta"):
@@ -133,14 +134,6 @@ def _check_pattern(pattern: str, blocks: list[int], delta: list[int], source: st
             f"{source} has gated delta layers in blocks {delta or 'none'}, layer_pattern {pattern!r} has "
             f"them in {expected or 'none'}; pass layer_pattern with G where they are ({found!r}, or D for S)"
         )
-
-
-def _written_config(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text())
-        return {key: value for key, value in config.items() if not key.startswith("_")}
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{file} is not a configuration in JSON; download it again") from error
 
 
 def _product(sizes: Sequence[int]) -> int:

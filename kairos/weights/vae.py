@@ -5,7 +5,6 @@ The original keeps the blocks of all levels in one sequence; diffusers names the
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from kairos.errors import UserError
-from kairos.weights.files import StoredTensor, fill, open_weights
+from kairos.weights.files import StoredTensor, fill, open_weights, written_config
 
 ORIGINAL_FILE = "Wan2.1_VAE.pth"
 
@@ -47,7 +46,7 @@ def load_vae_file(path: str | os.PathLike[str], *, dtype: torch.dtype | None = N
     if (path / "vae" / "config.json").exists():
         path = path / "vae"
     if (path / "config.json").exists():
-        config = _written_config(path / "config.json")
+        config = written_config(path / "config.json", "AutoencoderKLWan")
         stored = open_weights(path)
     else:
         original = path / ORIGINAL_FILE if (path / ORIGINAL_FILE).exists() else path
@@ -126,13 +125,3 @@ def _replaced_start(name: str, starts: Mapping[str, str]) -> str:
         if name.startswith(f"{old}."):
             return new + name.removeprefix(old)
     return name
-
-
-def _written_config(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is not a configuration in JSON; download it again") from error
-    if not isinstance(config, dict) or config.get("_class_name", "AutoencoderKLWan") != "AutoencoderKLWan":
-        raise UserError(f"{file} is not the configuration of an AutoencoderKLWan")
-    return config
