@@ -1,11 +1,11 @@
-"""Time of a chunk and peak memory of a rollout, at 10, 100 and 1,000 chunks, and of one pass of their length.
+"""Time of a chunk and peak memory of a rollout after 10, 100 and 1,000 chunks, and of one pass for comparison.
 
-    python benchmarks/rollout.py [--model kairos-tiny] [--lengths 10,100] [--thousand] [--one-pass 10,40]
+    python benchmarks/rollout.py [--lengths 10,100,1000] [--one-pass 10,40] [--steps 4] [--output FILE.json]
 
-Each length is a process of its own, since a process never forgets its peak. A chunk's time is the median of
-the last half, so the first lengths are long enough for every window to be full; memory is the process's peak
-resident size, the model's included. What should be flat is compared from the last length to the first.
-`--one-pass` makes the first frame and then all others at once, as `pipeline(...)` does, for comparison.
+One process rolls out to the last length, notes its peak resident memory (the model's included) at each, and
+keeps the world there. Then the next chunk of each world is made in turn, over and over, and timed: what else
+the machine does falls on all lengths alike. A chunk's time is the median of those. `--one-pass` makes the
+first frame and then all others at once, as `pipeline(...)` does, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -18,37 +18,39 @@ import statistics
 import subprocess
 import sys
 import time
-from itertools import islice
+from datetime import date
+from typing import Any
+
+PROMPT = "a red ball rolls to the right"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default="kairos-tiny")
-    parser.add_argument("--lengths", default="10,100", help="in chunks")
-    parser.add_argument("--thousand", action="store_true", help="1,000 chunks as well")
+    parser.add_argument("--lengths", default="10,100,1000", help="in chunks")
     parser.add_argument("--one-pass", default="", help="lengths, in chunks, to make in one pass as well")
     parser.add_argument("--chunk-frames", type=int, default=3, help="latent frames a chunk")
     parser.add_argument("--steps", type=int, default=None, help="denoising steps; default: the model's")
+    parser.add_argument("--rounds", type=int, default=25, help="timed chunks at each length")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", default="", help="write the results to this JSON")
     parser.add_argument("--run", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
-        kind, chunks = options.run.split(":")
-        sys.stdout.write(json.dumps(measure(kind, int(chunks), options)) + "\n")
+        measured = one_pass(int(options.run), options) if options.run != "stream" else stream(options)
+        sys.stdout.write(json.dumps(measured) + "\n")
         return
-    lengths = [int(length) for length in options.lengths.split(",")] + [1000] * options.thousand
-    wanted = [f"stream:{length}" for length in lengths]
-    wanted += [f"one-pass:{length}" for length in options.one_pass.split(",") if length]
-    results = [in_a_process(run) for run in wanted]
-    streamed = [result for result in results if result["kind"] == "stream"]
+    streamed = in_a_process("stream")
     summary = {
+        "date": date.today().isoformat(),
         "command": " ".join(["python", *sys.argv]),
         "machine": f"{platform.processor() or platform.machine()}, {options.threads} threads",
-        "runs": results,
+        "rollout": streamed,
         "last_to_first": {
-            name: round(streamed[-1][name] / streamed[0][name], 4) for name in ("chunk_s", "peak_mb")
+            name: round(streamed[-1][name] / streamed[0][name], 4)
+            for name in ("chunk_s", "peak_mb", "state_mb")
         },
+        "one_pass": [row for length in options.one_pass.split(",") if length for row in in_a_process(length)],
     }
     text = json.dumps(summary, indent=1) + "\n"
     sys.stdout.write(text)
@@ -57,14 +59,13 @@ def main() -> None:
             file.write(text)
 
 
-def in_a_process(run: str) -> dict[str, float | int | str]:
+def in_a_process(run: str) -> list[dict[str, Any]]:
     command = [sys.executable, __file__, *sys.argv[1:], "--run", run]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(kind: str, chunks: int, options: argparse.Namespace) -> dict[str, float | int | str]:
-    """One length, in this process."""
+def load(options: argparse.Namespace) -> Any:
     import torch
 
     from kairos.presets import load_pipeline
@@ -72,40 +73,64 @@ def measure(kind: str, chunks: int, options: argparse.Namespace) -> dict[str, fl
     torch.set_num_threads(options.threads)
     pipeline = load_pipeline(options.model, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    prompt, generator = "a red ball rolls to the right", torch.Generator().manual_seed(0)
-    result: dict[str, float | int | str] = {"kind": kind, "chunks": chunks}
-    frames = 4 * options.chunk_frames
-    if kind == "stream":
-        rollout = pipeline.stream(
-            prompt,
-            chunk_frames=options.chunk_frames,
-            num_inference_steps=options.steps,
-            generator=generator,
-        )
-        next(rollout)  # the first frame, a chunk of its own
-        times = []
-        since = time.perf_counter()
-        for _ in islice(rollout, chunks):
-            times.append(time.perf_counter() - since)
+    return pipeline
+
+
+def stream(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All lengths, in this process."""
+    import torch
+
+    from kairos.streaming import resume
+
+    pipeline = load(options)
+    rollout = pipeline.stream(
+        PROMPT,
+        chunk_frames=options.chunk_frames,
+        num_inference_steps=options.steps,
+        generator=torch.Generator().manual_seed(0),
+    )
+    next(rollout)  # the first frame, a chunk of its own
+    rows, worlds, made = [], [], 0
+    for length in map(int, options.lengths.split(",")):
+        while made < length:
+            next(rollout)
+            made += 1
+        worlds.append(rollout.state)
+        size_mb = round(rollout.state.nbytes / 1e6, 4)
+        rows.append({"chunks": length, "peak_mb": peak_mb(), "state_mb": size_mb, "times": []})
+    for _ in range(options.rounds):
+        for row, world in zip(rows, worlds, strict=True):
+            again = resume(pipeline, world)
             since = time.perf_counter()
-        chunk_s = statistics.median(times[len(times) // 2 :])
-        result["state_mb"] = round(rollout.state.nbytes / 1e6, 3)
-    else:
-        began = time.perf_counter()
-        pipeline(
-            prompt,
-            num_frames=1 + frames * chunks,
-            num_inference_steps=options.steps,
-            generator=generator,
-        )
-        chunk_s = (time.perf_counter() - began) / chunks
+            next(again)
+            row["times"].append(time.perf_counter() - since)
+    for row in rows:
+        times = row.pop("times")
+        row["chunk_s"] = round(statistics.median(times), 4)
+        row["spread_s"] = round(statistics.quantiles(times, n=4)[2] - statistics.quantiles(times, n=4)[0], 4)
+        row["frames_per_second"] = round(4 * options.chunk_frames / row["chunk_s"], 2)
+    return rows
+
+
+def one_pass(chunks: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One length at once, in this process."""
+    import torch
+
+    pipeline = load(options)
+    since = time.perf_counter()
+    pipeline(
+        PROMPT,
+        num_frames=1 + 4 * options.chunk_frames * chunks,
+        num_inference_steps=options.steps,
+        generator=torch.Generator().manual_seed(0),
+    )
+    taken = (time.perf_counter() - since) / chunks
+    return [{"chunks": chunks, "peak_mb": peak_mb(), "seconds_per_chunk": round(taken, 4)}]
+
+
+def peak_mb() -> float:
     unit = 1 if sys.platform == "darwin" else 1024
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-    return result | {
-        "chunk_s": round(chunk_s, 4),
-        "frames_per_second": round(frames / chunk_s, 2),
-        "peak_mb": round(peak_mb, 1),
-    }
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
 
 
 if __name__ == "__main__":

@@ -175,13 +175,6 @@ def test_without_output_the_file_is_named_after_the_prompt(kairos: Any, fake: Fa
     assert [path.name for path in Path("folder").iterdir()] == ["über-etc-0.mp4"]
 
 
-def test_a_size_far_from_the_models_own_is_warned_of(kairos: Any, fake: FakePipeline) -> None:
-    status, _, said = kairos("generate", "x", "--height", 64, "--width", 64, "-o", "out.mp4")
-    assert status == 0
-    assert said.startswith("warning: 64 x 64 is 4 times the area this model was made for")
-    assert said.count("\n") == 1
-
-
 def test_a_scale_that_no_video_can_have_is_refused_before_sampling(kairos: Any, fake: FakePipeline) -> None:
     size = ("--height", 512, "--width", 512, "--scale", 64)
     status, _, complaint = kairos("generate", "x", *size, "-o", "out.mp4")

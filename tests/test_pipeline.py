@@ -78,6 +78,13 @@ def test_sizes_are_rounded_up_and_said_so(pipeline, caplog):
     assert "6 frames are rounded up to 9" in caplog.text
 
 
+def test_a_size_far_from_the_models_own_is_warned_of(pipeline, caplog):
+    logging.getLogger("kairos").setLevel(logging.WARNING)
+    with caplog.at_level(logging.WARNING, logger="kairos.pipeline"):
+        pipeline("x", height=16, width=16, num_frames=9, generator=seeded())
+    assert "16 x 16 is 0.25 times the area this model was made for" in caplog.text
+
+
 def test_several_prompts_and_videos_come_in_one_batch_that_equals_single_calls(pipeline):
     together = pipeline(
         ["a ball", "two balls fall"], num_videos_per_prompt=2, generator=[seeded(s) for s in range(4)]
