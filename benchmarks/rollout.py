@@ -1,4 +1,4 @@
-"""Time of a chunk and peak memory of a rollout after 10, 100 and 1,000 chunks, and of one pass for comparison.
+"""Time of a chunk and peak memory of a rollout after 10, 100 and 1,000 chunks, and of one pass beside it.
 
     python benchmarks/rollout.py [--lengths 10,100,1000] [--one-pass 10,40] [--steps 4] [--output FILE.json]
 

@@ -26,6 +26,7 @@ from kairos.errors import UserError
 from kairos.models import vae as video_vae
 from kairos.models.transformer import KairosTransformer3DModel
 from kairos.models.vae import SPATIAL, TEMPORAL
+from kairos.models.vae_layers import quicken
 from kairos.schedulers import FewStepScheduler, FlowMatchScheduler, draw_noise
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class KairosPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(
             transformer=transformer,
-            vae=vae,
+            vae=quicken(vae),
             text_encoder=text_encoder,
             tokenizer=tokenizer,
             scheduler=scheduler,

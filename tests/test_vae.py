@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from kairos import UserError
 from kairos.models.vae import OVERLAP, TILE, _by_tiles, _tile_starts, decode, encode
+from kairos.models.vae_layers import OneDNNCausalConv3d, quicken
 from kairos.weights import load_vae_file
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -49,6 +51,17 @@ def test_latents_are_normalised_with_the_mean_and_deviation_of_the_configuration
 
 
 @torch.no_grad()
+def test_the_quicker_layers_give_the_frames_and_latents_of_the_stock_ones(vae, cases):
+    quick = quicken(copy.deepcopy(vae))
+    assert list(quick.state_dict()) == list(vae.state_dict())
+    assert any(isinstance(module, OneDNNCausalConv3d) for module in quick.modules())
+    video = torch.rand(1, 3, 9, 32, 16) * 2 - 1
+    with torch.no_grad():
+        latents = encode(vae, video)
+        torch.testing.assert_close(encode(quick, video), latents, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(decode(quick, latents), decode(vae, latents), atol=1e-4, rtol=1e-4)
+
+
 def test_later_frames_do_not_change_earlier_latents(vae, cases):
     torch.testing.assert_close(
         encode(vae, cases["video"][:, :, :5]), cases["latents"][:, :, :2], atol=1e-4, rtol=0

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from kairos.conditioning import TEMPLATES, encode_prompts
 from kairos.errors import UserError
 from kairos.models.vae import encode
-from kairos.training.vae import use_one_pass_norm
+from kairos.models.vae_layers import quicken
 from kairos.worlds import simulate
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def build_cache(
     """Write the shards that `output` does not hold yet, the scenes taking turns, `SHARD_CLIPS` clips in
     each."""
     vae = AutoencoderKLWan.from_pretrained(vae_path).to(torch.bfloat16).eval()
-    use_one_pass_norm(vae)
+    quicken(vae)
     encoder = fingerprint(vae_path)
     output.mkdir(parents=True, exist_ok=True)
     for shard in shards:

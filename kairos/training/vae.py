@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 from torch import Tensor
 
+from kairos.models.vae_layers import quicken
 from kairos.training.muon import Muon, split_parameters
 from kairos.worlds import BACKGROUND, COLORS, simulate
 
@@ -54,21 +54,6 @@ def build_vae(base_dim: int = 16, num_res_blocks: int = 1) -> AutoencoderKLWan:
         latents_std=[1.0] * 16,
     )
     return vae
-
-
-class OnePassRMSNorm(WanRMS_norm):
-    """The same normalisation in one pass over the channels: a quarter less time for a training step."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        inverse = torch.rsqrt(x.float().square().mean(1, keepdim=True) + 1e-12).to(x.dtype)
-        return x * inverse * self.gamma.to(x.dtype)
-
-
-def use_one_pass_norm(vae: AutoencoderKLWan) -> None:
-    """Give every norm of the VAE its one-pass form, in place; weights and names stay as they are."""
-    for module in vae.modules():
-        if type(module) is WanRMS_norm:
-            module.__class__ = OnePassRMSNorm
 
 
 def draw_shapes(rng: np.random.Generator, batch: int, num_frames: int, size: int = 64) -> np.ndarray:
@@ -147,7 +132,7 @@ def train_vae(
     rng = np.random.default_rng(seed)
     vae = AutoencoderKLWan.from_pretrained(resume) if resume else build_vae()
     vae.train()
-    use_one_pass_norm(vae)
+    quicken(vae)
     logger.info("VAE of %.2f M parameters", sum(p.numel() for p in vae.parameters()) / 1e6)
     for number, stage in enumerate(stages):
         for part in (vae.encoder, vae.quant_conv):
