@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGenera
 from kairos.conditioning import TEMPLATES, PromptTemplate, encode_prompts
 from kairos.errors import UserError
 from kairos.models import vae as video_vae
-from kairos.models.transformer import KairosTransformer3DModel
+from kairos.models.transformer import KairosTransformer3DModel, PromptMemory
 from kairos.models.vae import SPATIAL, TEMPORAL
 from kairos.models.vae_layers import quicken
 from kairos.schedulers import FewStepScheduler, FlowMatchScheduler, draw_noise
@@ -328,6 +328,7 @@ class KairosPipeline(DiffusionPipeline):
             )
         return given
 
+    @torch.no_grad()
     def _encode_frames(
         self, given: list[Image.Image], height: int, width: int, device: torch.device, tiled: bool
     ) -> Tensor | None:
@@ -414,7 +415,9 @@ def denoise(
     if transformer.config.causal == "chunk" and known_frames:
         chunk_frames = (known_frames, frames - known_frames)
 
-    def velocity(prompt: tuple[Tensor, Tensor], latents: Tensor, timestep: Tensor) -> Tensor:
+    def velocity(
+        prompt: tuple[Tensor, Tensor], memory: PromptMemory, latents: Tensor, timestep: Tensor
+    ) -> Tensor:
         embeds, mask = prompt
         (output,) = transformer(
             latents.to(transformer.dtype),
@@ -422,10 +425,12 @@ def denoise(
             embeds.to(transformer.dtype),
             encoder_attention_mask=mask,
             chunk_frames=chunk_frames,
+            prompt_memory=memory,
             return_dict=False,
         )
         return output.float()
 
+    guided, plain = PromptMemory(), PromptMemory()
     latents = latents.clone()
     for time in scheduler.timesteps:
         if known is not None:
@@ -434,9 +439,9 @@ def denoise(
         if known_frames:
             timestep = time.expand(batch, frames).clone()
             timestep[:, :known_frames] = 0
-        prediction = velocity(positive, latents, timestep)
+        prediction = velocity(positive, guided, latents, timestep)
         if negative is not None:
-            unguided = velocity(negative, latents, timestep)
+            unguided = velocity(negative, plain, latents, timestep)
             prediction = unguided + guidance_scale * (prediction - unguided)
         latents = scheduler.step(prediction, time, latents, generator=generator, return_dict=False)[0]
         if after_step is not None:

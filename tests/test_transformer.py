@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kairos import FlowMatchScheduler, KairosTransformer3DModel, UserError
 from kairos.models.gated_delta_net import PRECISE, GatedDeltaNet
+from kairos.models.transformer import PromptMemory
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = {
@@ -236,6 +237,22 @@ def test_the_state_has_one_size_however_many_frames_there_were():
             state = model(chunk, time, text, state=state, return_state=True).state
         sizes.append([tuple(t.shape) for layer in state.layers for t in vars(layer).values()])
     assert sizes[1] == sizes[2] == sizes[3]
+
+
+def test_a_prompt_that_is_remembered_is_not_computed_again_and_gives_the_same_velocity(monkeypatch):
+    model = random_model()
+    latents, timestep, text = random_inputs()
+    memory = PromptMemory()
+    assert torch.equal(
+        velocity(model, latents, timestep, text, prompt_memory=memory),
+        velocity(model, latents, timestep, text),
+    )
+    later = velocity(model, latents, timestep / 2, text)
+    monkeypatch.setattr(model, "text_embedding", None)
+    for block in model.blocks:
+        monkeypatch.setattr(block.cross_attn, "k", None)
+        monkeypatch.setattr(block.cross_attn, "v", None)
+    assert torch.equal(velocity(model, latents, timestep / 2, text, prompt_memory=memory), later)
 
 
 def test_bfloat16_keeps_the_gates_in_float32(tmp_path):

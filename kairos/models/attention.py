@@ -13,6 +13,8 @@ from kairos.ops.attention import attend
 from kairos.ops.rotary import apply_rotary
 from kairos.ops.windowed_attention import windowed_attention
 
+KeysValues = tuple[Tensor, Tensor]
+
 
 @dataclass(frozen=True)
 class AttentionState:
@@ -90,11 +92,19 @@ class CrossAttention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
 
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (B, N, dim), text (B, T, dim), mask (B, 1, 1, T), true where a prompt token is real."""
+    def forward(
+        self, x: Tensor, text: Tensor | KeysValues, mask: Tensor | None = None
+    ) -> tuple[Tensor, KeysValues]:
+        """Look x (B, N, dim) up in the prompt; also returns the prompt's keys and values, to be given again.
+
+        text: the prompt (B, T, dim), or its keys and values (B, T, H, head_dim) from an earlier call. mask:
+        (B, 1, 1, T), true where a prompt token is real.
+        """
         heads = (self.heads, -1)
-        v = self.v(text).unflatten(-1, heads)
+        if isinstance(text, Tensor):
+            v = self.v(text).unflatten(-1, heads)
+            text = self.norm_k(self.k(text)).to(v.dtype).unflatten(-1, heads), v
+        k, v = text
         q = self.norm_q(self.q(x)).to(v.dtype).unflatten(-1, heads)
-        k = self.norm_k(self.k(text)).to(v.dtype).unflatten(-1, heads)
         out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
-        return self.o(out.transpose(1, 2).flatten(2))
+        return self.o(out.transpose(1, 2).flatten(2)), text

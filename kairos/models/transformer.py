@@ -10,7 +10,7 @@ constant size from chunk to chunk.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -23,7 +23,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from kairos.errors import UserError
-from kairos.models.attention import AttentionState, CrossAttention, WindowedSelfAttention
+from kairos.models.attention import AttentionState, CrossAttention, KeysValues, WindowedSelfAttention
 from kairos.models.gated_delta_net import PRECISE, DeltaState, GatedDeltaNet
 from kairos.ops.rotary import rotary_table
 
@@ -39,6 +39,14 @@ class TransformerState:
         """The same with every tensor changed."""
         layers = (type(layer)(*(change(tensor) for tensor in vars(layer).values())) for layer in self.layers)
         return TransformerState(tuple(layers), self.frames)
+
+
+@dataclass
+class PromptMemory:
+    """The prompt's keys and values in every block: filled by the first call that it is given to, used by the
+    later ones."""
+
+    layers: list[KeysValues] = field(default_factory=list)
 
 
 @dataclass
@@ -120,6 +128,7 @@ class KairosTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         chunk_frames: Sequence[int] | None = None,
         state: TransformerState | None = None,
         return_state: bool = False,
+        prompt_memory: PromptMemory | None = None,
         return_dict: bool = True,
     ) -> KairosTransformerOutput | tuple:
         """Predict the velocity.
@@ -134,6 +143,8 @@ class KairosTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 chunk.
             state: the past of a chunk-causal model, from an earlier call with `return_state`.
             return_state: also return the state after these frames.
+            prompt_memory: one for each prompt and video; what a prompt is to the blocks does not change from
+                step to step, so it is computed at the first.
 
         Returns:
             The velocity (B, out_channels, F, H, W) as `.sample` (and `.state`), or as a tuple.
@@ -155,19 +166,27 @@ class KairosTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             device=hidden_states.device,
         )
         time, modulation = self._embed_time(timestep, hidden_states.shape[0], frames, tokens_per_frame)
-        text = self.text_embedding(encoder_hidden_states)
+        prompts: Sequence[Tensor | KeysValues]
+        if prompt_memory is not None and prompt_memory.layers:
+            prompts = prompt_memory.layers
+        else:
+            prompts = [self.text_embedding(encoder_hidden_states)] * len(self.blocks)
         mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()[:, None, None, :]
         x = rearrange(self.patch_embedding(hidden_states), "b d f h w -> b (f h w) d")
 
-        layers = []
-        for index, block in enumerate(self.blocks):
+        layers, remembered = [], list[KeysValues]()
+        for index, (block, text) in enumerate(zip(self.blocks, prompts, strict=True)):
             past = state.layers[index] if state else None
             arguments = (x, modulation, text, mask, rotary, tokens_per_frame, chunk_frames, past)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x, kept = self._gradient_checkpointing_func(block, *arguments)
+                x, kept, prompt = self._gradient_checkpointing_func(block, *arguments)
             else:
-                x, kept = block(*arguments)
+                x, kept, prompt = block(*arguments)
             layers.append(kept if return_state else None)
+            if prompt_memory is not None:
+                remembered.append(prompt)
+        if prompt_memory is not None:
+            prompt_memory.layers = remembered
 
         x = self.head(x, time)
         unpatchify = "b (f h w) (p q c) -> b c f (h p) (w q)"
@@ -308,14 +327,15 @@ class KairosBlock(nn.Module):
         self,
         x: Tensor,
         modulation: Tensor,
-        text: Tensor,
+        text: Tensor | KeysValues,
         mask: Tensor | None,
         rotary: tuple[Tensor, Tensor],
         tokens_per_frame: int,
         chunk_frames: Sequence[int] | None,
         past: Any,
-    ) -> tuple[Tensor, AttentionState | DeltaState]:
-        """x (B, N, dim), modulation (B, T, 6, dim), text (B, tokens, dim) -> x, what later frames need."""
+    ) -> tuple[Tensor, AttentionState | DeltaState, KeysValues]:
+        """x (B, N, dim), modulation (B, T, 6, dim), text (B, tokens, dim) or its keys and values -> x, what
+        later frames need, the prompt's keys and values."""
         # Scale before shift, here; the head has them the other way round. So are the released weights.
         scale_mix, shift_mix, gate_mix, scale_ffn, shift_ffn, gate_ffn = (
             self.modulation + modulation
@@ -329,9 +349,10 @@ class KairosBlock(nn.Module):
         else:
             y, kept = self.self_attn(y, rotary, tokens_per_frame, chunk_frames, past)
         x = add_gated(x, gate_mix, y)
-        x = x + self.cross_attn(self.cross_attn_norm(x), text, mask)
+        looked_up, prompt = self.cross_attn(self.cross_attn_norm(x), text, mask)
+        x = x + looked_up
         y = self.ffn(modulate(x, scale_ffn, shift_ffn, self.eps))
-        return add_gated(x, gate_ffn, y), kept
+        return add_gated(x, gate_ffn, y), kept, prompt
 
     def init_branches(self) -> None:
         """Gates of one over last products of zero."""

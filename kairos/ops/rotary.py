@@ -6,6 +6,8 @@ rotation itself is real arithmetic on adjacent channel pairs.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -23,8 +25,23 @@ def rotary_table(
 
     Of the head_dim / 2 pairs a third each turn with the row and the column, and the rest with the frame. Both
     channels of a pair hold its cosine; the first holds minus the sine. `first_frame` is the absolute index of
-    the first frame.
+    the first frame. The tables of the last few shapes are kept, so that a clip's is made once and not at
+    each step: do not change them.
     """
+    return _table(frames, height, width, head_dim, first_frame, device, torch.is_inference_mode_enabled())
+
+
+@lru_cache(maxsize=8)
+def _table(
+    frames: int,
+    height: int,
+    width: int,
+    head_dim: int,
+    first_frame: int,
+    device: torch.device | None,
+    inference_mode: bool,
+) -> tuple[Tensor, Tensor]:
+    """`inference_mode` is part of the key: tensors made in it cannot be trained with."""
     pairs = head_dim // 2
     pairs_y = pairs_x = pairs // 3
     pairs_f = pairs - pairs_y - pairs_x

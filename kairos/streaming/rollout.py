@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from kairos.errors import UserError
-from kairos.models.transformer import TransformerState
+from kairos.models.transformer import PromptMemory, TransformerState
 from kairos.models.vae import SPATIAL
 from kairos.pipeline import KairosPipeline
 from kairos.schedulers import FewStepScheduler, draw_noise
@@ -169,8 +169,9 @@ def denoise_chunk(pipeline: KairosPipeline, state: WorldState, generators: list[
         tokens_per_frame=height * width // (config.patch_size[1] * config.patch_size[2]),
         device=latents.device,
     )
+    memory = PromptMemory()
     for time in scheduler.timesteps:
-        velocity, _ = run(pipeline, state, latents, time)
+        velocity, _ = run(pipeline, state, latents, time, memory)
         if settings.branches == 2:
             positive, negative = velocity.chunk(2)
             velocity = negative + settings.guidance_scale * (positive - negative)
@@ -179,7 +180,11 @@ def denoise_chunk(pipeline: KairosPipeline, state: WorldState, generators: list[
 
 
 def run(
-    pipeline: KairosPipeline, state: WorldState, latents: Tensor, time: Tensor
+    pipeline: KairosPipeline,
+    state: WorldState,
+    latents: Tensor,
+    time: Tensor,
+    memory: PromptMemory | None = None,
 ) -> tuple[Tensor, TransformerState]:
     """Latents (B, 16, F, h, w) at one time, after the past: each branch's velocity, and the new past."""
     model = pipeline.transformer
@@ -191,6 +196,7 @@ def run(
         encoder_attention_mask=mask,
         state=state.transformer,
         return_state=True,
+        prompt_memory=memory,
         return_dict=False,
     )
     return velocity.float(), after
