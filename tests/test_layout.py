@@ -26,6 +26,7 @@ LAYERS = {
     "sizes": 2,
     "weights": 2,
     "worlds": 2,
+    "bench": 4,
     "evaluation": 3,
     "hub": 3,
     "model_info": 3,

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from kairos import __version__
-from kairos.cli import evaluate, generate, models, rollout, show, train
+from kairos.cli import bench, evaluate, generate, models, rollout, show, train
 from kairos.cli.console import out
 
 app = typer.Typer(
@@ -38,5 +38,6 @@ app.command("generate")(generate.generate)
 app.command("rollout")(rollout.rollout)
 app.command("show")(show.show)
 app.command("evaluate")(evaluate.evaluate)
+app.command("bench")(bench.bench)
 app.command("train")(train.train)
 app.add_typer(models.app, name="models")

@@ -21,7 +21,7 @@ from kairos.ops.routes import say_once
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 64
+CHUNK = 32
 """Tokens that are solved together."""
 SEGMENT = 512
 """Tokens whose chunks are prepared together: enough for large products, few enough to stay in the cache."""

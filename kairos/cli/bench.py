@@ -1,0 +1,186 @@
+"""`kairos bench`: where the time of a video goes, and the LinearDiT against others as clips grow."""
+
+import json
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kairos.cli.console import err, out, show_log, waiting
+from kairos.errors import UserError
+
+
+def bench(
+    model: Annotated[
+        str, typer.Option(metavar="NAME|PATH", help="A model's name or folder.")
+    ] = "kairos-tiny",
+    frames: Annotated[
+        int | None, typer.Option(metavar="N", help="Frames, 4n + 1. Default: the model's.")
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option(metavar="PIXELS", help="Height. Default: the model's.")
+    ] = None,
+    width: Annotated[int | None, typer.Option(metavar="PIXELS", help="Width. Default: the model's.")] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Time this too: full (attention in every block), or diffusers:MODEL. May be repeated.",
+        ),
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N", help="Latent frames: one forward of the LinearDiT at each, and of the others."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(metavar="NAME", help="auto, float32 or bfloat16.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="On a CPU. Default: torch's own.")] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Timed runs, after two warm-ups.")] = 7,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE.json", help="Write the results, and a plot beside."),
+    ] = None,
+) -> None:
+    """Time a model's stages; with --lengths or --against, its LinearDiT alone, with random weights."""
+    show_log(verbose=False)
+    from kairos.bench import Run, check_kind, measure
+    from kairos.cli.run import RunOptions, device_and_dtype
+    from kairos.data.files import prepare_file, write_atomically
+    from kairos.model_info import info
+
+    for kind in against or []:
+        check_kind(kind)
+    sizes = [] if lengths is None else [length_of(text) for text in lengths.split(",")]
+    if output is not None:
+        prepare_file(output)
+    made_for = info(model).defaults
+    if frames is not None and (frames < 1 or frames % 4 != 1):
+        raise UserError(f"frames must be 4n + 1, got {frames}")
+    latent_frames = ((frames or int(made_for["num_frames"])) - 1) // 4 + 1
+    chosen, precision = device_and_dtype(RunOptions(model=model, device=device, dtype=dtype))
+    shape = {"height": height or int(made_for["height"]), "width": width or int(made_for["width"])}
+    for name, side in shape.items():
+        if side < 16 or side % 16:
+            raise UserError(f"{name} must be a multiple of 16, got {side}")
+
+    def run(kind: str, length: int) -> dict[str, Any]:
+        with waiting(f"{kind}, {length} latent frames"):
+            return measure(
+                Run(
+                    kind,
+                    model,
+                    length,
+                    **shape,
+                    device=str(chosen),
+                    dtype=str(precision).removeprefix("torch."),
+                    threads=threads,
+                    runs=runs,
+                )
+            )
+
+    if sizes or against:
+        kinds = ["hybrid", *(against or [])]
+        results = [run(kind, length) for length in sizes or [latent_frames] for kind in kinds]
+        print_curve(results)
+    else:
+        results = [run("stages", latent_frames)]
+        print_stages(results[0])
+    if output is not None:
+        said = {"date": date.today().isoformat(), "command": " ".join(["kairos", *sys.argv[1:]])}
+        text = json.dumps(said | {"hardware": hardware(str(chosen)), "runs": results}, indent=1) + "\n"
+        write_atomically(output, text.encode())
+        if len(sizes) > 1:
+            plot = output.with_suffix(".svg")
+            write_atomically(plot, curve_svg(results).encode())
+            err.print(f"{output} and {plot}", markup=False, highlight=False)
+
+
+def length_of(text: str) -> int:
+    if not text.strip().isdigit() or int(text) < 1:
+        raise UserError(f"--lengths takes latent frames such as 21,41,81, got {text!r}")
+    return int(text)
+
+
+def print_stages(result: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table("stage", "seconds", "spread", title=f"{result['model']}, {clip_of(result)}")
+    for stage, times in result["stages"].items():
+        table.add_row(stage, f"{times['seconds']:.4f}", f"{times['spread_s']:.4f}")
+    out.print(table)
+    out.print(f"peak memory {result['peak_gb']:.2f} GB; two warm-ups, the median of {result['runs']}")
+
+
+def print_curve(results: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    first = {row["kind"]: row for row in reversed(results)}
+    hybrid = {row["latent_frames"]: row["seconds"] for row in results if row["kind"] == "hybrid"}
+    title = f"one forward, {clip_of(results[0], length=False)}, random weights"
+    columns = ("frames", "model", "weights", "s", "spread", "to ours", "growth", "TFLOP", "of peak", "GB")
+    table = Table(*columns, title=title)
+    for row in results:
+        table.add_row(
+            str(row["latent_frames"]),
+            row["kind"],
+            f"{row['parameters'] / 1e6:,.1f} M",
+            f"{row['seconds']:.4g}",
+            f"{row['spread_s']:.2g}",
+            f"{row['seconds'] / hybrid[row['latent_frames']]:.2f}",
+            f"{row['seconds'] / first[row['kind']]['seconds']:.2f}",
+            f"{row['tflop']:.3g}",
+            f"{row['share_of_peak']:.0%}",
+            f"{row['peak_gb']:.2f}",
+        )
+    out.print(table)
+    out.print("frames: latent ones; of peak: of what this device reaches in large products of this precision")
+
+
+def clip_of(row: dict[str, Any], length: bool = True) -> str:
+    frames = f"{row['latent_frames']} latent frames of " if length else ""
+    return f"{frames}{row['width']} x {row['height']}, {row['dtype']} on {row['device']}"
+
+
+def hardware(device: str) -> str:
+    import platform
+
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} cores"
+
+
+def curve_svg(results: list[dict[str, Any]]) -> str:
+    """Seconds over latent frames, both on linear axes: a line of a linear model is straight."""
+    colors = ("#0b6e4f", "#c1121f", "#3a86ff", "#8338ec", "#fb8500")
+    kinds = list(dict.fromkeys(row["kind"] for row in results))
+    most_x = max(row["latent_frames"] for row in results)
+    most_y = max(row["seconds"] for row in results)
+    left, top, width, height = 60, 20, 520, 300
+    parts = [f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#999"/>']
+    for share in (0.5, 1.0):
+        y, x = top + height * (1 - share), left + width * share
+        parts.append(f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{most_y * share:.3g} s</text>')
+        parts.append(
+            f'<text x="{x}" y="{top + height + 18}" text-anchor="middle">{most_x * share:.0f}</text>'
+        )
+    for number, kind in enumerate(kinds):
+        rows = [row for row in results if row["kind"] == kind]
+        points = " ".join(
+            f"{left + width * row['latent_frames'] / most_x:.1f},"
+            f"{top + height * (1 - row['seconds'] / most_y):.1f}"
+            for row in rows
+        )
+        color = colors[number % len(colors)]
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>')
+        parts.append(f'<text x="{left + 12}" y="{top + 22 + 18 * number}" fill="{color}">{kind}</text>')
+    parts.append(
+        f'<text x="{left + width / 2}" y="{top + height + 36}" text-anchor="middle">latent frames</text>'
+    )
+    style = 'font-family="sans-serif" font-size="13"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 370" {style}>{"".join(parts)}</svg>\n'

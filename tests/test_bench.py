@@ -1,0 +1,113 @@
+"""The benchmark measures what it says, and refuses what it cannot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from kairos.bench import DIFFUSERS, Run, _own, check_kind, measure, measure_here
+from kairos.cli import main
+from kairos.cli.bench import curve_svg
+from kairos.errors import UserError
+
+SMALL = {"model": "kairos-tiny", "height": 32, "width": 32, "runs": 1}
+
+
+def test_the_stages_of_a_video_are_timed_apart():
+    found = measure_here(Run("stages", latent_frames=2, **SMALL))
+    assert list(found["stages"]) == [
+        "encode prompt",
+        "encode a frame",
+        "one step, one branch",
+        "decode frames",
+    ]
+    assert all(times["seconds"] > 0 for times in found["stages"].values())
+    assert found["peak_gb"] > 0
+
+
+def test_a_hybrid_grows_with_the_length_and_full_attention_faster():
+    larger = {"height": 64, "width": 64}  # few tokens are cheapest under one dense mask
+    flops = {
+        (kind, frames): measure_here(Run(kind, latent_frames=frames, **SMALL | larger))["tflop"]
+        for kind in ("hybrid", "full")
+        for frames in (30, 60)
+    }
+    assert flops["hybrid", 60] / flops["hybrid", 30] < 2.1
+    assert flops["full", 60] / flops["full", 30] > flops["hybrid", 60] / flops["hybrid", 30] + 0.1
+
+
+@torch.no_grad()
+def test_full_attention_sees_the_whole_clip():
+    model = _own("kairos-tiny", full=True).eval()
+    for parameter in model.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    latents, prompt = torch.randn(1, 16, 12, 4, 4), torch.randn(1, 3, model.config.text_dim)
+    changed = latents.clone()
+    changed[:, :, -1] += 1
+    before, after = (model(x, torch.tensor([500.0]), prompt).sample for x in (latents, changed))
+    assert not torch.equal(before[:, :, 0], after[:, :, 0])
+
+
+def test_every_other_model_can_be_built_from_its_configuration():
+    import diffusers
+
+    for entry in DIFFUSERS.values():
+        with torch.device("meta"):
+            model = getattr(diffusers, entry["class"])(**entry["config"])
+        assert sum(p.numel() for p in model.parameters()) > 1e9
+
+
+def test_what_nothing_is_timed_against_is_refused_with_the_nearest_name():
+    with pytest.raises(UserError, match=r"did you mean 'diffusers:Wan2.1-1.3B'"):
+        check_kind("diffusers:Wan2.1-1.3")
+
+
+def test_a_run_that_fails_says_why_in_one_line():
+    with pytest.raises(UserError, match=r"failed: .*no model or folder 'nothing'"):
+        measure(Run("stages", latent_frames=2, **SMALL | {"model": "nothing"}))
+
+
+def test_results_and_their_plot_are_written(tmp_path: Path, capsys: Any):
+    with pytest.raises(SystemExit) as ended:
+        main(
+            [
+                *["bench", "--lengths", "1,2", "--height", "32", "--width", "32", "--runs", "1", "-o"],
+                str(tmp_path / "out.json"),
+            ]
+        )
+    assert ended.value.code == 0
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert [row["latent_frames"] for row in results["runs"]] == [1, 2]
+    assert ElementTree.fromstring((tmp_path / "out.svg").read_text()).tag.endswith("svg")
+    assert "random weights" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lengths", "3,x"], "--lengths takes latent frames such as 21,41,81, got 'x'"),
+        (["--frames", "6"], "frames must be 4n + 1, got 6"),
+        (["--height", "20"], "height must be a multiple of 16, got 20"),
+        (["--against", "ful"], "did you mean 'full'?"),
+        (["--model", "kairos-tin"], "did you mean 'kairos-tiny'?"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(arguments: list[str], message: str, capsys: Any):
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", *arguments])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and message in said and said.count("\n") == 1
+
+
+def test_a_plot_has_a_line_for_each_model():
+    rows = [
+        {"kind": kind, "latent_frames": frames, "seconds": frames * slope}
+        for kind, slope in (("hybrid", 1), ("full", 2))
+        for frames in (1, 2)
+    ]
+    assert curve_svg(rows).count("<polyline") == 2
