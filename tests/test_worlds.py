@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kairos.errors import UserError
-from kairos.evaluation.measure import track
+from kairos.evaluation.reading import read
 from kairos.worlds import (
     BACKGROUND,
     COLORS,
@@ -22,6 +22,7 @@ from kairos.worlds import (
     WORLD,
     Motion,
     phrases,
+    scenery,
     simulate,
 )
 from kairos.worlds.captions import Ball, Caption
@@ -169,7 +170,7 @@ def test_a_ball_behind_the_wall_cannot_be_seen_and_comes_out():
         clip = simulate("occlusion", split="in", index=index)
         touched, gone, back, whole = clip.parameters["hidden_times"]
         assert 0 < touched < gone < back < whole < 2.95
-        area = track(clip.frames, clip.colors[0]).areas
+        area = read(clip.frames, scenery("occlusion", split="in", index=index)).ball(clip.colors[0]).areas
         times = np.arange(len(area)) * DT
         full = np.pi * clip.radii[0] ** 2
         assert (area[(times > gone + 0.02) & (times < back - 0.02)] == 0).all()
@@ -244,16 +245,15 @@ def test_interpolation_is_what_training_leaves_out(scene, quantity, low, high):
 def test_colour_is_measured_where_the_state_says_it_is(scene):
     for index in range(6):
         clip = simulate(scene, split="in", index=index)
+        reading = read(clip.frames, scenery(scene, split="in", index=index))
         for ball, color in enumerate(clip.colors):
-            others = tuple(other for other in clip.colors if other != color)
-            path, truth = track(clip.frames, color, others), clip.positions[:, ball]
+            path, truth = reading.ball(color), clip.positions[:, ball]
             whole = ((truth > clip.radii[ball]) & (truth < WORLD - clip.radii[ball])).all(-1)
             if scene == "occlusion":
                 times, (touched, *_, free) = np.arange(len(truth)) * DT, clip.parameters["hidden_times"]
                 whole &= (times < touched - DT) | (times > free + DT)
             assert whole.any()
-            pixels = 0.2 if scene == "push" else 0.1  # the gripper's grey mixes into the edge that it touches
-            assert np.abs(path.centers - truth)[whole].max() < pixels * WORLD / 64
+            assert np.abs(path.centers - truth)[whole].max() < 0.1 * WORLD / 64
 
 
 def test_colours_tell_nothing_about_motion():
