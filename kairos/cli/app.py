@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from kairos import __version__
-from kairos.cli import evaluate, generate, models, rollout, show, train
+from kairos.cli import evaluate, generate, models, rollout, show, train, worlds
 from kairos.cli.console import out
 
 app = typer.Typer(
@@ -40,3 +40,4 @@ app.command("show")(show.show)
 app.command("evaluate")(evaluate.evaluate)
 app.command("train")(train.train)
 app.add_typer(models.app, name="models")
+app.add_typer(worlds.app, name="worlds")

@@ -54,6 +54,17 @@ def evaluate(
             metavar="FRAMES", help="Frames in all, 4n + 1. Default: the model's.", rich_help_panel=WHAT
         ),
     ] = None,
+    drift_seconds: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Length of the rollouts that drift is measured on; 0: none.",
+            rich_help_panel=WHAT,
+        ),
+    ] = 4,
+    drift_clips: Annotated[
+        int, typer.Option(metavar="N", help="Rollouts of each scene and split.", rich_help_panel=WHAT)
+    ] = 4,
     seed: Annotated[int, typer.Option(help="One seed, one result.", rich_help_panel=HOW)] = 0,
     steps: Annotated[
         int | None, typer.Option(help="Sampling steps. Default: the model's.", rich_help_panel=HOW)
@@ -96,19 +107,27 @@ def evaluate(
     if suite != "physics":
         raise UserError(f"unknown suite {suite!r}; physics is the only one")
     settings = Settings(
-        scenes=tuple(SCENES if scenes is None else names(scenes)),
-        splits=tuple(names(splits)),
+        scenes=tuple(SCENES if scenes is None else names(scenes, "scene")),
+        splits=tuple(names(splits, "split")),
         clips=clips,
         given=given,
         num_frames=frames or 33,
         seed=seed,
         batch=batch,
+        drift_seconds=drift_seconds,
+        drift_clips=drift_clips,
     )
     if output is not None:
         prepare_folder(output)
-    results = measured(model, settings, frames, steps, guidance, device, dtype, teacher, output)
+    if videos is not None:
+        from kairos.evaluation.videos import score_videos
+
+        results = score_videos(videos, settings, output=output)
+    else:
+        results = measured(model, settings, frames, steps, guidance, device, dtype, teacher, output)
     for split, measures in results["splits"].items():
         out.print(table(f"{results['model']}, {split}", measures["scenes"]))
+    out.print(LEGEND, style="dim", highlight=False)
     if output is not None:
         out.print(f"{output / 'results.json'}", highlight=False)
 
@@ -158,9 +177,14 @@ def measured(
             )
 
 
-def names(text: str) -> list[str]:
-    """`a, b` -> ["a", "b"]."""
-    return [name.strip() for name in text.split(",") if name.strip()]
+def names(text: str, kind: str) -> list[str]:
+    """`a, b` -> ["a", "b"]. Raises UserError where there is none, or one twice."""
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found:
+        raise UserError(f"name at least one {kind}, got {text!r}")
+    if len(set(found)) < len(found):
+        raise UserError(f"a {kind} is named twice: {text}")
+    return found
 
 
 COLUMNS = {
@@ -175,6 +199,9 @@ COLUMNS = {
 }
 """What the table shows: heading -> measure and which of its numbers."""
 OWN = ("permanence", "contact")
+LEGEND = """velocity: its error beside its floors (truth, VAE); motion: to the truth's; kept: count, colours;
+law: possible preferred to impossible; text: all as captioned; dB: the VAE's PSNR;
+own: the ball comes out again (occlusion), the balls meet and part (collision)"""
 
 
 def table(title: str, scenes: dict[str, Any]) -> "Table":
@@ -185,9 +212,8 @@ def table(title: str, scenes: dict[str, Any]) -> "Table":
     view = Table(
         title=title,
         box=SIMPLE_HEAD,
-        caption="velocity error beside its floors (truth, VAE); motion to truth; kept: count and colours;\n"
-        "law: possible preferred to impossible; text: all as captioned; dB: the VAE's PSNR;\n"
-        "own: the ball comes out again (occlusion), the balls meet and part (collision)",
+        padding=(0, 0, 0, 1),
+        pad_edge=False,
     )
     for heading in ("scene", *COLUMNS, "own"):
         view.add_column(heading, justify="left" if heading == "scene" else "right", no_wrap=True)

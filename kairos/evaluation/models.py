@@ -8,7 +8,7 @@ torch's own generator, or from one seeded with `torch.initial_seed()`: the suite
 
 A model may have more: `identity`, a name for its weights and settings; `from_text`, False where it cannot do
 without a frame; `batch`, for many videos at once; `reconstruct`, for the floor of its VAE; `surprise`, for
-violation of expectation; `rollout`, for drift.
+violation of expectation; `rolls` and `rollout`, for drift.
 """
 
 from __future__ import annotations

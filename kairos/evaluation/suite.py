@@ -24,8 +24,10 @@ from kairos.data.files import prepare_folder, write_atomically
 from kairos.data.media import write_video
 from kairos.errors import UserError
 from kairos.evaluation import scores
+from kairos.evaluation.drift import drift_of, summarise_drift
 from kairos.evaluation.models import VideoModel, generate
 from kairos.evaluation.reading import Reading, read
+from kairos.evaluation.report import report
 from kairos.evaluation.summary import summarise
 from kairos.worlds import SCENES, SPLITS, VIOLATIONS, Clip, impossible_twin, scenery, simulate
 
@@ -46,6 +48,8 @@ class Settings:
     """What is measured. Raises UserError for what cannot be.
 
     `given` frames begin each video; 0 makes videos from captions alone. `batch`: clips made at once.
+    `drift_seconds`: how long the rollouts of the first `drift_clips` clips are, at `FPS` frames a second; 0
+    for none.
     """
 
     scenes: tuple[str, ...] = tuple(SCENES)
@@ -56,17 +60,23 @@ class Settings:
     given: int = 5
     size: int = PLAIN_SIZE
     batch: int = 8
+    drift_seconds: int = 4
+    drift_clips: int = 4
 
     def __post_init__(self) -> None:
         for kind, chosen, known in (("scene", self.scenes, tuple(SCENES)), ("split", self.splits, SPLITS)):
-            if not chosen:
-                raise UserError(f"name at least one {kind}; of {', '.join(known)}")
             for name in chosen:
                 if name not in known:
                     raise UserError(f"unknown {kind} {name!r}; one of {', '.join(known)}")
-            if len(set(chosen)) < len(chosen):
-                raise UserError(f"a {kind} is named twice: {', '.join(chosen)}")
-        least = {"clips": 1, "seed": 0, "batch": 1, "given": 0, "size": 16}
+        least = {
+            "clips": 1,
+            "seed": 0,
+            "batch": 1,
+            "given": 0,
+            "size": 16,
+            "drift_seconds": 0,
+            "drift_clips": 1,
+        }
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise UserError(f"{name} must be at least {bound}, got {getattr(self, name)}")
@@ -117,6 +127,7 @@ def evaluate(
     taught = None if teacher is None else Records.of_results(teacher)
     every = range(settings.clips)
     result: dict[str, Any] = {}
+    drift: dict[str, Any] = {}
     for split in settings.splits:
         result[split] = {}
         for scene in settings.scenes:
@@ -130,8 +141,10 @@ def evaluate(
             known = list(filter(None, (records.get(split, scene, index) for index in every)))
             beside = [taught.get(split, scene, index) for index in every] if taught else None
             result[split][scene] = summarise(known, settings.seed, beside)
+            if rows := rollouts(model, settings, scene, split, records):
+                drift.setdefault(split, {})[scene] = summarise_drift(rows, settings.seed)
             logger.info("%s, %s: %s", scene, split, short(result[split][scene]))
-    results = {
+    about = {
         "model": name,
         "identity": identity(model),
         "key": records.key,
@@ -139,12 +152,22 @@ def evaluate(
         "clips": settings.clips,
         "given_frames": settings.given,
         "num_frames": settings.num_frames,
-        "split": settings.splits[0],
-        "scenes": result[settings.splits[0]],
-        "splits": {split: {"scenes": scenes} for split, scenes in result.items()},
     }
+    return written(about, result, drift, output)
+
+
+def written(
+    about: Record, result: dict[str, Any], drift: dict[str, Any], output: Path | None
+) -> dict[str, Any]:
+    """The results of all splits, {split: {scene: measures}}, as `results.json` has them, and the files."""
+    first = next(iter(result))
+    splits: dict[str, Any] = {split: {"scenes": scenes} for split, scenes in result.items()}
+    for split, scenes in drift.items():
+        splits[split]["drift"] = scenes
+    results = about | {"split": first, "scenes": result[first], "splits": splits}
     if output is not None:
-        write_results(output, results)
+        write_atomically(output / "results.json", dump(results))
+        write_atomically(output / "report.html", report(results, output / "videos").encode())
     return results
 
 
@@ -190,6 +213,30 @@ def measure(
         if output is not None and index < SHOWN:
             keep(output, split, scene, index, {kind: batch[number] for kind, batch in videos.items()})
         yield index, {"caption": case.clip.caption, "scores": of_kind, "expectation": preferred[number]}
+
+
+def rollouts(model: VideoModel, settings: Settings, scene: str, split: str, records: Records) -> list[Record]:
+    """The drift of the first clips of a scene and split; none for a model that cannot be rolled out."""
+    seconds, given = settings.drift_seconds, settings.given
+    if not (seconds and given and getattr(model, "rolls", False)):
+        return []
+    wanted = range(min(settings.clips, settings.drift_clips))
+    part = f"{split}-{seconds}s"
+    missing = [index for index in wanted if records.get(part, scene, index) is None]
+    place, frames = (scene, split, settings.seed), max(seconds * FPS, given + 3) // 4 * 4 + 1
+    for start in range(0, len(missing), settings.batch):
+        some = missing[start : start + settings.batch]
+        cases = [Case.of(*place, index, frames, settings.size) for index in some]
+        truth = np.stack([case.clip.frames for case in cases])
+        captions = [case.clip.caption for case in cases]
+        seeds = [seed_of(*place, index, "rollout") for index in some]
+        videos = {"truth": truth, "model": model.rollout(captions, truth[:, :given], frames, seeds)}  # type: ignore[attr-defined]
+        if hasattr(model, "reconstruct"):
+            videos["vae"] = model.reconstruct(truth)
+        rows = drift_of(videos, [case.clip for case in cases], [case.scenery for case in cases], given, FPS)
+        for index, row in zip(some, rows, strict=True):
+            records.put(part, scene, index, row)
+    return list(filter(None, (records.get(part, scene, index) for index in wanted)))
 
 
 def expectation(
@@ -289,11 +336,6 @@ def keep(output: Path, split: str, scene: str, index: int, videos: dict[str, Fra
     write_video(folder / f"{scene}-{index:03d}.mp4", np.concatenate(row, 2), fps=FPS)
     if "text" in videos:
         write_video(folder / f"{scene}-{index:03d}-text.mp4", videos["text"], fps=FPS)
-
-
-def write_results(output: Path, results: dict[str, Any]) -> None:
-    """Write `results.json`, whole or not at all."""
-    write_atomically(output / "results.json", dump(results))
 
 
 def dump(value: Any) -> bytes:
