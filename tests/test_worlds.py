@@ -9,8 +9,10 @@ import zlib
 import numpy as np
 import pytest
 
+from kairos.cli import main
+from kairos.data.media import read_video
 from kairos.errors import UserError
-from kairos.evaluation.measure import track
+from kairos.evaluation.reading import read
 from kairos.worlds import (
     BACKGROUND,
     COLORS,
@@ -21,10 +23,13 @@ from kairos.worlds import (
     SPLITS,
     WORLD,
     Motion,
+    impossible_twin,
     phrases,
+    scenery,
     simulate,
 )
 from kairos.worlds.captions import Ball, Caption
+from kairos.worlds.export import ClipName, export
 
 NAMES = list(SCENES)
 MANY = range(24)
@@ -169,7 +174,7 @@ def test_a_ball_behind_the_wall_cannot_be_seen_and_comes_out():
         clip = simulate("occlusion", split="in", index=index)
         touched, gone, back, whole = clip.parameters["hidden_times"]
         assert 0 < touched < gone < back < whole < 2.95
-        area = track(clip.frames, clip.colors[0]).areas
+        area = read(clip.frames, scenery("occlusion", split="in", index=index)).ball(clip.colors[0]).areas
         times = np.arange(len(area)) * DT
         full = np.pi * clip.radii[0] ** 2
         assert (area[(times > gone + 0.02) & (times < back - 0.02)] == 0).all()
@@ -244,16 +249,15 @@ def test_interpolation_is_what_training_leaves_out(scene, quantity, low, high):
 def test_colour_is_measured_where_the_state_says_it_is(scene):
     for index in range(6):
         clip = simulate(scene, split="in", index=index)
+        reading = read(clip.frames, scenery(scene, split="in", index=index))
         for ball, color in enumerate(clip.colors):
-            others = tuple(other for other in clip.colors if other != color)
-            path, truth = track(clip.frames, color, others), clip.positions[:, ball]
+            path, truth = reading.ball(color), clip.positions[:, ball]
             whole = ((truth > clip.radii[ball]) & (truth < WORLD - clip.radii[ball])).all(-1)
             if scene == "occlusion":
                 times, (touched, *_, free) = np.arange(len(truth)) * DT, clip.parameters["hidden_times"]
                 whole &= (times < touched - DT) | (times > free + DT)
             assert whole.any()
-            pixels = 0.2 if scene == "push" else 0.1  # the gripper's grey mixes into the edge that it touches
-            assert np.abs(path.centers - truth)[whole].max() < pixels * WORLD / 64
+            assert np.abs(path.centers - truth)[whole].max() < 0.1 * WORLD / 64
 
 
 def test_colours_tell_nothing_about_motion():
@@ -357,3 +361,80 @@ def test_a_scene_of_ones_own_is_simulated_by_the_same_function():
 def test_what_cannot_be_simulated_is_said_in_one_line(arguments, message):
     with pytest.raises(UserError, match=re.escape(message)):
         simulate(**arguments)
+
+
+@pytest.mark.parametrize("scene", NAMES)
+def test_an_impossible_twin_begins_as_its_clip_and_goes_another_way(scene):
+    seen = set()
+    for index in range(6):
+        pair = impossible_twin(scene, index=index)
+        clip = simulate(scene, split="in", index=index)
+        np.testing.assert_array_equal(pair.possible, clip.frames)
+        np.testing.assert_array_equal(pair.impossible[: pair.begins], clip.frames[: pair.begins])
+        assert 5 <= pair.begins < 30
+        assert (pair.impossible != pair.possible).any(-1).sum() > 0.1 * 64**2
+        seen.add(pair.violation)
+    assert len(seen) > 1
+
+
+def test_what_turns_goes_back_the_way_it_came():
+    index = next(i for i in range(20) if impossible_twin("pendulum", index=i).violation == "turns")
+    pair = impossible_twin("pendulum", index=index)
+    np.testing.assert_array_equal(pair.impossible[20], pair.possible[12])
+
+
+def test_a_twin_needs_frames_and_a_scene_that_has_one():
+    with pytest.raises(UserError, match="8 frames after the 5 given, got 9"):
+        impossible_twin("uniform", num_frames=9)
+    with pytest.raises(UserError, match="no impossible twins of 'still'"):
+        impossible_twin("still")
+
+
+@pytest.mark.parametrize("scene", NAMES)
+def test_the_scenery_is_the_clip_without_its_balls(scene):
+    clip, empty = simulate(scene, index=3), scenery(scene, index=3)
+    differs = (clip.frames != empty).any(-1)
+    share = differs.mean((1, 2)) * WORLD**2
+    assert share[0] == pytest.approx(np.sum(clip.radii**2) * np.pi, rel=0.4)
+
+
+def test_an_exported_data_set_has_clips_captions_and_states_that_agree(tmp_path):
+    count = export(tmp_path, scenes=("uniform", "push"), splits=("train", "out"), clips=2, num_frames=5)
+    assert count == 8
+    manifest = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
+    states = [json.loads(line) for line in (tmp_path / "states.jsonl").read_text().splitlines()]
+    assert len(manifest) == len(states) == 8
+    for entry, state in zip(manifest, states, strict=True):
+        assert entry.keys() == {"video", "caption"} and entry["video"] == state["video"]
+        name = ClipName.of((tmp_path / entry["video"]).stem)
+        clip = simulate(name.scene, split=name.split, seed=name.seed, index=name.index, num_frames=5)
+        assert entry["caption"] == state["caption"] == clip.caption
+        np.testing.assert_array_equal(state["positions"], clip.positions)
+        video = read_video(tmp_path / entry["video"])[:, 2::4, 2::4]
+        assert np.abs(video.astype(int) - clip.frames).mean() < 3
+
+
+def test_names_of_other_files_stand_for_no_clip():
+    assert ClipName.of("collision-in-3-00012") == ClipName("collision", "in", 3, 12)
+    for name in ("collision-in-3", "boat-in-0-00001", "collision-test-0-00001", "collision-in-0-1-text"):
+        assert ClipName.of(name) is None
+
+
+def test_nothing_is_written_where_a_scene_is_not_known(tmp_path):
+    for wrong in ({"scenes": ("boat",)}, {"splits": ("test",)}, {"clips": 0}, {"size": 8}, {"num_frames": 0}):
+        with pytest.raises(UserError):
+            export(tmp_path / "data", **wrong)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_preview_is_an_mp4_and_a_contact_sheet(tmp_path, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(["worlds", "preview", "bounce", "--clips", "2", "--frames", "5", "-o", str(tmp_path / "b.mp4")])
+    assert leaving.value.code == 0
+    assert len(read_video(tmp_path / "b.mp4")) == 10
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+    assert "b.png" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as leaving:
+        main(["worlds", "preview", "boat", "-o", str(tmp_path / "c.mp4")])
+    assert leaving.value.code == 2
+    assert "unknown scene 'boat'" in capsys.readouterr().err

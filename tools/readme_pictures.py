@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from kairos.data.media import write_contact_sheet
-from kairos.evaluation.physics import to_uint8
+from kairos.evaluation.models import to_uint8
 from kairos.presets import load_pipeline
 from kairos.worlds import simulate
 

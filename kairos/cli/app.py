@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from kairos import __version__
-from kairos.cli import bench, evaluate, generate, models, rollout, show, train
+from kairos.cli import bench, evaluate, generate, models, rollout, show, train, worlds
 from kairos.cli.console import out
 
 app = typer.Typer(
@@ -41,3 +41,4 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("bench")(bench.bench)
 app.command("train")(train.train)
 app.add_typer(models.app, name="models")
+app.add_typer(worlds.app, name="worlds")

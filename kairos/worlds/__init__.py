@@ -5,9 +5,10 @@ from (scene, split, seed, index). World: 10 x 10 units, y up, 0.1 units of time 
 """
 
 from kairos.worlds.captions import Caption
+from kairos.worlds.impossible import VIOLATIONS, Pair, impossible_twin
 from kairos.worlds.palette import BACKGROUND, COLORS
 from kairos.worlds.scenes import SCENES
-from kairos.worlds.world import DT, FLOOR, GRAVITY, SPLITS, WORLD, Clip, Motion, Scene, simulate
+from kairos.worlds.world import DT, FLOOR, GRAVITY, SPLITS, WORLD, Clip, Motion, Scene, scenery, simulate
 
 __all__ = [
     "BACKGROUND",
@@ -17,10 +18,14 @@ __all__ = [
     "GRAVITY",
     "SCENES",
     "SPLITS",
+    "VIOLATIONS",
     "WORLD",
     "Caption",
     "Clip",
     "Motion",
+    "Pair",
     "Scene",
+    "impossible_twin",
+    "scenery",
     "simulate",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -96,39 +96,20 @@ def simulate(
     band that both leave out; "out" from beyond the ranges. Raises UserError for an unknown scene or split,
     or a number below its least.
     """
-    world = _scene(scene)
-    if split not in SPLITS:
-        raise UserError(f"unknown split {split!r}; one of {', '.join(SPLITS)}")
-    least = {"seed": (seed, 0), "index": (index, 0), "num_frames": (num_frames, 1), "size": (size, 16)}
-    for name, (value, bound) in least.items():
-        if value < bound:
-            raise UserError(f"{name} must be at least {bound}, got {value}")
-
-    key = [zlib.crc32(world.name.encode()), zlib.crc32(split.encode()), seed, index]
-    motion_rng, look_rng, words_rng = (np.random.Generator(np.random.PCG64([*key, i])) for i in range(3))
-
-    motion = world.move(motion_rng, split, np.arange(num_frames, dtype=np.float64) * DT)
+    world, motion, colors, words_rng = drawn(scene, split, seed, index, num_frames, size)
     # Rounding hides the last bits, in which the mathematics libraries of two machines may differ.
     positions, velocities = motion.positions.round(9), motion.velocities.round(9)
-    count = len(motion.radii)
-    colors = tuple(str(color) for color in look_rng.permutation(list(COLORS))[:count])
     radii = motion.radii.tolist()
     heading = velocities[0] if motion.heading is None else motion.heading
     balls = [Ball.of(*traits) for traits in zip(colors, radii, heading, strict=True)]
     caption = world.describe(words_rng, balls, motion.facts)
-    frames = draw(
-        [*motion.behind, *bodies(positions, radii, colors, blocks=motion.blocks), *motion.before],
-        num_frames=num_frames,
-        size=size,
-        world=WORLD,
-        floor=FLOOR if world.floor else None,
-    )
+    frames = paint(world, motion, colors, size=size)
     parameters = {
         "scene": world.name,
         "split": split,
         "seed": seed,
         "index": index,
-        "count": count,
+        "count": len(radii),
         "colors": list(colors),
         "sizes": [ball.size for ball in balls],
         "directions": [ball.direction for ball in balls],
@@ -138,6 +119,53 @@ def simulate(
         "said": caption.said,
     }
     return Clip(frames, caption.text, positions, velocities, motion.radii, colors, parameters)
+
+
+def scenery(
+    scene: str | Scene,
+    *,
+    split: str = "train",
+    seed: int = 0,
+    index: int = 0,
+    num_frames: int = 33,
+    size: int = 64,
+) -> NDArray[np.uint8]:
+    """The frames of the clip that `simulate` makes of the same arguments, without its balls and blocks."""
+    world, motion, _, _ = drawn(scene, split, seed, index, num_frames, size)
+    return paint(
+        world, replace(motion, positions=motion.positions[:, :0], radii=motion.radii[:0]), (), size=size
+    )
+
+
+def drawn(
+    scene: str | Scene, split: str, seed: int, index: int, num_frames: int, size: int
+) -> tuple[Scene, Motion, tuple[str, ...], np.random.Generator]:
+    """What `simulate` draws: the scene, its motion, the colours, and the stream that words come from."""
+    world = _scene(scene)
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}; one of {', '.join(SPLITS)}")
+    least = {"seed": (seed, 0), "index": (index, 0), "num_frames": (num_frames, 1), "size": (size, 16)}
+    for name, (value, bound) in least.items():
+        if value < bound:
+            raise UserError(f"{name} must be at least {bound}, got {value}")
+    key = [zlib.crc32(world.name.encode()), zlib.crc32(split.encode()), seed, index]
+    motion_rng, look_rng, words_rng = (np.random.Generator(np.random.PCG64([*key, i])) for i in range(3))
+    motion = world.move(motion_rng, split, np.arange(num_frames, dtype=np.float64) * DT)
+    colors = tuple(str(color) for color in look_rng.permutation(list(COLORS))[: len(motion.radii)])
+    return world, motion, colors, words_rng
+
+
+def paint(world: Scene, motion: Motion, colors: Sequence[str], *, size: int) -> NDArray[np.uint8]:
+    """The frames (F, size, size, 3) of a motion."""
+    positions = motion.positions.round(9)
+    moving = bodies(positions, motion.radii.tolist(), colors, blocks=motion.blocks)
+    return draw(
+        [*motion.behind, *moving, *motion.before],
+        num_frames=len(positions),
+        size=size,
+        world=WORLD,
+        floor=FLOOR if world.floor else None,
+    )
 
 
 def bodies(positions: Floats, radii: list[float], colors: Sequence[str], *, blocks: bool) -> list[Shape]:

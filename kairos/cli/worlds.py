@@ -1,0 +1,97 @@
+"""`kairos worlds`: look at the simulated scenes, and write clips of them as a data set."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kairos.cli.console import err, out, show_log
+
+app = typer.Typer(help="Look at the simulated worlds, and export them as a data set.", no_args_is_help=True)
+
+Split = Annotated[str, typer.Option(metavar="SPLIT", help="train, in, interpolation or out.")]
+Seed = Annotated[int, typer.Option(help="Of the clips.")]
+Frames = Annotated[int, typer.Option(metavar="FRAMES", help="Frames of a clip.")]
+Size = Annotated[int, typer.Option(metavar="PIXELS", help="Side of the picture.")]
+
+
+@app.command()
+def preview(
+    scene: Annotated[str, typer.Argument(metavar="SCENE", show_default=False, help="Which world.")],
+    split: Split = "in",
+    seed: Seed = 0,
+    clips: Annotated[int, typer.Option(min=1, help="Clips, one after the other in the mp4.")] = 6,
+    frames: Frames = 33,
+    size: Size = 64,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="The mp4. Default: SCENE.mp4; the PNG is beside it."
+        ),
+    ] = None,
+) -> None:
+    """Write clips of a scene: an mp4, and a contact sheet with their captions."""
+    show_log(verbose=False)
+    import numpy as np
+
+    from kairos.data.files import prepare_file
+    from kairos.data.media import write_contact_sheet, write_video
+    from kairos.errors import UserError
+    from kairos.worlds import simulate
+    from kairos.worlds.export import FPS
+
+    made = [
+        simulate(scene, split=split, seed=seed, index=index, num_frames=frames, size=size)
+        for index in range(clips)
+    ]
+    path = output or Path(f"{scene}.mp4")
+    if path.suffix != ".mp4":
+        raise UserError(f"--output is the name of an mp4, got {path}; try {path.with_suffix('.mp4')}")
+    sheet = path.with_suffix(".png")
+    prepare_file(path)
+    prepare_file(sheet)
+    write_video(path, np.concatenate([clip.frames for clip in made]), fps=FPS)
+    captions = [clip.caption for clip in made]
+    write_contact_sheet(sheet, [clip.frames for clip in made], captions=captions, scale=max(1, 128 // size))
+    out.print(f"{path}, {sheet}", highlight=False)
+
+
+@app.command()
+def export(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="The folder of the data set.")
+    ] = Path("worlds"),
+    scenes: Annotated[
+        str | None, typer.Option(metavar="SCENE,SCENE", help="Which worlds. Default: all eight.")
+    ] = None,
+    splits: Annotated[
+        str, typer.Option("--splits", "--split", metavar="SPLIT,SPLIT", help="train, in, interpolation, out.")
+    ] = "train",
+    clips: Annotated[int, typer.Option(help="Clips of each scene and split.")] = 16,
+    seed: Seed = 0,
+    frames: Frames = 33,
+    size: Size = 64,
+) -> None:
+    """Write clips as mp4s with a manifest of captions, and a file of their states."""
+    show_log(verbose=False)
+    from rich.progress import Progress
+
+    from kairos.cli.evaluate import names
+    from kairos.worlds import SCENES
+    from kairos.worlds.export import export as write
+
+    chosen = names(scenes, "scene") if scenes is not None else list(SCENES)
+    wanted = names(splits, "split")
+    with Progress(console=err, disable=not err.is_terminal) as progress:
+        task = progress.add_task("clips", total=clips * len(chosen) * len(wanted))
+        count = write(
+            output,
+            scenes=chosen,
+            splits=wanted,
+            clips=clips,
+            seed=seed,
+            num_frames=frames,
+            size=size,
+            on_clip=lambda: progress.advance(task),
+        )
+    out.print(f"{count} clips in {output / 'manifest.jsonl'}", highlight=False)

@@ -1,0 +1,74 @@
+"""Scores videos that are there already, of any model, by the states of the clips they are named after."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from kairos.data.files import prepare_folder
+from kairos.data.media import read_video
+from kairos.errors import UserError
+from kairos.evaluation import scores
+from kairos.evaluation.reading import read, shrunk
+from kairos.evaluation.suite import Case, Record, Settings, written
+from kairos.evaluation.summary import summarise
+from kairos.worlds.export import ClipName
+
+logger = logging.getLogger(__name__)
+
+
+def score_videos(folder: Path, settings: Settings, *, output: Path | None = None) -> dict[str, Any]:
+    """Results, as of a model, of the mp4s in `folder` or in its `clips/`.
+
+    They are named as `kairos.worlds.export` names them, scene-split-seed-index.mp4, and begin with the given
+    frames of that clip, a frame of video for 0.1 units of world time. With `settings.given` 0 they were made
+    from the caption alone and are asked whether they show what it says. Of `settings`, the scenes and splits
+    choose among the videos, and `clips` is not used. Raises UserError where there is none to score.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no folder of videos: {folder}")
+    found: dict[tuple[str, str], list[Record]] = {}
+    count = 0
+    for path in sorted([*folder.glob("*.mp4"), *folder.glob("clips/*.mp4")]):
+        name = ClipName.of(path.stem)
+        if name is None:
+            logger.warning("%s is not named as a clip is, such as uniform-in-0-00007.mp4", path.name)
+        elif name.scene in settings.scenes and name.split in settings.splits:
+            found.setdefault((name.split, name.scene), []).append(record(path, name, settings.given))
+            count += 1
+    if not count:
+        raise UserError(
+            f"no video in {folder} is named as a clip of the chosen scenes and splits, such as "
+            f"{ClipName(settings.scenes[0], settings.splits[0], 0, 7)}.mp4"
+        )
+    if output is not None:
+        prepare_folder(output)
+    result: dict[str, Any] = {split: {} for split in settings.splits if any(key[0] == split for key in found)}
+    for split, measures in result.items():
+        for scene in settings.scenes:
+            if (split, scene) in found:
+                measures[scene] = summarise(found[split, scene], settings.seed)
+    about = {"model": str(folder), "videos": count, "seed": settings.seed, "given_frames": settings.given}
+    return written(about, result, {}, output)
+
+
+def record(path: Path, name: ClipName, given: int) -> Record:
+    """The scores of one video beside those of the truth."""
+    frames = read_video(path)
+    height, width = frames.shape[1:3]
+    if height != width:
+        raise UserError(f"{path} must be square as the world is, got {width} x {height}")
+    if len(frames) <= given + 1:
+        raise UserError(f"{path} has {len(frames)} frames; more than the {given} given ones are needed")
+    frames = shrunk(frames)
+    case = Case.of(**asdict(name), num_frames=len(frames), size=frames.shape[1])
+    said = case.clip.parameters["said"]
+    truth = scores.score(case.truth, case.clip, given, case.truth) | scores.agreement(case.truth, said)
+    reading = read(frames, case.scenery)
+    if given:
+        own = {"model": scores.score(reading, case.clip, given, case.truth)}
+    else:
+        own = {"text": scores.agreement(reading, said)}
+    return {"caption": case.clip.caption, "scores": own | {"truth": truth}}

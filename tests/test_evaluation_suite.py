@@ -1,0 +1,338 @@
+"""The suite around the measures: models of every kind, records that a run goes on from, results, report."""
+
+from __future__ import annotations
+
+import json
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from kairos import presets
+from kairos.cli import main
+from kairos.errors import UserError
+from kairos.evaluation.models import DiffusersModel, KairosModel, generate
+from kairos.evaluation.suite import Settings, evaluate
+from kairos.worlds import simulate
+from kairos.worlds.export import export
+
+SMALL = {"scenes": ("uniform", "occlusion"), "splits": ("in", "out"), "clips": 2, "drift_seconds": 0}
+
+
+class Oracle:
+    """Knows the clips: returns the one that begins with the given frames, or a broken version of it."""
+
+    identity = "oracle"
+
+    def __init__(self, change=lambda frames, given: frames, scenes=SMALL["scenes"], splits=SMALL["splits"]):
+        self.change, self.calls = change, 0
+        self.clips = {
+            clip.frames[:5].tobytes(): clip.frames
+            for scene in scenes
+            for split in splits
+            for clip in (simulate(scene, split=split, index=index) for index in range(4))
+        }
+
+    def __call__(self, prompt, first_frames, num_frames):
+        self.calls += 1
+        frames = self.clips[first_frames.tobytes()][:num_frames]
+        return self.change(frames, len(first_frames))
+
+
+def freeze(frames, given):
+    return np.concatenate([frames[:given], np.repeat(frames[given - 1 : given], len(frames) - given, 0)])
+
+
+def shuffle(frames, given):
+    return np.concatenate([frames[:given], np.random.default_rng(0).permutation(frames[given:])])
+
+
+def test_a_callable_that_knows_the_truth_is_at_the_floor_and_broken_ones_are_not(tmp_path):
+    good = evaluate(Oracle(), Settings(**SMALL), output=tmp_path)
+    for split in SMALL["splits"]:
+        for scene in SMALL["scenes"]:
+            measures = good["splits"][split]["scenes"][scene]
+            assert measures["velocity_error"]["value"] == measures["velocity_error"]["floor_truth"] < 0.04
+            assert measures["motion_ratio"]["value"] == 1
+            assert measures["conserved"]["value"] == 1
+        assert good["splits"][split]["scenes"]["occlusion"]["permanence"]["value"] == 1
+    for change in (freeze, shuffle):
+        bad = evaluate(Oracle(change), Settings(**SMALL))
+        for scene in SMALL["scenes"]:
+            measures = bad["splits"]["in"]["scenes"][scene]
+            assert measures["velocity_error"]["value"] > 0.5
+            assert measures["velocity_error"]["ci"][0] > measures["velocity_error"]["floor_truth"]
+        assert bad["splits"]["in"]["scenes"]["occlusion"]["permanence"]["value"] == 0
+    assert evaluate(Oracle(freeze), Settings(**SMALL))["scenes"]["uniform"]["motion_ratio"]["value"] < 0.05
+
+
+def test_results_have_value_interval_and_floors_for_each_split(tmp_path):
+    evaluate(Oracle(), Settings(**SMALL), output=tmp_path, name="oracle")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["scenes"] == results["splits"]["in"]["scenes"]
+    for split in SMALL["splits"]:
+        for measures in results["splits"][split]["scenes"].values():
+            for entry in measures.values():
+                assert {"value", "ci", "floor_truth", "floor_vae", "clips"} <= entry.keys()
+                assert entry["ci"][0] <= entry["value"] <= entry["ci"][1]
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<video") == 8 and "<svg" in page and "oracle" in page
+    assert not re.search(r'(src|href)="(?!data:)', page)
+
+
+def test_a_run_that_stopped_goes_on_and_one_with_more_clips_keeps_what_there_is(tmp_path):
+    class Stopping(Oracle):
+        def __call__(self, *arguments):
+            if self.calls == 3:
+                raise KeyboardInterrupt
+            return super().__call__(*arguments)
+
+    settings = Settings(**SMALL, batch=1)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Stopping(), settings, output=tmp_path)
+    assert not (tmp_path / "results.json").exists()
+    again = Oracle()
+    resumed = evaluate(again, settings, output=tmp_path)
+    assert again.calls == 8 - 3
+    assert resumed == evaluate(Oracle(), settings)
+    more = Oracle()
+    evaluate(more, Settings(**SMALL | {"clips": 3}), output=tmp_path)
+    assert more.calls == 4
+    other = Oracle()
+    other.identity = "another"
+    evaluate(other, settings, output=tmp_path)
+    assert other.calls == 8
+
+
+def test_a_student_is_compared_with_its_teacher(tmp_path):
+    settings = Settings(**SMALL)
+    evaluate(Oracle(), settings, output=tmp_path / "teacher")
+    slow = Oracle(lambda frames, given: frames[np.r_[:given, given - 1 + np.arange(1, 29) // 2]])
+    results = evaluate(slow, settings, teacher=tmp_path / "teacher")
+    assert 0.3 < results["scenes"]["uniform"]["motion_to_teacher"]["value"] < 0.7
+    with pytest.raises(UserError, match="no results of an evaluation"):
+        evaluate(slow, settings, teacher=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"scenes": ("boat",)}, "unknown scene 'boat'; one of uniform"),
+        ({"splits": ("test",)}, "unknown split 'test'"),
+        ({"clips": 0}, "clips must be at least 1, got 0"),
+        ({"given": 4}, "given must be 4n + 1, got 4; try 5"),
+        ({"num_frames": 32}, "num_frames must be 4n + 1, got 32; try 33"),
+        ({"num_frames": 5}, "num_frames must be above given + 1 = 6, got 5"),
+        ({"batch": 0}, "batch must be at least 1"),
+        ({"drift_seconds": -1}, "drift_seconds must be at least 0"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_in_one_line(wrong, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        Settings(**wrong)
+
+
+def test_a_model_that_returns_something_else_is_refused():
+    given = np.zeros((1, 5, 64, 64, 3), np.uint8)
+    with pytest.raises(
+        UserError, match=re.escape("must return uint8 (9, 64, 64, 3), got uint8 (8, 64, 64, 3)")
+    ):
+        generate(lambda *_: np.zeros((8, 64, 64, 3), np.uint8), [""], given, 9, [0])
+    with pytest.raises(UserError, match="got float64"):
+        generate(lambda *_: np.zeros((9, 64, 64, 3)), [""], given, 9, [0])
+
+
+# --- Kairos
+
+
+def test_a_pipeline_is_measured_in_all_that_it_can_do(chunk_causal_pipeline, tmp_path):
+    model = KairosModel(chunk_causal_pipeline, steps=1)
+    settings = Settings(
+        scenes=("pendulum",), splits=("in",), clips=2, num_frames=13, size=32, drift_seconds=2, drift_clips=1
+    )
+    results = evaluate(model, settings, output=tmp_path)
+    measures = results["scenes"]["pendulum"]
+    for name in ("velocity_error", "motion_ratio", "expectation", "colors", "psnr", "conserved"):
+        assert measures[name]["clips"] == 2
+    assert measures["velocity_error"]["floor_truth"] < measures["velocity_error"]["value"]
+    assert measures["velocity_error"]["floor_vae"] is not None
+    drift = results["splits"]["in"]["drift"]["pendulum"]
+    assert [row["second"] for row in drift["velocity_error"]] == [1, 2]
+    assert drift["velocity_error"][1]["floor_truth"] < 0.1
+    assert results == evaluate(KairosModel(chunk_causal_pipeline, steps=1), settings, output=tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+
+
+@pytest.mark.parametrize("given", (0, 5))
+def test_the_adapter_makes_what_the_pipeline_makes(chunk_causal_pipeline, given):
+    clips = [simulate("uniform", index=index, num_frames=9, size=32) for index in range(2)]
+    prompts = [clip.caption for clip in clips]
+    first = np.stack([clip.frames[:given] for clip in clips])
+    model = KairosModel(chunk_causal_pipeline, steps=2)
+    together = model.batch(prompts, first, 9, [3, 4])
+    for number, seed in enumerate((3, 4)):
+        alone = chunk_causal_pipeline(
+            prompts[number],
+            video=first[number] if given else None,
+            generator=torch.Generator().manual_seed(seed),
+            num_inference_steps=2,
+        ).frames[0]
+        assert np.abs(together[number] - alone * 255).max() < 1.5
+    torch.manual_seed(4)
+    one = model(prompts[1], first[1], 9)
+    assert np.abs(one.astype(int) - together[1]).max() <= 1
+
+
+def test_surprise_is_the_flow_loss_and_the_same_for_the_same_noise(chunk_causal_pipeline):
+    model = KairosModel(chunk_causal_pipeline, steps=1)
+    videos = np.stack([simulate("bounce", index=0, num_frames=13, size=32).frames] * 2)
+    first, second = model.surprise(["a ball"] * 2, videos, 5, [7, 7]).tolist()
+    assert first == pytest.approx(second, rel=1e-5) and first > 0
+    assert model.surprise(["a ball"], videos[:1], 5, [8]).item() != first
+
+
+def test_a_rollout_begins_with_each_clips_own_frames(chunk_causal_pipeline):
+    model = KairosModel(chunk_causal_pipeline, steps=1)
+    first = np.stack([simulate("bounce", index=index, num_frames=5, size=32).frames for index in range(2)])
+    videos = model.rollout(["a ball", "a ball"], first, 21, [1, 2])
+    assert videos.shape == (2, 21, 32, 32, 3)
+    np.testing.assert_allclose(videos[:, :5], model.reconstruct(first), atol=2)
+
+
+# --- diffusers
+
+
+class ImageToVideo:
+    """Like diffusers' Wan or LTX image-to-video: one picture goes on, in sizes and lengths of its own."""
+
+    def __call__(
+        self, image, prompt=None, height=480, width=832, num_frames=81, generator=None, output_type="pil"
+    ):
+        self.got = {
+            "prompt": prompt,
+            "size": image.size,
+            "num_frames": num_frames,
+            "seed": generator.initial_seed(),
+        }
+        frame = np.asarray(image)
+        assert frame.shape == (height, width, 3) and num_frames % 4 == 1
+        return SimpleNamespace(frames=np.repeat(frame[None, None] / 255.0, num_frames, 1))
+
+
+class VideoToVideo:
+    """Like Cosmos and LTX-condition: takes a picture or the start of a video."""
+
+    def __call__(self, prompt, image=None, video=None, num_frames=9, generator=None):
+        video = [image] if video is None else video
+        self.got = len(video)
+        rest = [video[-1]] * (num_frames - len(video))
+        return ([[*video, *rest]],)
+
+
+def test_an_image_to_video_pipeline_goes_on_from_the_last_given_frame():
+    pipeline = ImageToVideo()
+    model = DiffusersModel(pipeline, height=128, width=192)
+    clip = simulate("uniform", split="in", index=0)
+    (video,) = generate(model, [clip.caption], clip.frames[None, :5], 33, [11])
+    assert pipeline.got == {"prompt": clip.caption, "size": (192, 128), "num_frames": 29, "seed": 11}
+    np.testing.assert_array_equal(video[:4], clip.frames[:4])
+    assert np.abs(video[4].astype(int) - clip.frames[4]).mean() < 1
+    assert not model.from_text
+
+
+def test_a_pipeline_that_goes_on_with_videos_gets_all_given_frames():
+    pipeline = VideoToVideo()
+    model = DiffusersModel(pipeline)
+    clip = simulate("uniform", split="in", index=0)
+    (video,) = generate(model, [clip.caption], clip.frames[None, :5], 33, [0])
+    assert pipeline.got == 5
+    np.testing.assert_array_equal(video[:5], clip.frames[:5])
+    generate(DiffusersModel(pipeline, given="image"), [""], clip.frames[None, :5], 33, [0])
+    assert pipeline.got == 1
+
+
+def test_a_diffusers_pipeline_runs_through_the_suite_and_freezing_scores_badly():
+    settings = Settings(scenes=("uniform",), splits=("in",), clips=2)
+    results = evaluate(DiffusersModel(ImageToVideo(), name="still"), settings, name="still")
+    measures = results["scenes"]["uniform"]
+    assert measures["motion_ratio"]["value"] < 0.1 and measures["velocity_error"]["value"] > 0.5
+    assert "colors" not in measures and "expectation" not in measures and "psnr" not in measures
+
+
+def test_a_pipeline_that_cannot_go_on_or_makes_too_little_is_told():
+    class TextToVideo:
+        def __call__(self, prompt, num_frames=9): ...
+
+    with pytest.raises(UserError, match="TextToVideo takes no video"):
+        DiffusersModel(TextToVideo())
+
+    class Short:
+        def __call__(self, prompt, image, generator=None):
+            return SimpleNamespace(frames=[[image] * 9])
+
+    given = np.zeros((5, 64, 64, 3), np.uint8)
+    with pytest.raises(UserError, match="Short makes 9 frames, 29 are needed"):
+        DiffusersModel(Short())("", given, 33)
+    assert DiffusersModel(Short())("", given, 13).shape == (13, 64, 64, 3)
+
+
+# --- the command
+
+
+@pytest.fixture
+def command(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as leaving:
+            main(["evaluate", *map(str, arguments)])
+        return leaving.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_command_measures_a_model_and_says_so_in_a_table(
+    command, chunk_causal_pipeline, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(presets, "load_pipeline", lambda *_, **__: chunk_causal_pipeline)
+    choice = ("--scenes", "uniform", "--split", "in", "--clips", 1, "--steps", 1, "--drift-seconds", 0)
+    status, out, _ = command(*choice, "-o", tmp_path / "results")
+    assert status == 0 and "uniform" in out and "velocity" in out
+    results = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert results["model"] == "kairos-tiny" and results["num_frames"] == 9
+    assert max(map(len, out.splitlines()[:6])) <= 80
+
+
+def test_exported_videos_are_scored_without_a_model(command, tmp_path):
+    export(tmp_path / "data", scenes=("uniform", "occlusion"), splits=("in",), clips=2)
+    status, out, _ = command("--videos", "data", "-o", "scored")
+    assert status == 0 and "occlusion" in out
+    measures = json.loads((tmp_path / "scored" / "results.json").read_text())["scenes"]
+    for scene in ("uniform", "occlusion"):
+        assert measures[scene]["velocity_error"]["value"] < 0.08
+        assert measures[scene]["conserved"]["value"] == 1
+    assert measures["occlusion"]["permanence"]["value"] == 1
+    status, out, _ = command("--videos", "data", "--given", 0, "-o", "said")
+    assert (
+        json.loads((tmp_path / "said" / "results.json").read_text())["scenes"]["uniform"]["all"]["value"] == 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--suite", "chemistry"), "unknown suite 'chemistry'"),
+        (("--scenes", "boat"), "unknown scene 'boat'"),
+        (("--scenes", "uniform,uniform"), "a scene is named twice"),
+        (("--splits", ","), "name at least one split"),
+        (("--clips", "0"), "clips must be at least 1"),
+        (("--videos", "nowhere"), "no folder of videos: nowhere"),
+        (("--videos", "."), "no video in . is named as a clip"),
+        (("--model", "kairos-huge"), "kairos-huge"),
+    ],
+)
+def test_bad_input_gets_one_line_and_exit_status_2(command, arguments, message):
+    status, _, error = command(*arguments)
+    assert status == 2 and message in error and "Traceback" not in error
