@@ -94,14 +94,12 @@ def plan(
         if stage.precision not in speeds:
             speeds[stage.precision] = measured_speed(device, stage.precision)
         step_s = needed.flops / (processes * EFFICIENCY * speeds[stage.precision])
-        _say(
-            f"{stage.name}: {needed.parameters / 1e6:,.2f} M parameters, {needed.trained / 1e6:,.2f} M trained"
-        )
+        millions, trained = needed.parameters / 1e6, needed.trained / 1e6
+        _say(f"{stage.name}: {millions:,.2f} M parameters, {trained:,.2f} M trained")
         parts = ", ".join(f"{part} {size:.3g}" for part, size in needed.memory_gb.items())
         _say(f"{'memory':>12}  {needed.total_gb:.3g} GB a process: {parts}")
-        _say(
-            f"{'a step':>12}  up to {needed.tokens:,} tokens, about {step_s:.3g} s on {processes} x this device"
-        )
+        devices = f"{processes} x this device"
+        _say(f"{'a step':>12}  up to {needed.tokens:,} tokens, about {step_s:.3g} s on {devices}")
         _say(f"{'in all':>12}  {stage.steps:,} steps, about {stage.steps * step_s / 3600:.3g} h")
     for _, needed in plans:
         refuse_too_large(needed, available)

@@ -113,7 +113,7 @@ class SimulatorSource:
 
     def _reference(self, bucket: Bucket, index: int) -> ClipReference:
         scene = self.scenes[index % len(self.scenes)]
-        what = {"split": self.split, "seed": self.seed, "index": index}
+        what: dict[str, Any] = {"split": self.split, "seed": self.seed, "index": index}
         name = f"{scene}/{self.split}/{self.seed}/{index}"
 
         def read() -> Frames:
@@ -186,8 +186,8 @@ class WebdatasetSource:
             return
         for stem, parts in members.items():
             name = f"{label}/{stem}"
-            suffix = next((s for s in (".mp4", *IMAGES) if s in parts), None)
-            if suffix is None or ".json" not in parts:
+            suffix = next((s for s in (".mp4", *IMAGES) if s in parts), "")
+            if not suffix or ".json" not in parts:
                 skipped.add(name, "needs both .mp4 (or an image) and .json")
                 continue
             try:
@@ -224,7 +224,7 @@ def build_source(mapping: Any, where: str) -> ClipSource:
         given = mapping.get("source") if isinstance(mapping, dict) else mapping
         raise UserError(f"{where}.source must be one of {', '.join(SOURCES)}, got {given!r}")
     options = {key: value for key, value in mapping.items() if key != "source"}
-    return build(SOURCES[mapping["source"]], options, where)  # type: ignore[return-value]
+    return build(SOURCES[mapping["source"]], options, where)
 
 
 def read_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:

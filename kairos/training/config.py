@@ -52,7 +52,7 @@ def build(cls: type[T], mapping: Any, where: str, **more: Any) -> T:
             values[field.name] = convert(hints[field.name], mapping[field.name], f"{where}.{field.name}")
         elif field.default is MISSING and field.default_factory is MISSING:
             raise UserError(f"{where}: the key {field.name!r} is missing")
-    return cls(**values)  # type: ignore[return-value]
+    return cls(**values)
 
 
 def convert(kind: Any, value: Any, where: str) -> Any:

@@ -179,7 +179,7 @@ class DistillationObjective(FlowMatching):
         load_optimizer(self.fake_optimizer, state["optimizer"])
 
     def report(self, model: nn.Module, step: int) -> dict[str, float]:
-        """Every so many steps the ratio of motion, student to teacher: below 1 the student moves too little."""
+        """Every so many steps the ratio of motion, student to teacher: below 1 it moves too little."""
         if step % self.options.motion_every and step != self.stage.steps:
             return {}
         clips = max(self.sets, key=lambda clips: clips.bucket.frames)

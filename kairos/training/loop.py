@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -86,7 +87,7 @@ def train(
             update_ema(ema, trained, min(stage.ema, (step + 1) / (step + 10)))
             step += 1
             progress.step(
-                step, whole(norm), stage.learning_rate(step - 1), lambda s=step: objective.report(model, s)
+                step, whole(norm), stage.learning_rate(step - 1), partial(objective.report, model, step)
             )
             stopped = here.any(stop())
             if make_samples and stage.samples_every and step % stage.samples_every == 0:

@@ -20,7 +20,7 @@ ADAPTER = "default"
 
 
 def add_lora(model: Any, options: LoRA) -> None:
-    """Freeze the model and add low-rank updates that begin as nothing. Raises UserError for unknown targets."""
+    """Freeze the model and add low-rank updates that begin as nothing. UserError for unknown targets."""
     config = LoraConfig(r=options.rank, lora_alpha=options.alpha, target_modules=list(options.targets))
     model.requires_grad_(False)
     try:

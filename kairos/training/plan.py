@@ -81,7 +81,7 @@ def model_config(recipe: Recipe) -> dict[str, Any]:
 
     config = dict(sizes.RELEASED_TRANSFORMER)
     if recipe.base:
-        preset, folder = presets.locate(recipe.base)
+        folder = presets.locate(recipe.base)[1]
         if folder is not None and (folder / "transformer" / "config.json").exists():
             config |= presets.read_json(folder / "transformer" / "config.json")
     return config | recipe.model

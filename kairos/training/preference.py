@@ -212,7 +212,7 @@ class PreferenceObjective:
     def differences(
         self, model: nn.Module, rows: Sequence[int], past: int, generator: torch.Generator
     ) -> Tensor:
-        """(B,): how much more the model errs than the reference on the better clip, less that on the worse."""
+        """(B,): how much more the model errs than the reference on the better clip, less the other."""
         device = self.processes.device
         better = self.pairs.better.latents(rows).to(device)
         worse = self.pairs.worse.latents(rows).to(device)

@@ -258,8 +258,8 @@ def load_encoders(recipe: Recipe) -> Encoders:
         template = str(presets.read_json(folder / "model_index.json").get("prompt_template"))
     if TEMPLATES[template].image_in_prompt:
         raise UserError(
-            f"the prompts of {recipe.base} hold pictures (template {template}), which training does not cache; "
-            "choose a base whose template is words alone"
+            f"the prompts of {recipe.base} hold pictures (template {template}), which training "
+            "does not cache; choose a base whose template is words alone"
         )
     encoder, tokenizer, _ = load_text_encoder(text_folder, dtype=text_dtype)
     return Encoders(load_vae_file(vae_file, dtype=torch.bfloat16), encoder, tokenizer, template)
@@ -281,11 +281,12 @@ def load_start(recipe: Recipe, source: str, dtype: str = "float32") -> Any:
     path = Path(source)
     if path.exists() and not (path / presets.MARK).exists():
         return load_transformer_file(path, **options)
-    preset, folder = presets.locate(source)
+    preset, base = presets.locate(source)
     if preset is not None and preset.kind == "released":
         options = {**preset.transformer_config, **options}
-        return load_transformer_file(presets.local_files(preset, folder)["transformer"], **options)
-    return load_transformer_file(folder / "transformer", **options)  # type: ignore[operator]
+        return load_transformer_file(presets.local_files(preset, base)["transformer"], **options)
+    assert base is not None
+    return load_transformer_file(base / "transformer", **options)
 
 
 def assemble(recipe: Recipe) -> None:

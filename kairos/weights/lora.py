@@ -16,7 +16,9 @@ FILE = "lora.safetensors"
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
-    """FILE or FILE:WEIGHT -> the file and its weight, 1 where none is said. A folder means its lora.safetensors.
+    """FILE or FILE:WEIGHT -> the file and its weight, 1 where none is said.
+
+    A folder means its lora.safetensors.
 
     Raises:
         UserError: where there is no such file, and for a weight that is no number.

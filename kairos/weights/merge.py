@@ -106,7 +106,10 @@ def ties(differences: Tensor, density: float) -> Tensor:
 
 
 def dare(differences: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """Keep each number with probability `density`, enlarged by 1 / density, and add up: (models, ...) -> (...)."""
+    """Keep each number with probability `density`, enlarged by 1 / density, and add up.
+
+    (models, ...) -> (...)
+    """
     keep = torch.rand(differences.shape, generator=generator) < density
     return (differences * keep / density).sum(0)
 
@@ -154,7 +157,7 @@ def write_stream(output: Path, tensors: Sequence[tuple[str, StoredTensor, object
             partial.unlink(missing_ok=True)
 
 
-def streamed(tensors: Sequence[tuple[str, StoredTensor, object]]) -> Iterator[memoryview]:
+def streamed(tensors: Sequence[tuple[str, StoredTensor, object]]) -> Iterator[bytes]:
     for name, _, make in tensors:
         tensor: Tensor = make(name).contiguous()  # type: ignore[operator]
-        yield memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        yield tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
