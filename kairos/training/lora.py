@@ -34,12 +34,12 @@ def add_lora(model: Any, options: LoRA) -> None:
 
 
 def lora_bytes(model: Any, weights: dict[str, Tensor]) -> bytes:
-    """lora.safetensors of trained tensors."""
+    """lora.safetensors of trained tensors. Alpha is multiplied in: not every reader asks for it."""
     config = model.peft_config[ADAPTER]
-    said = {
-        "r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "target_modules": sorted(config.target_modules),
+    scale = config.lora_alpha / config.r
+    said = {"r": config.r, "lora_alpha": config.r, "target_modules": sorted(config.target_modules)}
+    named = {
+        name.replace(f".{ADAPTER}.", "."): (tensor * scale if "lora_B" in name else tensor).contiguous()
+        for name, tensor in weights.items()
     }
-    named = {name.replace(f".{ADAPTER}.", "."): tensor.contiguous() for name, tensor in weights.items()}
     return save(named, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(said)})
