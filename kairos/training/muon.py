@@ -100,7 +100,7 @@ def split_parameters(
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            small = parameter.squeeze().ndim < 2 or any(part in name for part in exclude)
+            small = sum(size > 1 for size in parameter.shape) < 2 or any(part in name for part in exclude)
             (others if small else matrices).append(parameter)
     return [
         {"params": matrices, "lr": muon_lr, "muon": True},

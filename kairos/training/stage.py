@@ -70,8 +70,8 @@ class Stage:
     """One stage. Rates rise over `warmup_steps`, stay, and fall linearly over the last `decay_steps`.
 
     Attributes:
-        start_from: weights to begin with: an earlier stage, a model by name, a file or a folder. Empty: the
-            stage before, else the recipe's `base`, else random weights.
+        start_from: weights to begin with: an earlier stage, a model by name, a file, a folder, or "random".
+            Empty: the stage before, else the recipe's `base`, else random weights.
         data: another data set than the recipe's.
         buckets: the shapes of the clips, each a batch of its own.
         batch_size: clips a step over all processes, where the bucket has no size of its own.
