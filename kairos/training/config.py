@@ -75,7 +75,7 @@ def convert(kind: Any, value: Any, where: str) -> Any:
     if kind is Path and isinstance(value, str):
         return Path(value)
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        return value
     if kind is float and isinstance(value, str):  # YAML takes 1e-5 for a text
         try:
             return float(value)
