@@ -107,8 +107,9 @@ def build_optimizer(model: nn.Module, stage: Stage) -> torch.optim.Optimizer:
     betas = (stage.betas[0], stage.betas[1])
     if stage.muon_lr is None:
         parameters = list(trained_parameters(model).values())
-        options = {"lr": stage.adamw_lr, "betas": betas, "weight_decay": stage.weight_decay}
-        return torch.optim.AdamW(parameters, **options, foreach=True)
+        return torch.optim.AdamW(
+            parameters, lr=stage.adamw_lr, betas=betas, weight_decay=stage.weight_decay, foreach=True
+        )
     groups = split_parameters(
         model,
         muon_lr=stage.muon_lr,

@@ -41,6 +41,7 @@ def run_stage(recipe: Recipe, number: int, here: Processes) -> None:
         train_only(model, stage)
     encoders = load_encoders(recipe)
     objective, clips, few_step = build_objective(recipe, stage, model, encoders, output, here)
+    encoders = replace(encoders, text_encoder=None, tokenizer=None)  # of several GB, and done with
     prepare(
         model,
         here,
