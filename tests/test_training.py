@@ -1,127 +1,349 @@
-"""Training: batches that are functions of the step, exact resuming, what counts in the loss, the optimizer,
-recipes."""
+"""Training: batches that are functions of the step, exact resuming, what counts in the loss, checkpoints, the
+optimizer, and the VAE of kairos-tiny."""
 
 from __future__ import annotations
 
+import errno
+import io
+import logging
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from training_parts import MIX, clip_set, small_model, small_stage
 
-from kairos import KairosTransformer3DModel, UserError
-from kairos.training import transformer as training
-from kairos.training.cache import Cache
+from kairos import MachineError, UserError
+from kairos.training import checkpoint
+from kairos.training.batches import draw_batch, draw_cut, row_at
+from kairos.training.checkpoint import load_checkpoint, save_checkpoint
+from kairos.training.clips import Bucket
+from kairos.training.flow import FlowMatching, flow_loss
+from kairos.training.loop import train
 from kairos.training.muon import Muon, orthogonalise, split_parameters
-from kairos.training.recipe import read_recipe, run_recipe
-from kairos.training.vae import VAEStage, build_vae, draw_shapes, vae_loss
+from kairos.training.stage import Stage
+from kairos.training.vae import build_vae, draw_shapes, vae_loss
 
 
-@pytest.fixture
-def cache() -> Cache:
-    torch.manual_seed(0)
-    return Cache(
-        latents=torch.randn(4, 16, 5, 4, 4).bfloat16(),
-        prompt_embeds=torch.randn(4, 6, 12).bfloat16(),
-        prompt_mask=torch.ones(4, 6, dtype=torch.bool),
-        empty_embeds=torch.zeros(1, 6, 12).bfloat16(),
-        empty_mask=torch.tensor([[True] + [False] * 5]),
-    )
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    return clip_set(tmp_path_factory.mktemp("cache"))
 
 
-def small_model() -> KairosTransformer3DModel:
-    torch.manual_seed(1)
-    return KairosTransformer3DModel(
-        hidden_size=32,
-        num_attention_heads=2,
-        ffn_dim=64,
-        num_layers=4,
-        gated_delta_head_dim=8,
-        text_dim=12,
-        freq_dim=16,
-        pad_dilated=False,
-        causal="chunk",
-    )
+class Recorded(FlowMatching):
+    """Flow matching that remembers what it was given and what it lost; it may stop after some steps."""
+
+    def __init__(self, clips, stage, interrupt_at=None):
+        super().__init__([clips], stage)
+        self.rows, self.losses, self.interrupt_at = [], [], interrupt_at
+
+    def loss(self, model, step, part):
+        batch = self.batch(model, step, part)
+        with self.processes.autocast(self.stage.precision):
+            loss = flow_loss(model, batch)
+        self.rows.append(batch.rows)
+        self.losses.append(loss.item())
+        if step + 1 == self.interrupt_at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss, len(batch)
 
 
-RECIPE = training.Recipe(steps=8, decay_steps=4, batch_size=4, warmup_steps=2)
-
-
-def test_a_batch_is_a_function_of_the_seed_and_the_step(cache):
-    first, again, other = (training.draw_batch(cache, RECIPE, step) for step in (3, 3, 4))
-    assert torch.equal(first.noisy, again.noisy) and first.layout == again.layout
+def test_a_batch_is_a_function_of_the_seed_and_the_step(clips):
+    stage = small_stage()
+    first, again, other = (draw_batch([clips], stage, step, causal=True) for step in (3, 3, 4))
+    assert torch.equal(first.noisy, again.noisy) and first.cut == again.cut and first.rows == again.rows
     assert first.noisy.shape != other.noisy.shape or not torch.equal(first.noisy, other.noisy)
+    different = draw_batch([clips], replace(stage, seed=1), 3, causal=True)
+    assert first.noisy.shape != different.noisy.shape or not torch.equal(first.noisy, different.noisy)
 
 
-def test_every_layout_fits_the_clip_and_all_tasks_are_drawn():
+def test_the_parts_of_a_batch_are_the_whole(clips):
+    stage = small_stage()
+    whole = draw_batch([clips], stage, 5, causal=True)
+    parts = [draw_batch([clips], stage, 5, causal=True, part=i, parts=2) for i in range(2)]
+    for name in ("noisy", "target", "timestep"):
+        joined = torch.stack([getattr(part, name) for part in parts], 1).flatten(0, 1)
+        assert torch.equal(joined, getattr(whole, name)), name
+
+
+def test_a_batch_that_cannot_be_cut_in_equal_parts_is_refused(clips):
+    with pytest.raises(UserError, match="cannot be cut in 3 equal parts"):
+        draw_batch([clips], small_stage(), 5, causal=True, part=0, parts=3)
+
+
+def test_every_clip_comes_once_an_epoch(clips):
+    for epoch in range(3):
+        rows = [row_at(0, clips, epoch * len(clips) + place) for place in range(len(clips))]
+        assert sorted(rows) == list(range(len(clips)))
+
+
+def test_every_cut_fits_the_clip_and_tasks_come_in_their_shares():
     rng = np.random.default_rng(0)
-    layouts = [training.draw_layout(rng, 9) for _ in range(2000)]
-    assert all(layout.chunk >= 1 and layout.past + layout.chunk <= 9 for layout in layouts)
-    assert {layout.past for layout in layouts} >= {0, 1, 2, 3, 6}
-    assert all(layout.chunk == 1 for layout in layouts if layout.past == 0)
-    assert any(0 < layout.past + layout.chunk < 9 for layout in layouts if layout.past)
+    cuts = [draw_cut(rng, MIX, 9) for _ in range(4000)]
+    assert all(cut.chunk >= 1 and cut.past + cut.chunk <= 9 for cut in cuts)
+    assert {cut.past for cut in cuts} >= {0, 1, 2, 3, 6}
+    assert all(cut.chunk == 1 for cut in cuts if cut.past == 0)
+    assert any(0 < cut.past + cut.chunk < 9 for cut in cuts if cut.past)
+    for task, share in MIX.items():
+        assert abs(sum(cut.task == task for cut in cuts) / len(cuts) - share) < 0.03, task
 
 
-def test_the_past_is_almost_clean_and_its_time_is_told(cache):
+def test_a_model_that_sees_the_whole_clip_makes_all_that_is_not_given():
+    rng = np.random.default_rng(0)
+    mix = {task: 1.0 for task in ("t2v", "ti2v", "i2v", "continuation", "unconditional")}
+    cuts = [draw_cut(rng, mix, 9, causal=False) for _ in range(300)]
+    assert all(cut.past + cut.chunk == 9 for cut in cuts)
+    assert {cut.task for cut in cuts} == set(mix)
+
+
+def test_image_to_video_has_no_words_and_unconditional_no_text_at_all(clips):
+    stage = small_stage(mix={"i2v": 1.0}, text_dropout=0.0)
+    batch = draw_batch([clips], stage, 0, causal=False)
+    assert batch.cut.past == 1 and batch.prompt_mask.sum() == len(batch)  # the empty prompt's one token
+    batch = draw_batch([clips], replace(stage, mix={"unconditional": 1.0}), 0, causal=False)
+    assert not batch.prompt_embeds.any() and batch.prompt_mask.all()
+
+
+def test_pictures_have_their_share_of_the_batches(clips, tmp_path):
+    pictures = clip_set(tmp_path, 3, Bucket(1, 32, 32))
+    stage = small_stage(images=0.3)
+    drawn = [draw_batch([clips, pictures], stage, step, causal=False) for step in range(200)]
+    share = np.mean([batch.sample.shape[2] == 1 for batch in drawn])
+    assert 0.2 < share < 0.4
+
+
+def test_the_past_is_almost_clean_and_its_time_is_told(clips):
     for step in range(40):
-        batch = training.draw_batch(cache, RECIPE, step)
-        past = batch.layout.past
+        batch = draw_batch([clips], small_stage(), step, causal=True)
+        past = batch.cut.past
         assert (batch.timestep[:, :past] <= 100).all()
         assert (batch.timestep[:, past:] > 0).all()
         if past and not batch.timestep[:, :past].any():
-            clean = batch.noisy[:, :, :past]
-            assert all(
-                (clean[i] == cache.latents[:, :, :past].float()).flatten(1).all(1).any()
-                for i in range(len(clean))
-            )
+            assert torch.equal(batch.noisy[:, :, :past], clips.latents(batch.rows)[:, :, :past])
 
 
-def test_frames_of_the_past_do_not_count_in_the_loss(cache):
+def test_frames_of_the_past_do_not_count_in_the_loss(clips):
     model = small_model()
-    step = next(s for s in range(40) if training.draw_batch(cache, RECIPE, s).layout.past)
-    batch = training.draw_batch(cache, RECIPE, step)
-    loss = training.flow_loss(model, batch)
-    batch.target[:, :, : batch.layout.past] += 100
-    assert torch.equal(training.flow_loss(model, batch), loss)
-    batch.target[:, :, batch.layout.past :] += 1
-    assert not torch.equal(training.flow_loss(model, batch), loss)
+    batch = draw_batch([clips], small_stage(mix={"ti2v": 1.0}), 0, causal=True)
+    loss = flow_loss(model, batch)
+    changed = replace(batch, sample=batch.sample.clone(), noise=batch.noise.clone())
+    changed.noise[:, :, :1] += 100 * (batch.sigma[0, 0] == 0)  # at sigma 0 the model does not see it
+    assert torch.equal(flow_loss(model, changed), loss)
+    changed.noise[:, :, 1:] += 1
+    assert not torch.equal(flow_loss(model, changed), loss)
 
 
-def test_eight_steps_equal_four_a_stop_and_four_more(cache, tmp_path):
-    whole = training.train_transformer(small_model(), lambda: cache, tmp_path / "whole", RECIPE)
+def test_changing_a_later_chunk_leaves_every_earlier_output_unchanged(clips):
+    model = small_model().eval()
+    for parameter in model.parameters():  # branches begin as nothing; let them do something
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    batch = draw_batch([clips], small_stage(mix={"ti2v": 1.0}), 0, causal=True)
+    chunks, shape = (1, 2, 2), batch.noisy.shape
+    later = batch.noisy.clone()
+    later[:, :, 3:] = torch.randn(shape[0], shape[1], 2, *shape[3:])
+    timestep = batch.timestep.clone()
+    timestep[:, 3:] = 17.0
+    with torch.no_grad():
+        first, second = (
+            model(
+                latents,
+                times,
+                batch.prompt_embeds,
+                encoder_attention_mask=batch.prompt_mask,
+                chunk_frames=chunks,
+                return_dict=False,
+            )[0]
+            for latents, times in ((batch.noisy, batch.timestep), (later, timestep))
+        )
+    assert torch.equal(first[:, :, :3], second[:, :, :3])
+    assert not torch.equal(first[:, :, 3:], second[:, :, 3:])
 
-    class Stop(Exception):
-        pass
 
-    def stop_at_four(model, batch):
-        calls.append(1)
-        if len(calls) > 4:
-            raise Stop
-        return loss(model, batch)
-
-    calls: list[int] = []
-    loss = training.flow_loss
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "flow_loss", stop_at_four)
-        with pytest.raises(Stop):
-            training.train_transformer(
-                small_model(), lambda: cache, tmp_path / "parts", RECIPE, save_every_s=0
-            )
-    parts = training.train_transformer(small_model(), lambda: cache, tmp_path / "parts", RECIPE)
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, parts.state_dict()[name]), name
+def test_twenty_steps_equal_ten_a_stop_and_ten_more(clips, tmp_path):
+    stage = small_stage(steps=20, decay_steps=8)
+    whole = Recorded(clips, stage)
+    ema = train(small_model(), whole, stage, tmp_path / "whole")
+    first, second = Recorded(clips, stage, interrupt_at=10), Recorded(clips, stage)
+    with pytest.raises(KeyboardInterrupt):
+        train(small_model(), first, stage, tmp_path / "parts")
+    assert load_checkpoint(tmp_path / "parts")["step"] == 10
+    ema_of_parts = train(small_model(), second, stage, tmp_path / "parts")
+    assert first.rows + second.rows == whole.rows
+    assert first.losses + second.losses == whole.losses
+    for name, value in ema.items():
+        assert torch.equal(value, ema_of_parts[name]), name
+    one, other = (load_checkpoint(tmp_path / part)["model"] for part in ("whole", "parts"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_small_model_learns_four_clips(cache, tmp_path):
+KILLED = """
+import sys, os
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from training_parts import clip_set, small_model, small_stage
+from kairos.training.flow import FlowMatching
+from kairos.training.loop import train
+folder = Path({folder!r})
+stage = small_stage(steps=20, decay_steps=8, save_every_s=0.0)
+class Slow(FlowMatching):
+    def loss(self, model, step, part):
+        if step == 13:
+            os.kill(os.getpid(), 9)
+        return super().loss(model, step, part)
+train(small_model(), Slow([clip_set(folder / "cache")], stage), stage, folder / "parts")
+"""
+
+
+def test_twenty_steps_are_the_same_after_a_kill(tmp_path):
+    program = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert done.returncode == -9, done.stderr.decode()
+    assert load_checkpoint(tmp_path / "parts")["step"] == 13
+    clips = clip_set(tmp_path / "again")
+    stage = small_stage(steps=20, decay_steps=8)
+    whole = train(small_model(), FlowMatching([clips], stage), stage, tmp_path / "whole")
+    parts = train(small_model(), FlowMatching([clips], stage), stage, tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_an_accumulated_batch_gives_the_step_of_the_whole_one(clips, tmp_path):
+    averages = []
+    for parts in (1, 2):
+        stage = small_stage(steps=3, accumulate=parts, precision="float32", muon_lr=None)
+        averages.append(train(small_model(), FlowMatching([clips], stage), stage, tmp_path / str(parts)))
+    for name, value in averages[0].items():
+        torch.testing.assert_close(value, averages[1][name], atol=1e-5, rtol=1e-4)
+
+
+def test_a_small_model_learns_four_clips(clips, tmp_path):
+    stage = small_stage(steps=250, decay_steps=100, batch_size=8, ema=0.9, adamw_lr=3e-3, muon_lr=0.02)
+
     def loss_of(model):
-        batches = [training.draw_batch(cache, RECIPE, 10_000 + i) for i in range(8)]
+        batches = [draw_batch([clips], stage, 10_000 + i, causal=True) for i in range(8)]
         with torch.no_grad():
-            return sum(training.flow_loss(model, batch).item() for batch in batches) / 8
+            return sum(flow_loss(model, batch).item() for batch in batches) / 8
 
-    recipe = training.Recipe(steps=250, decay_steps=100, batch_size=8, ema=0.9, adamw_lr=3e-3, muon_lr=0.02)
-    before = loss_of(small_model())
-    assert loss_of(training.train_transformer(small_model(), lambda: cache, tmp_path, recipe)) < 0.75 * before
+    before, model = loss_of(small_model()), small_model()
+    train(model, FlowMatching([clips], stage), stage, tmp_path)
+    assert loss_of(model) < 0.75 * before
+
+
+def test_a_torn_checkpoint_gives_way_to_the_one_before(tmp_path, caplog):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, {"model": {"w": torch.full((1000,), float(step))}, "step": step})
+    file = tmp_path / checkpoint.NAME
+    data = bytearray(file.read_bytes())
+    for torn in (data[: len(data) // 2], data[:2000] + b"\xff\xff" + data[2002:], b""):
+        file.write_bytes(bytes(torn))
+        with caplog.at_level(logging.WARNING, "kairos"):
+            assert load_checkpoint(tmp_path)["step"] == 1
+        assert "is torn" in caplog.text
+    (tmp_path / checkpoint.PREVIOUS).write_bytes(b"")
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_disk_that_fills_while_saving_loses_nothing(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, {"model": {"w": torch.zeros(10)}, "step": 1})
+
+    class FullDisk(io.FileIO):
+        def write(self, data):
+            if self.tell() > 500:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    monkeypatch.setattr(Path, "open", lambda self, mode: FullDisk(self, "w"))
+    with pytest.raises(
+        MachineError, match=r"checkpoint.pt: no space left on device; free some space"
+    ) as caught:
+        save_checkpoint(tmp_path, {"model": {"w": torch.zeros(10_000)}, "step": 2})
+    monkeypatch.undo()
+    assert "\n" not in str(caught.value)
+    assert [file.name for file in tmp_path.iterdir()] == [checkpoint.NAME]
+    assert load_checkpoint(tmp_path)["step"] == 1
+
+
+def test_a_checkpoint_of_another_model_is_refused(clips, tmp_path):
+    stage = small_stage(steps=1)
+    train(small_model(), FlowMatching([clips], stage), stage, tmp_path)
+    for other, message in (
+        (small_model(ffn_dim=48), r"ffn.0.weight is \(64, 32\)"),
+        (small_model(num_layers=8), "lacks"),
+    ):
+        with pytest.raises(UserError, match=f"of another model: .*{message}"):
+            train(other, FlowMatching([clips], stage), stage, tmp_path)
+
+
+def test_a_checkpoint_of_the_first_training_is_taken_up(clips, tmp_path):
+    """Those of kairos-tiny hold model, EMA, optimizer and step, and nothing else."""
+    model = small_model()
+    groups = split_parameters(
+        model, muon_lr=0.01, adamw_lr=1e-3, exclude=("embedding", "projection", "head.", "modulation")
+    )
+    optimizer = Muon(groups)
+    sum(p.sum() for p in model.parameters()).backward()
+    optimizer.step()
+    state = {
+        "model": model.state_dict(),
+        "ema": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "step": 7,
+    }
+    torch.save(state, tmp_path / "checkpoint.pt")
+    stage = small_stage(steps=8)
+    recorded = Recorded(clips, stage)
+    train(small_model(), recorded, stage, tmp_path)
+    assert len(recorded.losses) == 1
+
+
+def test_progress_is_told_in_lines_and_in_tensorboard(clips, tmp_path, caplog):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    stage = small_stage(steps=4, report_every_s=0.0, samples_every=2)
+    frames = [np.zeros((5, 32, 32, 3), np.uint8)]
+    with caplog.at_level(logging.INFO, "kairos"):
+        train(
+            small_model(),
+            FlowMatching([clips], stage),
+            stage,
+            tmp_path,
+            make_samples=lambda model, output, step: frames,
+        )
+    assert all(word in caplog.text for word in ("step 4/4: loss", "steps/s", "clips/s", "GB", "left"))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
+    assert [event.step for event in events.Images("samples")] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"mix": {"tv2": 1.0}}, "unknown task in mix; did you mean 't2v'"),
+        ({"mix": {}}, "mix must give tasks shares"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"images": 1.5}, "images must be from 0 to 1"),
+        ({"precision": "float8"}, "precision must be"),
+        ({"objective": "gan"}, "objective must be one of"),
+        ({"adamw_lr": 0.0}, "adamw_lr must be above 0"),
+    ],
+)
+def test_a_stage_that_makes_no_sense_is_refused(wrong, message):
+    with pytest.raises(UserError, match=message):
+        small_stage(**wrong)
+
+
+def test_rates_rise_stay_and_fall():
+    stage = Stage("s", steps=100, warmup_steps=10, decay_steps=40)
+    rates = [stage.learning_rate(step) for step in range(100)]
+    assert rates[0] == 0.1 and rates[9:60] == [1.0] * 51 and rates[-1] == pytest.approx(0.025)
+    assert Stage("s", steps=100, warmup_steps=1).learning_rate(99) == 1
 
 
 def test_orthogonalised_matrices_have_singular_values_near_one():
@@ -166,65 +388,3 @@ def test_drawn_shapes_move_and_stay_in_range():
     assert clips.shape == (6, 5, 64, 64, 3)
     assert clips.min() >= 0 and clips.max() <= 255
     assert any(np.abs(clip[0] - clip[4]).max() > 50 for clip in clips)
-
-
-def test_the_recipe_of_kairos_tiny_can_be_read():
-    recipe = read_recipe(Path(__file__).parents[1] / "recipes" / "kairos-tiny.yaml")
-    KairosTransformer3DModel(**recipe.transformer["model"])
-    assert [VAEStage(**stage) for stage in recipe.vae["stages"]]
-
-
-def test_a_recipe_makes_a_model_that_makes_a_video(tmp_path, monkeypatch):
-    from kairos.presets import load_pipeline
-    from kairos.training import cache, vae
-
-    monkeypatch.setattr(cache, "SHARD_CLIPS", 8)
-    monkeypatch.setattr(vae, "MEASURED_CLIPS", 1)
-    whole = read_recipe(Path(__file__).parents[1] / "recipes" / "kairos-tiny.yaml")
-    size = {"hidden_size": 32, "num_attention_heads": 2, "ffn_dim": 32, "gated_delta_head_dim": 8}
-    recipe = replace(
-        whole,
-        output=tmp_path,
-        vae={"stages": [{"steps": 1, "num_frames": 1, "batch_size": 2}]},
-        conditioner={"steps": 2, "captions": 30, "batch_size": 4, "vocabulary": 300},
-        cache={"shards": 1, "num_frames": 9},
-        transformer={
-            "model": whole.transformer["model"] | size,
-            "steps": 2,
-            "decay_steps": 1,
-            "batch_size": 2,
-        },
-    )
-    run_recipe(recipe)
-    before = (tmp_path / "vae" / "config.json").stat().st_mtime_ns
-    run_recipe(recipe)  # everything is finished: nothing is made again
-    assert (tmp_path / "vae" / "config.json").stat().st_mtime_ns == before
-    pipeline = load_pipeline(tmp_path / "kairos-tiny", dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    frames = pipeline("a red ball", num_frames=5, num_inference_steps=1).frames
-    assert frames.shape == (1, 5, 64, 64, 3)
-    assert "_name_or_path" not in (tmp_path / "kairos-tiny" / "vae" / "config.json").read_text()
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("name: x\noutput: y\nscens: [uniform]", "unknown key 'scens'; did you mean 'scenes'"),
-        ("name: x\noutput: y", "'scenes' is missing"),
-        ("a: [", "is not YAML"),
-        ("- 1", "mapping of stages"),
-    ],
-)
-def test_a_recipe_that_cannot_be_used_is_refused_in_one_line(tmp_path, text, message):
-    file = tmp_path / "recipe.yaml"
-    file.write_text(text)
-    with pytest.raises(UserError, match=message) as caught:
-        read_recipe(file)
-    assert "\n" not in str(caught.value)
-
-
-def test_an_unknown_stage_is_refused(tmp_path):
-    file = tmp_path / "recipe.yaml"
-    file.write_text("name: x\noutput: y\nscenes: [uniform]")
-    with pytest.raises(UserError, match="unknown stage 'dit'"):
-        run_recipe(read_recipe(file), ("dit",))

@@ -132,6 +132,14 @@ def generate(
             rich_help_panel=RUN,
         ),
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:WEIGHT]",
+            help="A LoRA to add to the LinearDiT, with its weight. May be given several times.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -204,7 +212,8 @@ def generate(
     options: dict[str, Any] = {"model": model, "weights": weights}
     options |= {"device": device, "dtype": dtype, "scale": scale}
     options = settings.options | {name: value for name, value in options.items() if value is not None}
-    run(job_list, RunOptions(**options, rewrite=rewrite, free_encoder=free_encoder, verbose=verbose))
+    options |= {"loras": tuple(lora or ()), "rewrite": rewrite}
+    run(job_list, RunOptions(**options, free_encoder=free_encoder, verbose=verbose))
 
 
 def prompt_job(said: dict[str, Any], defaults: dict[str, Any], output: str | None) -> Job:

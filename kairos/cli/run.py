@@ -34,6 +34,7 @@ class RunOptions:
 
     model: str = presets.DEFAULT
     weights: str | None = None
+    loras: tuple[str, ...] = ()
     device: str = "auto"
     dtype: str = "auto"
     scale: int | None = None
@@ -60,6 +61,7 @@ def run(jobs: Sequence["Job"], options: RunOptions) -> None:
     with clock.stage("import"):
         quiet_libraries()
         from kairos.conditioning import TEMPLATES
+        from kairos.weights.lora import apply_loras, parse_lora
 
         device, dtype = device_and_dtype(options)
     for template in filter(None, (job.request.template for job in jobs)):
@@ -73,6 +75,7 @@ def run(jobs: Sequence["Job"], options: RunOptions) -> None:
             pipeline = presets.load_pipeline(
                 options.model, device=device, dtype=dtype, weights=options.weights
             )
+            apply_loras(pipeline.transformer, [parse_lora(lora) for lora in options.loras])
             about = describe(pipeline, options, dtype)
         if options.verbose:
             _watch(clock, pipeline)
@@ -114,6 +117,10 @@ def check_model(options: RunOptions) -> None:
         presets.local_files(preset, folder, own_weights=options.weights is None)
     if options.weights is not None and not Path(options.weights).exists():
         raise UserError(f"weights not found: {options.weights}")
+    for lora in options.loras:
+        from kairos.weights.lora import parse_lora
+
+        parse_lora(lora)
 
 
 def rewritten(job: "Job", source: str) -> "Job":
@@ -197,7 +204,7 @@ def describe(pipeline: "KairosPipeline", options: RunOptions, dtype: Any) -> dic
         "text_encoder": pipeline.text_encoder,
     }
     libraries = ("torch", "diffusers", "transformers")
-    said = {"weights": options.weights, "scale": options.scale}
+    said = {"weights": options.weights, "loras": options.loras or None, "scale": options.scale}
     return {
         "model": {"name": options.model, "hash": fingerprint(modules)},
         "dtype": str(dtype).removeprefix("torch."),

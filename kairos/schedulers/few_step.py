@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401, diffusers looks for it here
 from torch import Tensor
 
 from kairos.errors import UserError

@@ -1,8 +1,8 @@
-"""Latents of the physics clips, computed once and kept in safetensors shards; prompts are embedded when
-they are read.
+"""Latents and prompt embeddings, computed once and kept in safetensors shards.
 
-A shard is a function of (scenes, seed, its number, the VAE): building can stop, go on, and run beside a
-training that reads the shards already there.
+A clip's latents are known by its content and the VAE, a prompt's embedding by its words and the text encoder;
+what another VAE or encoder made is made anew. Clips of one bucket lie in one folder. Building can stop at any
+time and go on. `clips-*.json` lists what a data set has, so that training reads no video.
 """
 
 from __future__ import annotations
@@ -10,140 +10,314 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from kairos.conditioning import TEMPLATES, encode_prompts
-from kairos.errors import UserError
+from kairos.data.files import prepare_folder, write_atomically
+from kairos.errors import KairosError, UserError
 from kairos.models.vae import encode
 from kairos.models.vae_layers import quicken
-from kairos.worlds import simulate
+from kairos.training.clips import Bucket, ClipReference, ClipSource, Skipped
+from kairos.weights.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
 
 SHARD_CLIPS = 240
+SHARD_BYTES = 1 << 28
+PROMPTS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """What turns clips and captions into what the LinearDiT sees."""
+
+    vae: AutoencoderKLWan
+    text_encoder: Any
+    tokenizer: Any
+    template: str
+
+    def hashes(self) -> tuple[str, str]:
+        """Of the VAE, and of the text encoder with its template."""
+        return fingerprint({"vae": self.vae}), f"{fingerprint({'text': self.text_encoder})}-{self.template}"
+
+    def embed(self, captions: Sequence[str], device: torch.device | str = "cpu") -> list[Tensor]:
+        """The embedding (T, C) of each caption, bfloat16 on the CPU."""
+        template = TEMPLATES[self.template]
+        embeds, mask = encode_prompts(
+            self.text_encoder, self.tokenizer, captions, template=template, device=device
+        )
+        return [row[real].to("cpu", torch.bfloat16) for row, real in zip(embeds, mask, strict=True)]
+
+
+@dataclass(frozen=True)
+class CachedTensor:
+    """Rows `first` to `last` of a tensor in a shard."""
+
+    file: Path
+    tensor: str
+    first: int
+    last: int
+
+    def read(self) -> Tensor:
+        return shard(self.file).get_slice(self.tensor)[self.first : self.last]
 
 
 @dataclass
-class Cache:
-    """Clips in memory: latents (N, 16, F, h, w), embeddings (N, T, C) with their mask (N, T), and the empty
-    prompt's."""
+class ClipSet:
+    """The clips of one bucket as training reads them. Row i has latents and a caption."""
 
-    latents: Tensor
-    prompt_embeds: Tensor
-    prompt_mask: Tensor
-    empty_embeds: Tensor
-    empty_mask: Tensor
+    bucket: Bucket
+    places: list[CachedTensor]
+    captions: list[str]
+    prompts: dict[str, CachedTensor]
+    keys: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
-        return len(self.latents)
+        return len(self.places)
+
+    @property
+    def latent_frames(self) -> int:
+        return (self.bucket.frames - 1) // 4 + 1
+
+    def latents(self, rows: Sequence[int]) -> Tensor:
+        """(B, 16, F, h, w), float32."""
+        return torch.cat([self.places[row].read() for row in rows]).float()
+
+    def embeddings(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """(B, T, C), float32, padded with zeros, and the mask (B, T)."""
+        parts = [self.prompts[caption].read() for caption in captions]
+        embeds = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).float()
+        lengths = torch.tensor([len(part) for part in parts])
+        return embeds, torch.arange(embeds.shape[1]) < lengths[:, None]
 
 
-def fingerprint(folder: Path) -> str:
-    """A short hash of the model in `folder`: latents of another VAE are refused."""
-    digest = hashlib.sha256()
-    for file in [*sorted(folder.glob("*.safetensors")), folder / "config.json"]:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+@lru_cache(maxsize=512)
+def shard(file: Path) -> Any:
+    """The open shard; it is mapped, not read."""
+    return safe_open(file, framework="pt")
 
 
-@torch.no_grad()
 def build_cache(
-    output: Path,
+    folder: Path,
+    source: ClipSource,
+    buckets: Sequence[Bucket],
+    encoders: Encoders,
     *,
-    vae_path: Path,
-    scenes: tuple[str, ...],
-    shards: range,
-    num_frames: int = 33,
-    size: int = 64,
-    seed: int = 0,
+    described: Any,
     batch_size: int = 8,
-) -> None:
-    """Write the shards that `output` does not hold yet, the scenes taking turns, `SHARD_CLIPS` clips in
-    each."""
-    vae = AutoencoderKLWan.from_pretrained(vae_path).to(torch.bfloat16).eval()
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """Compute what `folder` lacks of the source's clips, list them, and report.
+
+    Args:
+        described: what names the data set: the same value finds it again in `load_clips`.
+        batch_size: clips encoded at once, where their bucket is small.
+
+    Returns:
+        The report, also written to report-*.json: how many clips were made, kept and skipped, and which.
+    """
+    prepare_folder(folder)
+    shard.cache_clear()
+    vae_hash, text_hash = encoders.hashes()
+    vae = encoders.vae.to(device).eval()
     quicken(vae)
-    encoder = fingerprint(vae_path)
-    output.mkdir(parents=True, exist_ok=True)
-    for shard in shards:
-        file = output / f"{shard:05d}.safetensors"
-        if file.exists():
+    skipped = Skipped()
+    known: dict[str, dict[str, CachedTensor]] = {
+        b.name: stored_rows(folder / b.name, "vae", vae_hash, remove=True) for b in buckets
+    }
+    listed: list[dict[str, str]] = []
+    waiting: dict[str, list[ClipReference]] = {bucket.name: [] for bucket in buckets}
+    writers = {
+        bucket.name: ShardWriter(folder / bucket.name, "latents", {"vae": vae_hash}) for bucket in buckets
+    }
+    made: set[tuple[str, str]] = set()
+    kept = 0
+
+    def encode_waiting(name: str) -> None:
+        group = []
+        for reference in waiting[name]:
+            try:
+                group.append((reference, reference.read()))
+            except (KairosError, MemoryError) as error:
+                skipped.add(reference.name, error)
+        waiting[name].clear()
+        if group:
+            frames = torch.stack([torch.from_numpy(frames.copy()) for _, frames in group])
+            video = frames.permute(0, 4, 1, 2, 3).to(device, vae.dtype) / 127.5 - 1
+            with torch.no_grad():
+                latents = encode(vae, video).to("cpu", torch.bfloat16)
+            for (reference, _), row in zip(group, latents, strict=True):
+                writers[name].add(reference.key, row[None])
+                listed.append(entry_of(reference))
+
+    for reference in source.references(buckets, skipped):
+        name = reference.bucket.name
+        if reference.key in known[name] or (name, reference.key) in made:
+            kept += 1
+            listed.append(entry_of(reference))
             continue
-        latents, captions = [], []
-        for first in range(shard * SHARD_CLIPS, (shard + 1) * SHARD_CLIPS, batch_size):
-            clips = [
-                simulate(
-                    scenes[index % len(scenes)],
-                    split="train",
-                    seed=seed,
-                    index=index,
-                    num_frames=num_frames,
-                    size=size,
-                )
-                for index in range(first, first + batch_size)
-            ]
-            frames = torch.stack([torch.from_numpy(clip.frames) for clip in clips])
-            video = frames.permute(0, 4, 1, 2, 3).to(torch.bfloat16) / 127.5 - 1
-            latents.append(encode(vae, video).to(torch.bfloat16))
-            captions += [clip.caption for clip in clips]
-        partial = file.with_suffix(".partial")
-        metadata = {"vae": encoder, "captions": json.dumps(captions)}
-        save_file({"latents": torch.cat(latents)}, partial, metadata=metadata)
-        os.replace(partial, file)
-        logger.info("wrote %s", file.name)
-
-
-@torch.no_grad()
-def load_cache(folder: Path, *, vae_path: Path, conditioner_path: Path) -> Cache:
-    """All shards of `folder`, which must come from the VAE at `vae_path`, their prompts embedded."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"no latents in {folder}; build the cache first")
-    encoder = fingerprint(vae_path)
-    latents, captions = [], []
-    for file in files:
-        with safe_open(file, framework="pt") as shard:
-            metadata = shard.metadata()
-            if metadata["vae"] != encoder:
-                raise UserError(
-                    f"{file} was made by another VAE than {vae_path}; delete the folder and build it again"
-                )
-            latents.append(shard.get_tensor("latents"))
-            captions += json.loads(metadata["captions"])
-    text_encoder = (
-        Qwen2_5_VLForConditionalGeneration.from_pretrained(conditioner_path / "text_encoder").float().eval()
-    )
-    tokenizer = AutoTokenizer.from_pretrained(conditioner_path / "tokenizer")
-    # Longest first in one list of distinct captions: batches of equal length waste no padding.
-    distinct = sorted(set(captions), key=len)
-    place = {caption: number for number, caption in enumerate(distinct)}
-    parts = [
-        encode_prompts(text_encoder, tokenizer, distinct[i : i + 256], template=TEMPLATES["tiny"])
-        for i in range(0, len(distinct), 256)
+        made.add((name, reference.key))
+        waiting[name].append(reference)
+        pixels = reference.bucket.frames * reference.bucket.height * reference.bucket.width
+        if len(waiting[name]) * pixels >= min(batch_size * 33 * 64 * 64, 1 << 24):
+            encode_waiting(name)
+    for bucket in buckets:
+        encode_waiting(bucket.name)
+        writers[bucket.name].close()
+    listed = [
+        entry
+        for entry in listed
+        if entry["key"] in known[entry["bucket"]] or entry["key"] in writers[entry["bucket"]].written
     ]
-    longest = max(embeds.shape[1] for embeds, _ in parts)
-    embeds = torch.cat([pad_tokens(embeds.to(torch.bfloat16), longest) for embeds, _ in parts])
-    mask = torch.cat([pad_tokens(mask, longest) for _, mask in parts])
-    empty_embeds, empty_mask = encode_prompts(text_encoder, tokenizer, [""], template=TEMPLATES["tiny"])
-    order = torch.tensor([place[caption] for caption in captions])
-    return Cache(
-        latents=torch.cat(latents),
-        prompt_embeds=embeds[order],
-        prompt_mask=mask[order],
-        empty_embeds=pad_tokens(empty_embeds.to(torch.bfloat16), longest),
-        empty_mask=pad_tokens(empty_mask, longest),
+    embed_captions(folder / "prompts", {"", *(entry["caption"] for entry in listed)}, encoders, text_hash)
+    listed.sort(key=lambda entry: (entry["bucket"], entry["key"], entry["caption"]))
+    report = {"made": len(listed) - kept, "kept": kept, "skipped": skipped.clips}
+    content = {"vae": vae_hash, "text": text_hash, "clips": listed}
+    write_atomically(folder / f"clips-{digest(described)}.json", json.dumps(content).encode())
+    write_atomically(folder / f"report-{digest(described)}.json", json.dumps(report, indent=1).encode())
+    logger.info(
+        "%s: %d clips computed, %d there already, %d skipped",
+        folder,
+        report["made"],
+        kept,
+        len(skipped.clips),
     )
+    return report
 
 
-def pad_tokens(tensor: Tensor, length: int) -> Tensor:
-    """(N, T, ...) padded with zeros to (N, length, ...)."""
-    missing = length - tensor.shape[1]
-    return torch.cat([tensor, tensor.new_zeros(len(tensor), missing, *tensor.shape[2:])], 1)
+def entry_of(reference: ClipReference) -> dict[str, str]:
+    return {"bucket": reference.bucket.name, "key": reference.key, "caption": reference.caption}
+
+
+def embed_captions(folder: Path, captions: Iterable[str], encoders: Encoders, text_hash: str) -> None:
+    """Embed the captions that `folder` lacks."""
+    known = stored_rows(folder, "text", text_hash, remove=True)
+    # Longest last: batches of equal length waste no padding.
+    missing = sorted(set(captions) - set(known), key=lambda caption: (len(caption), caption))
+    writer = ShardWriter(folder, "embeds", {"text": text_hash})
+    for first in range(0, len(missing), PROMPTS_AT_ONCE):
+        group = missing[first : first + PROMPTS_AT_ONCE]
+        for caption, embedding in zip(group, encoders.embed(group), strict=True):
+            writer.add(caption, embedding)
+    writer.close()
+
+
+def load_clips(
+    folder: Path, buckets: Sequence[Bucket], encoders: Encoders, *, described: Any
+) -> list[ClipSet]:
+    """The clips of the data set that `described` names, a set for each bucket that has any.
+
+    Raises:
+        UserError: where the cache was not built, or by other encoders.
+    """
+    file = folder / f"clips-{digest(described)}.json"
+    if not file.exists():
+        raise UserError(f"{folder} has no latents of this data set; run: kairos train cache RECIPE")
+    content = json.loads(file.read_text(encoding="utf-8"))
+    vae_hash, text_hash = encoders.hashes()
+    for part, (found, now) in {
+        "VAE": (content["vae"], vae_hash),
+        "text encoder": (content["text"], text_hash),
+    }.items():
+        if found != now:
+            raise UserError(
+                f"the latents in {folder} were made with another {part}; run: kairos train cache RECIPE"
+            )
+    prompts = stored_rows(folder / "prompts", "text", text_hash)
+    sets = []
+    for bucket in buckets:
+        entries = [entry for entry in content["clips"] if entry["bucket"] == bucket.name]
+        if not entries:
+            logger.warning("no clips for the bucket %s", bucket.name)
+            continue
+        places = stored_rows(folder / bucket.name, "vae", vae_hash)
+        if any(entry["key"] not in places or entry["caption"] not in prompts for entry in entries):
+            raise UserError(f"shards are missing in {folder}; run: kairos train cache RECIPE")
+        sets.append(
+            ClipSet(
+                bucket,
+                [places[entry["key"]] for entry in entries],
+                [entry["caption"] for entry in entries],
+                prompts,
+                [entry["key"] for entry in entries],
+            )
+        )
+    if not sets:
+        raise UserError(f"{folder} has no clip for {', '.join(bucket.name for bucket in buckets)}")
+    return sets
+
+
+class ShardWriter:
+    """Collects tensors under keys and writes them, many to a file, rows one after the other."""
+
+    def __init__(self, folder: Path, tensor: str, metadata: dict[str, str]) -> None:
+        self.folder, self.tensor, self.metadata = folder, tensor, metadata
+        self.written: set[str] = set()
+        self._keys: list[str] = []
+        self._parts: list[Tensor] = []
+
+    def add(self, key: str, rows: Tensor) -> None:
+        self._keys.append(key)
+        self._parts.append(rows)
+        size = sum(part.numel() * part.element_size() for part in self._parts)
+        if size >= SHARD_BYTES or (self.tensor == "latents" and len(self._keys) >= SHARD_CLIPS):
+            self.close()
+
+    def close(self) -> None:
+        """Write what has been collected, whole or not at all."""
+        if not self._keys:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        numbers = [int(file.stem) for file in self.folder.glob("*.safetensors") if file.stem.isdigit()]
+        file = self.folder / f"{max(numbers, default=-1) + 1:05d}.safetensors"
+        keys = {"keys": json.dumps(self._keys), "rows": json.dumps([len(part) for part in self._parts])}
+        write_atomically(file, save({self.tensor: torch.cat(self._parts)}, metadata=self.metadata | keys))
+        logger.info("wrote %s", file)
+        self.written |= set(self._keys)
+        self._keys, self._parts = [], []
+
+
+def stored_rows(folder: Path, kind: str, wanted: str, *, remove: bool = False) -> dict[str, CachedTensor]:
+    """Key -> where it lies, over the shards of `folder` whose encoder is `wanted`.
+
+    Shards of another encoder, and torn ones, are left out, and deleted with `remove`.
+    """
+    found: dict[str, CachedTensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as handle:
+                metadata = handle.metadata() or {}
+                (tensor,) = handle.keys()
+        except (SafetensorError, OSError, ValueError):
+            metadata, tensor = {}, ""
+        if metadata.get(kind) != wanted or "keys" not in metadata:
+            if remove:
+                logger.warning("%s is torn or another encoder's: made anew", file)
+                file.unlink()
+            continue
+        first = 0
+        for key, rows in zip(json.loads(metadata["keys"]), json.loads(metadata["rows"]), strict=True):
+            found[key] = CachedTensor(file, tensor, first, first + rows)
+            first += rows
+    return found
+
+
+def digest(described: Any) -> str:
+    """A short name for a value that JSON can hold."""
+    return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def description(source: ClipSource, buckets: Sequence[Bucket]) -> dict[str, Any]:
+    """What `described` is for a source and the shapes that are made of it."""
+    shapes = sorted(bucket.name for bucket in buckets)
+    return {"source": type(source).__name__, **asdict(source), "buckets": shapes}  # type: ignore[call-overload]

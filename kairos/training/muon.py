@@ -11,6 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from kairos.training.parallel import laid_like, whole
+
 
 class Muon(torch.optim.Optimizer):
     """Two kinds of parameter group: `muon=True` (orthogonalised momentum) and `muon=False` (AdamW).
@@ -53,10 +55,12 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         momentum = state["momentum"].lerp_(gradient, 1 - group["momentum"])
-        direction = gradient.lerp(momentum, group["momentum"]).flatten(1)
+        # A matrix that is spread over processes is put together: orthogonal is a property of the whole.
+        direction = whole(gradient.lerp(momentum, group["momentum"])).flatten(1)
         rows, columns = direction.shape
         scale = max(1.0, rows / columns) ** 0.5
-        parameter.add_(orthogonalise(direction).view_as(parameter), alpha=-group["lr"] * scale)
+        update = laid_like(orthogonalise(direction).view(parameter.shape), parameter)
+        parameter.add_(update, alpha=-group["lr"] * scale)
 
     @staticmethod
     def _adamw(parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> None:
@@ -96,7 +100,7 @@ def split_parameters(
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            small = parameter.squeeze().ndim < 2 or any(part in name for part in exclude)
+            small = sum(size > 1 for size in parameter.shape) < 2 or any(part in name for part in exclude)
             (others if small else matrices).append(parameter)
     return [
         {"params": matrices, "lr": muon_lr, "muon": True},

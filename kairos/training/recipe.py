@@ -6,174 +6,320 @@ A stage that has finished is not run again; one that was stopped goes on from it
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kairos.errors import UserError
+from kairos.training.config import build, check_arguments
+from kairos.training.stage import Distillation, Stage
+from kairos.training.vae import VAEStage
+from kairos.worlds import SCENES
+
+if TYPE_CHECKING:
+    from kairos.training.cache import ClipSet, Encoders
+    from kairos.training.clips import ClipSource
+    from kairos.training.parallel import Processes
 
 logger = logging.getLogger(__name__)
 
-STAGES = ("vae", "conditioner", "cache", "transformer", "assemble")
+BEFORE, AFTER = ("vae", "conditioner", "cache"), ("assemble",)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What `kairos train FILE` does. The inner mappings are the keyword arguments of each stage."""
+    """What `kairos train FILE` does.
+
+    Attributes:
+        output: folder of everything that is made.
+        base: a model, by name or folder, that lends its VAE, its text encoder and the weights to start from.
+        scenes: what a VAE and a prompt encoder made from nothing learn from.
+        vae: stages of a VAE made from nothing.
+        conditioner: options of a prompt encoder made from nothing (`train_conditioner`).
+        data: the clips, {"source": simulator | manifest | webdataset, ...}, see `kairos.training.clips`.
+        model: the LinearDiT's configuration; beside `base`, what is different from it.
+        stages: of the LinearDiT, in order.
+        defaults: of the finished pipeline: height, width, num_frames, fps, num_inference_steps,
+            guidance_scale.
+        seed: of everything; a stage's own is added to it.
+        threads: of the CPU.
+    """
 
     name: str
     output: Path
-    scenes: tuple[str, ...]
+    base: str = ""
+    scenes: tuple[str, ...] = ()
+    vae: tuple[VAEStage, ...] = ()
+    conditioner: dict[str, Any] | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    stages: tuple[Stage, ...] = ()
+    defaults: dict[str, float] = field(default_factory=dict)
     seed: int = 0
     threads: int | None = None
-    vae: dict[str, Any] = field(default_factory=dict)
-    conditioner: dict[str, Any] = field(default_factory=dict)
-    cache: dict[str, Any] = field(default_factory=dict)
-    transformer: dict[str, Any] = field(default_factory=dict)
-    assemble: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """What there is to run, in order."""
+        made = [
+            part
+            for part, there in (("vae", self.vae), ("conditioner", self.conditioner is not None))
+            if there
+        ]
+        named = [stage.name for stage in self.stages]
+        return (*made, *(["cache", *named, *AFTER] if named else []))
+
+    def source(self, stage: Stage) -> ClipSource:
+        """Where the clips of a stage come from."""
+        from kairos.training.clips import build_source
+
+        where = f"stage {stage.name}: data" if stage.data else "data"
+        return build_source(dict(stage.data or self.data), where)
 
 
 def read_recipe(path: Path) -> Recipe:
-    """The recipe of a YAML file; an unknown key is refused with the nearest right one."""
+    """The recipe of a YAML file. Raises UserError, in one line, for what cannot be used."""
     try:
         import yaml
     except ModuleNotFoundError:
         raise UserError('training needs more packages; pip install "kairos-world[train]"') from None
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no recipe at {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the recipe {path}: {error}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a mapping of stages")
-    known = [f.name for f in fields(Recipe)]
-    check_keys(content, known, path.name)
-    for required in ("name", "output", "scenes"):
-        if required not in content:
-            raise UserError(f"{path.name}: the key {required!r} is missing")
-    return Recipe(**content | {"output": Path(content["output"]), "scenes": tuple(content["scenes"])})
+        raise UserError(f"{path} must hold a mapping of keys to values")
+    return build_recipe(content, path.name)
 
 
-def check_keys(mapping: dict[str, Any], known: list[str], where: str) -> None:
-    """Refuse a key that is not known, naming the nearest one that is."""
-    for key in mapping:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
-            raise UserError(f"{where}: unknown key {key!r}{hint}")
+def build_recipe(content: dict[str, Any], where: str) -> Recipe:
+    """The recipe of a mapping, checked as far as it can be without data."""
+    recipe = build(Recipe, content, where)
+    if recipe.conditioner is not None:
+        from kairos.training.conditioner import train_conditioner
+
+        check_arguments(train_conditioner, recipe.conditioner, f"{where}.conditioner")
+        for taken in ("scenes", "seed"):
+            if taken in recipe.conditioner:
+                raise UserError(f"{where}.conditioner: {taken} is the recipe's own; put it at the top")
+    if (recipe.vae or recipe.conditioner is not None) and not recipe.scenes:
+        raise UserError(f"{where}: the key 'scenes' is missing: a VAE and a conditioner learn from scenes")
+    for scene in recipe.scenes:
+        if scene not in SCENES:
+            raise UserError(f"{where}: unknown scene {scene!r}; one of {', '.join(SCENES)}")
+    if bool(recipe.vae) != (recipe.conditioner is not None):
+        missing = "conditioner" if recipe.vae else "vae"
+        raise UserError(f"{where}: the key {missing!r} is missing: VAE and conditioner are made together")
+    names = [one.name for one in recipe.stages]
+    for name in names:
+        if names.count(name) > 1 or name in (*BEFORE, *AFTER):
+            raise UserError(f"{where}: two stages are named {name!r}; name them apart")
+    if recipe.stages and not recipe.base and not recipe.vae:
+        raise UserError(f"{where}: the key 'base' is missing: a model that lends its VAE and text encoder")
+    if recipe.stages and not recipe.model and not recipe.base and not recipe.stages[0].start_from:
+        raise UserError(f"{where}: the key 'model' is missing: the LinearDiT's configuration")
+    for one in recipe.stages:
+        if not one.buckets:
+            raise UserError(f"{where}: stage {one.name}: the key 'buckets' is missing")
+        if one.objective != "preference" or one.preference is None or one.preference.manifest is None:
+            recipe.source(one)
+    return recipe
 
 
-def run_recipe(recipe: Recipe, only: tuple[str, ...] = STAGES) -> None:
-    """Run the stages of `recipe` named in `only`, in order."""
+def run_recipe(recipe: Recipe, only: tuple[str, ...] = ()) -> None:
+    """Run the stages of `recipe`, or those named in `only`, in order."""
     import torch
 
-    for stage in only:
-        if stage not in STAGES:
-            raise UserError(f"unknown stage {stage!r}; stages are {', '.join(STAGES)}")
+    from kairos.training.parallel import processes
+    from kairos.training.plan import check_memory
+
+    for name in only:
+        if name not in recipe.steps:
+            raise UserError(f"unknown stage {name!r}; stages are {', '.join(recipe.steps)}")
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    runs = {
-        "vae": _vae,
-        "conditioner": _conditioner,
-        "cache": _cache,
-        "transformer": _transformer,
-        "assemble": _assemble,
-    }
-    for stage in STAGES:
-        if stage in only:
-            logger.info("stage %s", stage)
-            runs[stage](recipe)
+    with processes() as here:
+        for stage in recipe.stages:
+            if not only or stage.name in only:
+                check_memory(recipe, stage, here)
+        for name in recipe.steps:
+            if only and name not in only:
+                continue
+            if here.first:
+                logger.info("stage %s", name)
+            run_step(recipe, name, here)
+            here.wait()
 
 
-def _vae(recipe: Recipe) -> None:
-    from kairos.training.vae import VAEStage, train_vae
+def run_step(recipe: Recipe, name: str, here: Processes) -> None:
+    """One stage of the recipe. What is not the LinearDiT is made by the first process alone."""
+    by_hand = {"vae": make_vae, "conditioner": make_conditioner, "assemble": assemble}
+    if name in by_hand:
+        if here.first:
+            by_hand[name](recipe)
+    elif name == "cache":
+        if here.first:
+            make_cache(recipe, here)
+    else:
+        from kairos.training.run import run_stage
+
+        numbers = [stage.name for stage in recipe.stages]
+        run_stage(recipe, numbers.index(name), here)
+
+
+def make_vae(recipe: Recipe) -> None:
+    from kairos.training.vae import train_vae
 
     output = recipe.output / "vae"
     if (output / "finished").exists():
         logger.info("%s is finished", output)
         return
-    names = [f.name for f in fields(VAEStage)]
-    for number, stage in enumerate(recipe.vae["stages"]):
-        check_keys(stage, names, f"vae.stages[{number}]")
-    stages = tuple(VAEStage(**stage) for stage in recipe.vae["stages"])
-    train_vae(output, stages=stages, scenes=recipe.scenes, seed=recipe.seed)
+    train_vae(output, stages=recipe.vae, scenes=recipe.scenes, seed=recipe.seed)
     (output / "finished").touch()
 
 
-def _conditioner(recipe: Recipe) -> None:
+def make_conditioner(recipe: Recipe) -> None:
     from kairos.training.conditioner import train_conditioner
 
     output = recipe.output / "conditioner"
     if (output / "text_encoder").exists():
         logger.info("%s is finished", output)
         return
-    measured = train_conditioner(output, scenes=recipe.scenes, seed=recipe.seed, **recipe.conditioner)
+    options = recipe.conditioner or {}
+    measured = train_conditioner(output, scenes=recipe.scenes, seed=recipe.seed, **options)
     logger.info("prompt encoder: %s", measured)
 
 
-def _cache(recipe: Recipe) -> None:
-    from kairos.training.cache import build_cache
+def make_cache(recipe: Recipe, here: Processes) -> None:
+    """Latents and embeddings of every stage's clips."""
+    from kairos.training.cache import build_cache, description
 
-    build_cache(
-        recipe.output / "cache",
-        vae_path=recipe.output / "vae",
-        scenes=recipe.scenes,
-        shards=range(recipe.cache["shards"]),
-        num_frames=recipe.cache.get("num_frames", 33),
-        seed=recipe.seed,
-    )
+    encoders = load_encoders(recipe)
+    done: list[Any] = []
+    for stage in recipe.stages:
+        if stage.objective == "preference":
+            continue  # its pairs are made when it runs, by the model that it starts from
+        source = recipe.source(stage)
+        what = description(source, stage.buckets)
+        if what in done:
+            continue
+        done.append(what)
+        buckets = [replace(bucket, batch_size=0) for bucket in stage.buckets]
+        report = build_cache(
+            recipe.output / "cache", source, buckets, encoders, described=what, device=here.device
+        )
+        if not report["made"] and not report["kept"]:
+            raise UserError(
+                f"stage {stage.name}: none of its clips can be used; see {recipe.output / 'cache'}"
+            )
 
 
-def _transformer(recipe: Recipe) -> None:
+def clip_sets(recipe: Recipe, stage: Stage, encoders: Encoders) -> list[ClipSet]:
+    """The cached clips of a stage."""
+    from kairos.training.cache import description, load_clips
+
+    source = recipe.source(stage)
+    what = description(source, stage.buckets)
+    return load_clips(recipe.output / "cache", stage.buckets, encoders, described=what)
+
+
+def load_encoders(recipe: Recipe) -> Encoders:
+    """VAE and text encoder: the recipe's own, or those of its base."""
     import torch
 
-    from kairos.models.transformer import KairosTransformer3DModel
-    from kairos.training import transformer as training
-    from kairos.training.cache import load_cache
+    from kairos import presets
+    from kairos.conditioning import TEMPLATES, load_text_encoder
+    from kairos.training.cache import Encoders
+    from kairos.weights import load_vae_file
 
-    options = dict(recipe.transformer)
-    torch.manual_seed(recipe.seed)
-    model = KairosTransformer3DModel(**options.pop("model"))
-    check_keys(options, [f.name for f in fields(training.Recipe)], "transformer")
-    training.train_transformer(
-        model,
-        lambda: load_cache(
-            recipe.output / "cache",
-            vae_path=recipe.output / "vae",
-            conditioner_path=recipe.output / "conditioner",
-        ),
-        recipe.output / "transformer",
-        training.Recipe(seed=recipe.seed, **options),
-    )
+    # A GPU's memory is for training; on a CPU the small encoder is more exact, and quicker, in float32.
+    text_dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    if recipe.vae:
+        for part in ("vae", "conditioner"):
+            if not (recipe.output / part).is_dir():
+                raise UserError(f"{recipe.output} has no {part} yet; run the recipe's stage {part} first")
+        encoder, tokenizer, _ = load_text_encoder(recipe.output / "conditioner", dtype=text_dtype)
+        return Encoders(
+            load_vae_file(recipe.output / "vae", dtype=torch.bfloat16), encoder, tokenizer, "tiny"
+        )
+    preset, folder = presets.locate(recipe.base)
+    if preset is not None and preset.kind == "released":
+        files = presets.local_files(preset, folder)
+        vae_file, text_folder, template = files["vae"], files["text_encoder"], preset.template
+    else:
+        assert folder is not None
+        vae_file = text_folder = folder
+        template = str(presets.read_json(folder / "model_index.json").get("prompt_template"))
+    if TEMPLATES[template].image_in_prompt:
+        raise UserError(
+            f"the prompts of {recipe.base} hold pictures (template {template}), which training "
+            "does not cache; choose a base whose template is words alone"
+        )
+    encoder, tokenizer, _ = load_text_encoder(text_folder, dtype=text_dtype)
+    return Encoders(load_vae_file(vae_file, dtype=torch.bfloat16), encoder, tokenizer, template)
 
 
-def _assemble(recipe: Recipe) -> None:
+def load_start(recipe: Recipe, source: str, dtype: str = "float32") -> Any:
+    """The LinearDiT that `source` names: a stage of the recipe, a model, a file or a folder."""
     import torch
-    from diffusers import AutoencoderKLWan
-    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-    from kairos.models.transformer import KairosTransformer3DModel
+    from kairos import presets
+    from kairos.weights import load_transformer_file
+
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), **recipe.model}
+    if source in [stage.name for stage in recipe.stages]:
+        folder = recipe.output / source / "ema"
+        if not (folder / "config.json").exists():
+            raise UserError(f"stage {source} has no weights in {folder}; run it first")
+        return load_transformer_file(folder, **options)
+    path = Path(source)
+    if path.exists() and not (path / presets.MARK).exists():
+        return load_transformer_file(path, **options)
+    preset, base = presets.locate(source)
+    if preset is not None and preset.kind == "released":
+        options = {**preset.transformer_config, **options}
+        return load_transformer_file(presets.local_files(preset, base)["transformer"], **options)
+    assert base is not None
+    return load_transformer_file(base / "transformer", **options)
+
+
+def assemble(recipe: Recipe) -> None:
+    """One folder in diffusers' layout, of the last stage that trained a whole LinearDiT."""
+    import torch
+
+    from kairos import presets
     from kairos.pipeline import KairosPipeline
-    from kairos.schedulers import FlowMatchScheduler
+    from kairos.schedulers import FewStepScheduler, FlowMatchScheduler
 
-    conditioner = recipe.output / "conditioner"
-    dtype = torch.bfloat16
+    whole = [stage for stage in recipe.stages if stage.lora is None]
+    if not whole:
+        logger.info("LoRA alone: use %s", recipe.output / recipe.stages[-1].name / "ema" / "lora.safetensors")
+        return
+    stage = whole[-1]
+    transformer = load_start(recipe, stage.name, "bfloat16")
+    encoders = load_encoders(recipe)
+    scheduler: Any = FlowMatchScheduler()
+    defaults = presets.info(recipe.base).defaults if recipe.base else {}
+    defaults = {**defaults, **recipe.defaults}
+    if stage.objective == "distillation":
+        options = stage.distillation or Distillation()
+        scheduler = FewStepScheduler(sampling_times=options.sampling_times, shift=options.shift)
+        few = {"num_inference_steps": len(options.sampling_times), "guidance_scale": 1.0}
+        defaults = {**defaults, **few}
     pipeline = KairosPipeline(
-        transformer=KairosTransformer3DModel.from_pretrained(
-            recipe.output / "transformer" / "ema", torch_dtype=dtype
-        ),
-        vae=AutoencoderKLWan.from_pretrained(recipe.output / "vae", torch_dtype=dtype),
-        text_encoder=Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            conditioner / "text_encoder", dtype=dtype
-        ),
-        tokenizer=AutoTokenizer.from_pretrained(conditioner / "tokenizer"),
-        scheduler=FlowMatchScheduler(),
-        prompt_template="tiny",
-        defaults=recipe.assemble["defaults"],
+        transformer=transformer,
+        vae=encoders.vae,
+        text_encoder=encoders.text_encoder.to(torch.bfloat16),
+        tokenizer=encoders.tokenizer,
+        scheduler=scheduler,
+        prompt_template=encoders.template,
+        defaults=defaults,
     )
     folder = recipe.output / recipe.name
     pipeline.save_pretrained(folder)
@@ -181,3 +327,4 @@ def _assemble(recipe: Recipe) -> None:
         config = json.loads(file.read_text())
         config.pop("_name_or_path", None)
         file.write_text(json.dumps(config, indent=2) + "\n")
+    logger.info("%s is ready: kairos generate --model %s ...", folder, folder)

@@ -1,0 +1,88 @@
+"""Mappings of a recipe to frozen dataclasses: unknown keys, missing ones and wrong types in one line each."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, Union
+
+from kairos.errors import UserError
+from kairos.request import did_you_mean
+
+T = TypeVar("T")
+
+KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", dict: "a mapping"}
+
+
+def check_keys(mapping: Any, known: Iterable[str], where: str) -> None:
+    """Refuse what is no mapping, and a key that is not known, naming the nearest one that is."""
+    if not isinstance(mapping, dict):
+        raise UserError(f"{where} must be a mapping of keys to values, got {mapping!r}")
+    known = list(known)
+    for key in mapping:
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key!r}{did_you_mean(str(key), known)}")
+
+
+def check_arguments(function: Callable[..., Any], mapping: Any, where: str) -> None:
+    """Refuse what is not a keyword argument of `function`."""
+    parameters = inspect.signature(function).parameters.values()
+    check_keys(mapping, [p.name for p in parameters if p.kind is p.KEYWORD_ONLY], where)
+
+
+def build(cls: type[T], mapping: Any, where: str, **more: Any) -> T:
+    """The dataclass `cls` of a mapping from YAML; `more` are values that the file does not say.
+
+    Raises:
+        UserError: for a key that is not known, one that is missing, and a value of another type.
+    """
+    if not is_dataclass(cls):
+        raise TypeError(f"{cls} is no dataclass")
+    mapping = {} if mapping is None else mapping
+    known = [field for field in fields(cls) if field.name not in more]
+    check_keys(mapping, [field.name for field in known], where)
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = dict(more)
+    for field in known:
+        if field.name in mapping:
+            values[field.name] = convert(hints[field.name], mapping[field.name], f"{where}.{field.name}")
+        elif field.default is MISSING and field.default_factory is MISSING:
+            raise UserError(f"{where}: the key {field.name!r} is missing")
+    return cls(**values)
+
+
+def convert(kind: Any, value: Any, where: str) -> Any:
+    """`value` as the annotation `kind` has it: numbers, texts, paths, tuples, mappings and dataclasses."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in inner:
+            return None
+        return convert(next(part for part in inner if part is not type(None)), value, where)
+    if is_dataclass(kind):
+        return build(kind, value, where)  # type: ignore[arg-type]
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{where} must be a list, got {value!r}")
+        return tuple(convert(inner[0], one, f"{where}[{number}]") for number, one in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"{where} must be a mapping, got {value!r}")
+        return {str(key): convert(inner[1], one, f"{where}.{key}") for key, one in value.items()}
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    if kind is float and isinstance(value, str):  # YAML takes 1e-5 for a text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if kind is Any:
+        return value
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UserError(f"{where} must be {KINDS.get(kind, kind.__name__)}, got {value!r}")
+    return value

@@ -1,0 +1,205 @@
+"""Distillation to a few steps without guidance: L_CM + lambda L_DMD (Kairos report, arXiv 2606.16533).
+
+Three networks: the frozen teacher, the student, and the fake score, which learns by flow matching what the
+student makes. Where the guided teacher and the fake score disagree about a noised sample of the student's,
+the student is told which way to go (distribution matching, arXiv 2311.18828 and 2405.14867).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kairos.schedulers import FewStepScheduler
+from kairos.training.batches import Batch, seed_of
+from kairos.training.cache import ClipSet
+from kairos.training.checkpoint import copy_into, load_optimizer
+from kairos.training.flow import FlowMatching, predict
+from kairos.training.parallel import ALONE, Processes, shard
+from kairos.training.samples import motion, sample_latents
+from kairos.training.stage import Distillation, Stage
+
+
+class DistillationObjective(FlowMatching):
+    """The student is the model that the loop trains; teacher and fake score begin as copies of it."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        sets: Sequence[ClipSet],
+        stage: Stage,
+        options: Distillation,
+        here: Processes = ALONE,
+    ) -> None:
+        super().__init__(sets, stage, here)
+        self.options = options
+        self.scheduler = FewStepScheduler(sampling_times=options.sampling_times, shift=options.shift)
+        self.sigmas: list[float] = self.scheduler.sigmas.tolist()
+        self.teacher = copy.deepcopy(student).requires_grad_(False).eval()
+        self.fake_score = copy.deepcopy(student).requires_grad_(True)
+        for network in (self.teacher, self.fake_score):
+            shard(network, here, precision=stage.precision)
+        self.fake_optimizer = torch.optim.AdamW(
+            self.fake_score.parameters(), lr=options.fake_score_lr, betas=(0.0, 0.999), weight_decay=0.0
+        )
+        self._teacher_motion: float | None = None
+
+    def loss(self, model: nn.Module, step: int, part: int) -> tuple[Tensor, int]:
+        """The student's loss; before the first part the fake score is brought up to date."""
+        if part == 0:
+            for update in range(self.options.fake_score_updates):
+                self.update_fake_score(model, step, update)
+        batch = self.batch(model, step, part)
+        generator = self.generator(step, part, 0)
+        consistency = self.consistency_loss(model, batch, generator)
+        matching = self.matching_loss(model, batch, generator)
+        return self.options.consistency * consistency + self.options.matching * matching, len(batch)
+
+    def consistency_loss(self, student: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+        """From z at one sampling time, one Euler step of the teacher to the next; the student's end of the
+        path from the first is pulled to the teacher's from the second."""
+        number = int(torch.randint(len(self.sigmas) - 1, (), generator=generator))
+        sigma, following = self.sigmas[number], self.sigmas[number + 1]
+        noisy = self.noised(batch, batch.sample, sigma, batch.noise)
+        with torch.no_grad():
+            stepped = noisy + (following - sigma) * self.guided(batch, noisy, sigma)
+            stepped = self.with_past(batch, stepped)
+            target = stepped
+            if following > 0:
+                target = stepped - following * self.guided(batch, stepped, following)
+        made = noisy - sigma * self.velocity(student, batch, noisy, sigma)
+        return (made - target)[:, :, batch.cut.past :].square().mean()
+
+    def matching_loss(self, student: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+        """A loss whose gradient for the student's sample x is (x0 of the fake score - x0 of the guided
+        teacher), divided by the mean of |x - x0 of the teacher|."""
+        made = self.make(student, batch, generator, with_gradient=True)
+        low, high = self.options.sigma_range
+        sigma = low + (high - low) * float(torch.rand((), generator=generator))
+        with torch.no_grad():
+            noisy = self.noised(batch, made, sigma, self.draw(batch, generator))
+            real = noisy - sigma * self.guided(batch, noisy, sigma)
+            fake = noisy - sigma * self.velocity(self.fake_score, batch, noisy, sigma)
+            future = slice(batch.cut.past, None)
+            scale = (made - real)[:, :, future].abs().mean((1, 2, 3, 4), keepdim=True).clamp(min=1e-5)
+            target = made - (fake - real) / scale
+        return 0.5 * (made - target)[:, :, future].square().mean()
+
+    def update_fake_score(self, student: nn.Module, step: int, update: int) -> None:
+        """One step of flow matching on what the student makes, of other batches than its own."""
+        others = self.stage.steps + step * self.options.fake_score_updates + update
+        batch = self.batch(student, others, 0)
+        generator = self.generator(step, 0, update + 1)
+        with torch.no_grad():
+            made = self.make(student, batch, generator, with_gradient=False)
+        noise = self.draw(batch, generator)
+        sigma = batch.sigma.clone()
+        order = torch.randperm(len(batch), generator=generator).to(sigma.device)
+        sigma[:, batch.cut.past :] = sigma[order, batch.cut.past :]
+        sigma[:, : batch.cut.past] = 0
+        spread = sigma[:, None, :, None, None]
+        noisy = (1 - spread) * made + spread * noise
+        velocity = self.velocity(self.fake_score, batch, noisy, sigma)
+        loss = (velocity - (noise - made))[:, :, batch.cut.past :].square().mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.fake_score.parameters(), self.stage.clip_norm)
+        self.fake_optimizer.step()
+        self.fake_optimizer.zero_grad(set_to_none=True)
+
+    def make(
+        self, student: nn.Module, batch: Batch, generator: torch.Generator, *, with_gradient: bool
+    ) -> Tensor:
+        """What the student makes after one to all of its steps, as its sampler does; the gradient goes
+        through the last of them alone."""
+        last = int(torch.randint(len(self.sigmas) - 1, (), generator=generator))
+        sample = self.noised(batch, batch.sample, 1.0, self.draw(batch, generator))
+        for number in range(last + 1):
+            sigma = self.sigmas[number]
+            with torch.set_grad_enabled(with_gradient and number == last):
+                made = sample - sigma * self.velocity(student, batch, sample, sigma)
+            if number < last:
+                sample = self.noised(batch, made, self.sigmas[number + 1], self.draw(batch, generator))
+        return self.with_past(batch, made)
+
+    def guided(self, batch: Batch, noisy: Tensor, sigma: float) -> Tensor:
+        """The teacher's velocity under guidance."""
+        wanted = self.velocity(self.teacher, batch, noisy, sigma)
+        scale = self.options.guidance_scale
+        if scale == 1:
+            return wanted
+        embeds, mask = self.sets[0].embeddings([""] * len(batch))
+        empty = embeds.to(noisy.device), mask.to(noisy.device)
+        without = self.velocity(self.teacher, batch, noisy, sigma, prompt=empty)
+        return without + scale * (wanted - without)
+
+    def velocity(
+        self,
+        network: nn.Module,
+        batch: Batch,
+        noisy: Tensor,
+        sigma: float | Tensor,
+        prompt: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """With the past at time 0. Autocast is entered anew: what it keeps without a gradient has none."""
+        if not isinstance(sigma, Tensor):
+            sigma = torch.full(noisy.shape[0:3:2], sigma, device=noisy.device)
+            sigma[:, : batch.cut.past] = 0
+        with self.processes.autocast(self.stage.precision):
+            prompt = prompt or (batch.prompt_embeds, batch.prompt_mask)
+            return predict(network, batch, noisy, 1000 * sigma, prompt)
+
+    def noised(self, batch: Batch, sample: Tensor, sigma: float, noise: Tensor) -> Tensor:
+        return self.with_past(batch, (1 - sigma) * sample + sigma * noise)
+
+    def with_past(self, batch: Batch, latents: Tensor) -> Tensor:
+        """The clean past in front of what is made."""
+        past = batch.cut.past
+        return torch.cat([batch.sample[:, :, :past], latents[:, :, past:]], 2) if past else latents
+
+    def draw(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        return torch.randn(batch.sample.shape, generator=generator).to(batch.sample.device)
+
+    def generator(self, step: int, part: int, use: int) -> torch.Generator:
+        return torch.Generator().manual_seed(
+            seed_of(self.stage.seed, step, part, use, self.processes.rank, 7)
+        )
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "fake_score": dict(self.fake_score.named_parameters()),
+            "optimizer": self.fake_optimizer.state_dict(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        copy_into(dict(self.fake_score.named_parameters()), state["fake_score"])
+        load_optimizer(self.fake_optimizer, state["optimizer"])
+
+    def report(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Every so many steps the ratio of motion, student to teacher: below 1 it moves too little."""
+        if step % self.options.motion_every and step != self.stage.steps:
+            return {}
+        clips = max(self.sets, key=lambda clips: clips.bucket.frames)
+        rows = list(range(min(self.options.motion_clips, len(clips))))
+        given = 1 if clips.latent_frames > 1 else 0
+
+        def moved(network: Any, few_step: FewStepScheduler | None) -> float:
+            with self.processes.autocast(self.stage.precision):
+                latents = sample_latents(
+                    network,
+                    clips,
+                    rows,
+                    steps=self.options.teacher_steps,
+                    guidance_scale=self.options.guidance_scale,
+                    few_step=few_step,
+                    known_frames=given,
+                    device=self.processes.device,
+                )
+            return motion(latents)
+
+        if self._teacher_motion is None:
+            self._teacher_motion = moved(self.teacher, None)
+        return {"motion_ratio": moved(model, self.scheduler) / max(self._teacher_motion, 1e-9)}

@@ -1,0 +1,82 @@
+"""The loss of rectified flow (arXiv 2209.03003), over the frames that are to be made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from kairos.training.batches import Batch, draw_batch
+from kairos.training.cache import ClipSet
+from kairos.training.parallel import ALONE, Processes
+from kairos.training.stage import Stage
+
+
+def predict(
+    model: nn.Module, batch: Batch, noisy: Tensor, timestep: Tensor, prompt: tuple[Tensor, Tensor]
+) -> Tensor:
+    """The model's velocity of (B, 16, F, h, w), in float32; in a chunk-causal model the past is a chunk."""
+    past, chunk = batch.cut.past, batch.cut.chunk
+    chunk_frames = None
+    if is_causal(model):
+        chunk_frames = (past, chunk) if past else (chunk,)
+    embeds, mask = prompt
+    (velocity,) = model(
+        noisy,
+        timestep,
+        embeds,
+        encoder_attention_mask=mask,
+        chunk_frames=chunk_frames,
+        return_dict=False,
+    )
+    return velocity.float()
+
+
+def flow_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean squared error of the velocity over the frames after the past."""
+    velocity = predict(model, batch, batch.noisy, batch.timestep, (batch.prompt_embeds, batch.prompt_mask))
+    return (velocity - batch.target)[:, :, batch.cut.past :].square().mean()
+
+
+def is_causal(model: Any) -> bool:
+    return model.config.causal == "chunk"
+
+
+@dataclass
+class FlowMatching:
+    """The objective of pretraining, post-training and LoRA."""
+
+    sets: Sequence[ClipSet]
+    stage: Stage
+    processes: Processes = ALONE
+
+    def batch(self, model: nn.Module, step: int, part: int) -> Batch:
+        """This process's share of part `part` of the step's batch."""
+        world = self.processes.world
+        return draw_batch(
+            self.sets,
+            self.stage,
+            step,
+            causal=is_causal(model),
+            part=part * world + self.processes.rank,
+            parts=self.stage.accumulate * world,
+        ).to(self.processes.device)
+
+    def loss(self, model: nn.Module, step: int, part: int) -> tuple[Tensor, int]:
+        """The loss of one part of the step's batch, and how many clips it has."""
+        batch = self.batch(model, step, part)
+        with self.processes.autocast(self.stage.precision):
+            return flow_loss(model, batch), len(batch)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps besides model and optimizer: nothing."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Nothing to go on from."""
+
+    def report(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Numbers to show besides the loss: none."""
+        return {}

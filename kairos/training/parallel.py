@@ -1,0 +1,118 @@
+"""One process or many: where a process stands, and how the model is laid over all of them (FSDP2)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+@dataclass(frozen=True)
+class Processes:
+    """How many processes train together, which one this is, and its device."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def first(self) -> bool:
+        """This one writes files and talks."""
+        return self.rank == 0
+
+    def autocast(self, precision: str) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+    def mean(self, value: Tensor) -> float:
+        """The mean of a number over the processes."""
+        value = value.detach().float()
+        if self.world > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+            value /= self.world
+        return float(value)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is raised in one of the processes."""
+        if self.world == 1:
+            return flag
+        raised = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+        return bool(raised.item())
+
+    def wait(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+ALONE = Processes()
+
+
+@contextmanager
+def processes() -> Iterator[Processes]:
+    """This process under torchrun, or alone: on the GPU where there is one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield Processes(device=device)
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size(), device)
+    finally:
+        dist.destroy_process_group()
+
+
+def prepare(model: Any, here: Processes, *, checkpointing: bool, compiled: bool, precision: str) -> None:
+    """Put on the model, in place and in this order: device, activation checkpointing, compilation, shards."""
+    model.to(here.device)
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    if compiled:
+        for block in model.blocks:
+            block.compile()
+    shard(model, here, precision=precision)
+
+
+def shard(model: Any, here: Processes, *, precision: str = "float32") -> None:
+    """Lay the parameters over the processes, block by block; nothing to do for one process."""
+    if here.world == 1:
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(here.device.type, (here.world,))
+    bfloat16 = precision == "bfloat16" and here.device.type == "cuda"
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bfloat16 else None, reduce_dtype=torch.float32
+    )
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor; it shares memory with it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor; every process has to ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def laid_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor in the layout, and on the device, of a parameter."""
+    tensor = tensor.to(parameter.device)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+    return tensor

@@ -1,0 +1,160 @@
+"""What a stage needs, before anything is started: parameters, memory by part, the time of a step.
+
+Estimates. Weights, gradients and what the optimizer keeps are exact; activations come from what one block
+keeps for its way back, and the time from the machine's speed at matrix products.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kairos import sizes
+from kairos.errors import MachineError
+from kairos.training.parallel import Processes
+from kairos.training.recipe import Recipe
+from kairos.training.stage import Distillation, Stage
+
+EFFICIENCY = 0.4
+"""Share of a machine's speed at large matrix products that training reaches."""
+ROOM = 0.95
+"""Share of the memory that a plan may fill."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Of one process; memory in GB."""
+
+    stage: str
+    parameters: int
+    trained: int
+    memory_gb: dict[str, float]
+    tokens: int
+    """Of the largest batch, over all processes."""
+    flops: float
+    """Of one step with that batch, over all processes."""
+
+    @property
+    def total_gb(self) -> float:
+        return sum(self.memory_gb.values())
+
+
+def plan_stage(recipe: Recipe, stage: Stage, world: int = 1) -> StagePlan:
+    """Count what the stage needs on each of `world` processes."""
+    config = model_config(recipe)
+    parameters = sizes.transformer_parameters(config)
+    trained = trained_parameters(config, stage, parameters)
+    gb = 1e9 * world
+    memory = {
+        "weights": 4 * parameters / gb,
+        "gradients": 4 * trained / gb,
+        "optimizer": (4 if stage.muon_lr is not None else 8) * trained / gb,
+        "moving average": 4 * trained / gb,
+    }
+    if stage.objective == "distillation":
+        memory["teacher"] = 4 * parameters / gb
+        memory["fake score"] = 16 * parameters / gb
+    if stage.objective == "preference":
+        memory["reference"] = 4 * parameters / gb
+    tokens, activations = 0, 0.0
+    for bucket in stage.buckets:
+        shape = sizes.clip_shape(config, bucket.height, bucket.width, bucket.frames)
+        batch = stage.batch_of(bucket) * (2 if stage.objective == "preference" else 1)
+        part = max(batch / (stage.accumulate * world), 1) * shape.tokens
+        tokens = max(tokens, batch * shape.tokens)
+        activations = max(activations, activation_bytes(config, part, stage))
+    memory["activations"] = activations / 1e9
+    options = stage.distillation or Distillation()
+    passes = {"flow": 3.0, "preference": 4.0, "distillation": 14.5 + 5.5 * options.fake_score_updates}
+    flops = 2 * parameters * tokens * (passes[stage.objective] + stage.checkpointing)
+    return StagePlan(stage.name, parameters, trained, memory, tokens, flops)
+
+
+def model_config(recipe: Recipe) -> dict[str, Any]:
+    """The LinearDiT's configuration, as far as it is known before anything is loaded."""
+    from kairos import presets
+
+    config = dict(sizes.RELEASED_TRANSFORMER)
+    if recipe.base:
+        folder = presets.locate(recipe.base)[1]
+        if folder is not None and (folder / "transformer" / "config.json").exists():
+            config |= presets.read_json(folder / "transformer" / "config.json")
+    return config | recipe.model
+
+
+def trained_parameters(config: Mapping[str, Any], stage: Stage, parameters: int) -> int:
+    """How many numbers change: all, those of LoRA, or those of the named parts."""
+    if stage.lora is None and not stage.train:
+        return parameters
+    from kairos.models.transformer import KairosTransformer3DModel
+
+    known = {key: value for key, value in config.items() if not key.startswith("_")}
+    with torch.device("meta"):
+        model = KairosTransformer3DModel(**known)
+    if stage.lora is None:
+        return sum(p.numel() for n, p in model.named_parameters() if any(part in n for part in stage.train))
+    count = 0
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name.endswith(tuple(f".{t}" for t in stage.lora.targets)):
+            count += stage.lora.rank * (module.in_features + module.out_features)
+    return count
+
+
+def activation_bytes(config: Mapping[str, Any], tokens: float, stage: Stage) -> float:
+    """What is kept for the way back: of every block, or with checkpointing its input and one block's all."""
+    dim, ffn = config["hidden_size"], config["ffn_dim"]
+    number = 2 if stage.precision == "bfloat16" else 4
+    block = tokens * number * (26 * dim + 3 * ffn)
+    if stage.checkpointing:
+        return config["num_layers"] * tokens * 4 * dim + block
+    return config["num_layers"] * block
+
+
+def check_memory(recipe: Recipe, stage: Stage, here: Processes) -> None:
+    """Raise MachineError where the stage cannot fit."""
+    refuse_too_large(plan_stage(recipe, stage, here.world), available_gb(here.device))
+
+
+def refuse_too_large(plan: StagePlan, memory_gb: float) -> None:
+    if plan.total_gb > ROOM * memory_gb:
+        largest = max(plan.memory_gb, key=lambda part: plan.memory_gb[part])
+        fix = (
+            "checkpointing: true or a larger accumulate"
+            if largest == "activations"
+            else "more processes, lora"
+        )
+        raise MachineError(
+            f"stage {plan.stage} needs about {plan.total_gb:.1f} GB a process ({largest} "
+            f"{plan.memory_gb[largest]:.1f}), there are {memory_gb:.1f}; try {fix} or a smaller batch_size"
+        )
+
+
+def available_gb(device: torch.device) -> float:
+    """Memory of the device: all of a GPU's, or what the machine has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 1e9
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    except (ValueError, OSError, AttributeError):  # Windows
+        return float("inf")
+
+
+def measured_speed(device: torch.device, precision: str = "bfloat16", size: int = 1024) -> float:
+    """Operations a second of this machine at matrix products."""
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    size = 4 * size if device.type == "cuda" else size
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(4):
+        began = time.perf_counter()
+        for _ in range(3):
+            a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, (time.perf_counter() - began) / 3)
+    return 2 * size**3 / best

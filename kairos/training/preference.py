@@ -1,0 +1,275 @@
+"""Preference tuning: direct preference optimisation of a flow-matching model on pairs of clips.
+
+A pair is two clips of one caption and one past, the first better than the second. With e the mean squared
+error of the velocity and ref the model before tuning, the loss is
+-log sigmoid(-beta / 2 ((e(better) - e_ref(better)) - (e(worse) - e_ref(worse)))), both with the same noise
+(Diffusion-DPO, arXiv 2311.12908, equation 14, for velocities).
+
+`rollout_pairs` makes pairs of a model's own clips: of two continuations of a simulated clip, the better is
+the one whose velocities are nearer to the truth.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kairos.data.files import write_atomically
+from kairos.data.media import read_video
+from kairos.errors import UserError
+from kairos.evaluation.measure import velocity_error
+from kairos.models.vae import decode, encode
+from kairos.schedulers import shift_for
+from kairos.training.batches import row_at, seed_of
+from kairos.training.cache import ClipSet, Encoders, ShardWriter, embed_captions, stored_rows
+from kairos.training.clips import Bucket, SimulatorSource, fit, inside, read_lines
+from kairos.training.flow import is_causal
+from kairos.training.parallel import ALONE, Processes, shard
+from kairos.training.stage import Preference, Stage
+from kairos.worlds import simulate
+
+logger = logging.getLogger(__name__)
+
+LIST = "pairs.json"
+
+
+@dataclass
+class PairSet:
+    """Pairs of clips of one shape. Row i of `better` and of `worse` have one caption and one past."""
+
+    better: ClipSet
+    worse: ClipSet
+    past: list[int]
+    """Latent frames that each pair begins with, clean."""
+
+    def __len__(self) -> int:
+        return len(self.past)
+
+
+def rollout_pairs(
+    folder: Path,
+    pipeline: Any,
+    source: SimulatorSource,
+    bucket: Bucket,
+    options: Preference,
+    *,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Make `options.pairs` pairs of the pipeline's own continuations and write them to `folder`.
+
+    A pair is left out where an error cannot be measured or they differ by less than the margin. Returns the
+    mean errors of the better and the worse ones and how many pairs there are.
+    """
+    encoders = encoders_of(pipeline)
+    writer = PairWriter(folder, encoders)
+    errors: list[tuple[float, float]] = []
+    for index in range(options.pairs):
+        scene = source.scenes[index % len(source.scenes)]
+        clip = simulate(
+            scene,
+            split=source.split,
+            seed=source.seed,
+            index=index,
+            num_frames=bucket.frames,
+            size=bucket.height,
+        )
+        made = []
+        for attempt in range(2):
+            generator = torch.Generator().manual_seed(seed_of(seed, index, attempt))
+            latents = pipeline(
+                clip.caption,
+                video=clip.frames[: options.given_frames],
+                height=bucket.height,
+                width=bucket.width,
+                num_frames=bucket.frames,
+                num_inference_steps=options.sampling_steps,
+                guidance_scale=options.guidance_scale,
+                generator=generator,
+                output_type="latent",
+            ).frames
+            error = velocity_error(frames_of(encoders, latents), clip, options.given_frames)
+            made.append((error, latents))
+        (best, better), (worst, worse) = sorted(made, key=lambda pair: pair[0])
+        if not math.isfinite(worst - best) or worst - best <= options.margin:
+            continue
+        errors.append((best, worst))
+        past = (options.given_frames - 1) // 4 + 1
+        writer.add(f"{scene}/{source.split}/{source.seed}/{index}", clip.caption, past, better, worse)
+    writer.close()
+    if not errors:
+        raise UserError("no two rollouts differ by more than the margin; lower preference.margin")
+    best, worst = np.mean(errors, axis=0)
+    logger.info("%d pairs, mean velocity error %.4f and %.4f", len(errors), best, worst)
+    return {"pairs": len(errors), "better": float(best), "worse": float(worst)}
+
+
+def manifest_pairs(folder: Path, manifest: Path, bucket: Bucket, encoders: Encoders, fps: float) -> None:
+    """Pairs from lines {"better": "a.mp4", "worse": "b.mp4", "caption": "...", "given_frames": 1}."""
+    writer = PairWriter(folder, encoders)
+    root = manifest.parent.resolve()
+    for line, entry in read_lines(manifest):
+        where = f"{manifest}, line {line}"
+        given = entry.get("given_frames", 0)
+        if not isinstance(given, int) or (given and given % 4 != 1) or not 0 <= given < bucket.frames:
+            raise UserError(f"{where}: given_frames must be 0 or 4n + 1 below {bucket.frames}, got {given!r}")
+        latents = []
+        for side in ("better", "worse"):
+            if not isinstance(entry.get(side), str):
+                raise UserError(f'{where}: "{side}" must be the path of a clip, got {entry.get(side)!r}')
+            frames = read_video(inside(root, entry[side], where), fps=fps, max_frames=bucket.frames)
+            if len(frames) < bucket.frames:
+                raise UserError(
+                    f"{where}: {entry[side]} has {len(frames)} frames, {bucket.frames} are needed"
+                )
+            pixels = torch.from_numpy(fit(frames, bucket).copy()).permute(3, 0, 1, 2)[None]
+            with torch.no_grad():
+                latents.append(encode(encoders.vae, pixels.to(encoders.vae.dtype) / 127.5 - 1))
+        past = (given - 1) // 4 + 1 if given else 0
+        writer.add(f"{manifest.name}/{line}", str(entry.get("caption", "")), past, latents[0], latents[1])
+    writer.close()
+
+
+class PairWriter:
+    """Pairs into shards; the list is written last, so what was stopped is made again."""
+
+    def __init__(self, folder: Path, encoders: Encoders) -> None:
+        self.folder, self.encoders = folder, encoders
+        self.hashes = encoders.hashes()
+        for file in (folder / "latents").glob("*.safetensors"):
+            file.unlink()
+        self.shards = ShardWriter(folder / "latents", "latents", {"vae": self.hashes[0]})
+        self.pairs: list[dict[str, Any]] = []
+
+    def add(self, key: str, caption: str, past: int, better: Tensor, worse: Tensor) -> None:
+        self.pairs.append({"key": key, "caption": caption, "past": past})
+        for side, latents in (("better", better), ("worse", worse)):
+            self.shards.add(f"{key}/{side}", latents.to("cpu", torch.bfloat16))
+
+    def close(self) -> None:
+        self.shards.close()
+        captions = {"", *(pair["caption"] for pair in self.pairs)}
+        embed_captions(self.folder / "prompts", captions, self.encoders, self.hashes[1])
+        write_atomically(self.folder / LIST, json.dumps(self.pairs).encode())
+
+
+def load_pairs(folder: Path, bucket: Bucket, encoders: Encoders) -> PairSet:
+    """The pairs that were written to `folder`. Raises UserError where there are none for these encoders."""
+    if not (folder / LIST).exists():
+        raise UserError(f"no pairs in {folder}")
+    pairs = json.loads((folder / LIST).read_text(encoding="utf-8"))
+    vae_hash, text_hash = encoders.hashes()
+    places = stored_rows(folder / "latents", "vae", vae_hash)
+    prompts = stored_rows(folder / "prompts", "text", text_hash)
+    if not pairs or any(f"{pair['key']}/worse" not in places for pair in pairs):
+        raise UserError(f"the pairs in {folder} are missing or another VAE's; delete the folder to make them")
+    captions = [pair["caption"] for pair in pairs]
+    sides = [
+        ClipSet(bucket, [places[f"{pair['key']}/{side}"] for pair in pairs], captions, prompts)
+        for side in ("better", "worse")
+    ]
+    return PairSet(sides[0], sides[1], [pair["past"] for pair in pairs])
+
+
+class PreferenceObjective:
+    """Pairs of a step have one length of past; the reference is the model that the stage began with."""
+
+    def __init__(
+        self, model: nn.Module, pairs: PairSet, stage: Stage, options: Preference, here: Processes = ALONE
+    ) -> None:
+        self.pairs, self.stage, self.options, self.processes = pairs, stage, options, here
+        self.reference = copy.deepcopy(model).requires_grad_(False).eval()
+        shard(self.reference, here, precision=stage.precision)
+        self._right: list[float] = []
+
+    def loss(self, model: nn.Module, step: int, part: int) -> tuple[Tensor, int]:
+        size = self.stage.batch_of(self.pairs.better.bucket)
+        world = self.processes.world
+        parts = self.stage.accumulate * world
+        if size % parts:
+            raise UserError(f"batches of {size} pairs cannot be cut in {parts} equal parts")
+        first = row_at(self.stage.seed, self.pairs.better, step * size)
+        past = self.pairs.past[first]
+        alike = [row for row in range(len(self.pairs)) if self.pairs.past[row] == past]
+        rng = np.random.default_rng((self.stage.seed, step))
+        order = rng.choice(alike, size=size, replace=len(alike) < size)
+        own = order[part * world + self.processes.rank :: parts].tolist()
+        generator = torch.Generator().manual_seed(seed_of(self.stage.seed, step, part, self.processes.rank))
+        differences = self.differences(model, own, past, generator)
+        self._right.append(float((differences < 0).float().mean()))
+        return -F.logsigmoid(-self.options.beta / 2 * differences).mean(), len(own)
+
+    def differences(
+        self, model: nn.Module, rows: Sequence[int], past: int, generator: torch.Generator
+    ) -> Tensor:
+        """(B,): how much more the model errs than the reference on the better clip, less the other."""
+        device = self.processes.device
+        better = self.pairs.better.latents(rows).to(device)
+        worse = self.pairs.worse.latents(rows).to(device)
+        worse[:, :, :past] = better[:, :, :past]
+        frames = better.shape[2]
+        shift = shift_for(frames, better.shape[3] * better.shape[4] // 4)
+        u = torch.sigmoid(torch.randn(len(rows), generator=generator) * self.stage.time_std)
+        sigma = torch.zeros(len(rows), frames)
+        sigma[:, past:] = (shift * u / (1 + (shift - 1) * u))[:, None]
+        sigma = sigma.to(device)
+        noise = torch.randn(better.shape, generator=generator).to(device)
+        sample, noise = torch.cat([better, worse]), torch.cat([noise, noise])
+        embeds, mask = self.pairs.better.embeddings([self.pairs.better.captions[row] for row in rows])
+        embeds, mask = torch.cat([embeds, embeds]).to(device), torch.cat([mask, mask]).to(device)
+        spread = torch.cat([sigma, sigma])[:, None, :, None, None]
+        noisy = (1 - spread) * sample + spread * noise
+        chunks = None
+        if is_causal(model):
+            chunks = (past, frames - past) if past else (frames,)
+
+        def errors(network: Any) -> Tensor:
+            with self.processes.autocast(self.stage.precision):
+                (velocity,) = network(
+                    noisy,
+                    1000 * torch.cat([sigma, sigma]),
+                    embeds,
+                    encoder_attention_mask=mask,
+                    chunk_frames=chunks,
+                    return_dict=False,
+                )
+            return (velocity.float() - (noise - sample))[:, :, past:].square().mean((1, 2, 3, 4))
+
+        with torch.no_grad():
+            reference = errors(self.reference)
+        gain = errors(model) - reference
+        return gain[: len(rows)] - gain[len(rows) :]
+
+    def state(self) -> dict[str, Any]:
+        """Nothing: the reference is the model that the stage begins with."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Nothing to go on from."""
+
+    def report(self, model: nn.Module, step: int) -> dict[str, float]:
+        """The share of this step's pairs on which the model favours the better clip, more than before."""
+        right, self._right = float(np.mean(self._right)), []
+        return {"preferred": right}
+
+
+def encoders_of(pipeline: Any) -> Encoders:
+    return Encoders(pipeline.vae, pipeline.text_encoder, pipeline.tokenizer, pipeline.config.prompt_template)
+
+
+@torch.no_grad()
+def frames_of(encoders: Encoders, latents: Tensor) -> np.ndarray:
+    """(F, H, W, 3) uint8 of latents (1, 16, f, h, w)."""
+    vae = encoders.vae
+    pixels = decode(vae, latents.to(vae.device, vae.dtype))[0].float().permute(1, 2, 3, 0)
+    return ((pixels / 2 + 0.5) * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()

@@ -1,0 +1,161 @@
+"""What one sees of a training: a line every so often, TensorBoard scalars, and sample videos."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from kairos.errors import UserError
+from kairos.training.parallel import Processes
+from kairos.training.stage import Stage
+
+logger = logging.getLogger(__name__)
+
+SMOOTHED_STEPS = 50
+
+
+class Progress:
+    """Counts steps, clips and seconds of one run; every process feeds it, the first one speaks."""
+
+    def __init__(self, output: Path, stage: Stage, parameters: int, step: int, here: Processes) -> None:
+        self.stage, self.here, self.output = stage, here, output
+        self.seconds = {"forward": 0.0, "backward": 0.0}
+        self.writer: Any = None
+        self._losses: list[Tensor] = []
+        self._clips = self._since_clips = 0
+        self._average: float | None = None
+        self._began = self._reported = time.monotonic()
+        self._first = self._reported_step = step
+        if here.first:
+            logger.info(
+                "%s: %.2f M parameters in training, step %d of %d on %d %s",
+                stage.name,
+                parameters / 1e6,
+                step,
+                stage.steps,
+                here.world,
+                here.device.type,
+            )
+
+    def __enter__(self) -> Progress:
+        if self.here.first:
+            self.writer = open_writer(self.output / "tensorboard")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+    @contextmanager
+    def clock(self, part: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - began
+
+    def add(self, loss: Tensor, clips: int) -> None:
+        self._losses.append(loss.detach())
+        self._clips += clips * self.here.world
+
+    def step(self, step: int, norm: Tensor, rate: float, more: Callable[[], dict[str, float]]) -> None:
+        """After each step. `more` gives further numbers, often none."""
+        loss = self.here.mean(torch.stack(self._losses).mean())
+        self._losses.clear()
+        self._average = (
+            loss if self._average is None else self._average + (loss - self._average) / SMOOTHED_STEPS
+        )
+        scalars = {"loss": loss, "gradient_norm": float(norm), "learning_rate_share": rate} | more()
+        if not self.here.first:
+            return
+        for name, value in scalars.items():
+            if self.writer is not None:
+                self.writer.add_scalar(name, value, step)
+        now = time.monotonic()
+        last = step == self.stage.steps
+        if now - self._reported < self.stage.report_every_s and not last:
+            return
+        seconds, steps = max(now - self._reported, 1e-9), step - self._reported_step
+        clips = self._clips - self._since_clips
+        shown = {
+            k: v for k, v in scalars.items() if k not in ("loss", "gradient_norm", "learning_rate_share")
+        }
+        logger.info(
+            "step %d/%d: loss %.4f, %.2f steps/s, %.1f clips/s, %s, %s left%s",
+            step,
+            self.stage.steps,
+            self._average,
+            steps / seconds,
+            clips / seconds,
+            memory(self.here.device),
+            duration((self.stage.steps - step) * seconds / max(steps, 1)),
+            "".join(f", {name} {value:.3f}" for name, value in shown.items()),
+        )
+        self._reported, self._reported_step, self._since_clips = now, step, self._clips
+        if last:
+            logger.info("%s: %s", self.stage.name, json.dumps(self.summary(step)))
+
+    def summary(self, step: int) -> dict[str, float]:
+        """Pace of the run, and the share of its time that was not forward or backward."""
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        return {
+            "steps": step - self._first,
+            "seconds": round(seconds, 2),
+            "clips_per_s": round(self._clips / seconds, 2),
+            "outside_forward_and_backward": round(1 - sum(self.seconds.values()) / seconds, 4),
+        }
+
+    def show(self, videos: Sequence[NDArray[np.uint8]] | None, step: int) -> None:
+        """Sample videos, (F, H, W, 3), in TensorBoard as moving pictures."""
+        if self.writer is None or not videos:
+            return
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        row = np.concatenate(list(videos), axis=2)
+        frames = [Image.fromarray(frame) for frame in row]
+        buffer = io.BytesIO()
+        frames[0].save(buffer, format="GIF", save_all=True, append_images=frames[1:], duration=62, loop=0)
+        picture = Summary.Image(height=row.shape[1], width=row.shape[2], colorspace=3)
+        picture.encoded_image_string = buffer.getvalue()
+        summary = Summary(value=[Summary.Value(tag="samples", image=picture)])
+        self.writer._get_file_writer().add_summary(summary, step)
+
+
+def open_writer(folder: Path) -> Any:
+    """TensorBoard's writer."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError('training needs more packages; pip install "kairos-world[train]"') from None
+    return SummaryWriter(str(folder))
+
+
+def memory(device: torch.device) -> str:
+    """What this process holds now on its GPU, or has held at most on the machine."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return "memory unknown"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"
+
+
+def duration(seconds: float) -> str:
+    """3725 -> 1 h 02 min; 65 -> 1 min 05 s."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

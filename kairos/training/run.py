@@ -1,0 +1,156 @@
+"""One stage of a recipe, from its configuration to the loop."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kairos.errors import UserError
+from kairos.models.transformer import KairosTransformer3DModel
+from kairos.training.cache import Encoders
+from kairos.training.checkpoint import load_checkpoint
+from kairos.training.flow import FlowMatching, is_causal
+from kairos.training.loop import Objective, train
+from kairos.training.parallel import Processes, prepare
+from kairos.training.recipe import Recipe, clip_sets, load_encoders, load_start
+from kairos.training.stage import Distillation, Preference, Stage
+
+logger = logging.getLogger(__name__)
+
+
+def run_stage(recipe: Recipe, number: int, here: Processes) -> None:
+    """Train the LinearDiT through one stage; nothing where its checkpoint is at the last step."""
+    stage = replace(recipe.stages[number], seed=recipe.seed + recipe.stages[number].seed)
+    output = recipe.output / stage.name
+    state = load_checkpoint(output) if output.is_dir() else None
+    if state is not None and state["step"] >= stage.steps and any((output / "ema").glob("*.safetensors")):
+        logger.info("%s is finished", output)
+        return
+    del state
+    model = starting_model(recipe, stage, number)
+    check_mix(model, stage)
+    if stage.lora is not None:
+        from kairos.training.lora import add_lora
+
+        add_lora(model, stage.lora)
+    elif stage.train:
+        train_only(model, stage)
+    encoders = load_encoders(recipe)
+    objective, clips, few_step = build_objective(recipe, stage, model, encoders, output, here)
+    encoders = replace(encoders, text_encoder=None, tokenizer=None)  # of several GB, and done with
+    prepare(
+        model,
+        here,
+        checkpointing=stage.checkpointing,
+        compiled=stage.compile,
+        precision=stage.precision,
+    )
+    make_samples = None
+    if stage.samples_every and clips is not None:
+        from kairos.training.samples import SampleVideos
+
+        make_samples = SampleVideos(
+            clips,
+            encoders,
+            here,
+            few_step=few_step,
+            steps=int(recipe.defaults.get("num_inference_steps", 20)),
+            guidance_scale=recipe.defaults.get("guidance_scale", 3.0),
+            fps=recipe.defaults.get("fps", 16),
+        )
+    train(model, objective, stage, output, here=here, make_samples=make_samples)
+
+
+def starting_model(recipe: Recipe, stage: Stage, number: int) -> Any:
+    """What the stage's `start_from` says ("random": nothing); else the stage before, the base, or nothing."""
+    before = recipe.stages[number - 1].name if number else ""
+    source = stage.start_from or before or ("" if recipe.vae else recipe.base)
+    if source not in ("", "random"):
+        return load_start(recipe, source)
+    torch.manual_seed(recipe.seed)
+    try:
+        return KairosTransformer3DModel(**recipe.model)
+    except TypeError as error:
+        raise UserError(f"model: {str(error).rpartition('__init__() ')[2]}") from error
+
+
+def check_mix(model: Any, stage: Stage) -> None:
+    """A rollout needs a model that sees no later chunk."""
+    if not is_causal(model) and stage.mix.get("rollout"):
+        raise UserError(
+            f'stage {stage.name}: the task rollout needs model.causal "chunk"; give its share to continuation'
+        )
+
+
+def train_only(model: Any, stage: Stage) -> None:
+    """Freeze all but the parts that the stage names."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(part in name for part in stage.train))
+    for part in stage.train:
+        if not any(part in name for name, _ in model.named_parameters()):
+            raise UserError(f"stage {stage.name}: train names {part!r}, which no parameter has in its name")
+
+
+def build_objective(
+    recipe: Recipe, stage: Stage, model: Any, encoders: Encoders, output: Path, here: Processes
+) -> tuple[Objective, Any, Any]:
+    """The objective, clips to make samples of, and the sampler of a few-step student."""
+    if stage.objective == "preference":
+        return preference(recipe, stage, model, encoders, output, here), None, None
+    sets = clip_sets(recipe, stage, encoders)
+    longest = max(sets, key=lambda clips: clips.bucket.frames)
+    if stage.objective == "distillation":
+        from kairos.training.distillation import DistillationObjective
+
+        if stage.lora is not None or stage.train:
+            raise UserError(f"stage {stage.name}: distillation trains all weights; leave out lora and train")
+        model.to(here.device)
+        distilled = DistillationObjective(model, sets, stage, stage.distillation or Distillation(), here)
+        return distilled, longest, distilled.scheduler
+    return FlowMatching(sets, stage, here), longest, None
+
+
+def preference(
+    recipe: Recipe, stage: Stage, model: Any, encoders: Encoders, output: Path, here: Processes
+) -> Objective:
+    """Pairs of a manifest, or of the model's own rollouts; they are made once."""
+    from kairos.pipeline import KairosPipeline
+    from kairos.schedulers import FlowMatchScheduler
+    from kairos.training.clips import SimulatorSource
+    from kairos.training.preference import (
+        LIST,
+        PreferenceObjective,
+        load_pairs,
+        manifest_pairs,
+        rollout_pairs,
+    )
+
+    options, bucket, folder = stage.preference or Preference(), stage.buckets[0], output / "pairs"
+    if here.first and not (folder / LIST).exists():
+        if options.manifest is not None:
+            manifest_pairs(folder, options.manifest, bucket, encoders, recipe.defaults.get("fps", 16))
+        else:
+            source = recipe.source(stage)
+            if not isinstance(source, SimulatorSource):
+                raise UserError(
+                    f"stage {stage.name}: rollouts can be measured in the simulator's scenes alone; give "
+                    "data.source simulator, or preference.manifest"
+                )
+            pipeline = KairosPipeline(
+                transformer=model.eval().to(here.device),
+                vae=encoders.vae.to(here.device),
+                text_encoder=encoders.text_encoder,
+                tokenizer=encoders.tokenizer,
+                scheduler=FlowMatchScheduler(),
+                prompt_template=encoders.template,
+            )
+            pipeline.set_progress_bar_config(disable=True)
+            logger.info("%d pairs of rollouts are made", options.pairs)
+            rollout_pairs(folder, pipeline, source, bucket, options, seed=stage.seed)
+    here.wait()
+    model.to(here.device)
+    return PreferenceObjective(model, load_pairs(folder, bucket, encoders), stage, options, here)

@@ -1,0 +1,116 @@
+"""Clips that a model makes while it is being trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kairos.data.media import write_video
+from kairos.models.vae import decode
+from kairos.pipeline import chunk_ends, denoise, draw_noise
+from kairos.schedulers import FewStepScheduler, FlowMatchScheduler
+from kairos.training.cache import ClipSet, Encoders
+from kairos.training.parallel import Processes
+
+
+@torch.no_grad()
+def sample_latents(
+    model: Any,
+    clips: ClipSet,
+    rows: Sequence[int],
+    *,
+    steps: int,
+    guidance_scale: float,
+    few_step: FewStepScheduler | None = None,
+    known_frames: int = 0,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Latents (B, 16, F, h, w) for the captions of `rows`, the first `known_frames` given."""
+    truth = clips.latents(rows)
+    scheduler = few_step or FlowMatchScheduler()
+    embeds, mask = clips.embeddings([clips.captions[row] for row in rows])
+    empty = clips.embeddings([""] * len(rows))
+    positive = embeds.to(device), mask.to(device)
+    negative = None
+    if guidance_scale > 1 and few_step is None:
+        negative = empty[0].to(device), empty[1].to(device)
+    known = truth[:, :, :known_frames].to(device) if known_frames else None
+    generator = torch.Generator().manual_seed(seed)
+    latents = draw_noise(tuple(truth.shape), generator).to(device)
+    tokens = truth.shape[3] * truth.shape[4] // 4
+    training = model.training
+    model.eval()
+    for end in chunk_ends(model, truth.shape[2], known_frames):
+        scheduler.set_timesteps(steps, latent_frames=end, tokens_per_frame=tokens, device=device)
+        latents[:, :, :end] = known = denoise(
+            model,
+            scheduler,
+            latents[:, :, :end],
+            positive=positive,
+            negative=negative,
+            guidance_scale=guidance_scale,
+            known=known,
+            generator=generator,
+        )
+    model.train(training)
+    return latents
+
+
+def motion(latents: Tensor) -> float:
+    """How much a clip (B, 16, F, h, w) moves: the mean change from one latent frame to the next.
+
+    The first frame, one frame of pixels where the others are four, is left out where there are enough.
+    """
+    frames = latents[:, :, 1:] if latents.shape[2] > 2 else latents
+    return float(frames.diff(dim=2).abs().mean())
+
+
+class SampleVideos:
+    """Writes `samples/step-*.mp4` for the captions of the first clips; the noise is always the same."""
+
+    def __init__(
+        self,
+        clips: ClipSet,
+        encoders: Encoders,
+        here: Processes,
+        *,
+        few_step: FewStepScheduler | None,
+        count: int = 4,
+        steps: int = 20,
+        guidance_scale: float = 3.0,
+        fps: float = 16,
+    ) -> None:
+        self.clips, self.encoders, self.here, self.fps = clips, encoders, here, fps
+        self.rows = list(range(min(count, len(clips))))
+        self.options: dict[str, Any] = {
+            "steps": steps,
+            "guidance_scale": guidance_scale,
+            "few_step": few_step,
+        }
+
+    def __call__(self, model: Any, output: Path, step: int) -> list[NDArray[np.uint8]]:
+        """The videos, (F, H, W, 3); a captionless data set gives clips that go on from their first frame."""
+        known = 0 if any(self.clips.captions[row] for row in self.rows) else 1
+        latents = sample_latents(
+            model, self.clips, self.rows, known_frames=known, device=self.here.device, **self.options
+        )
+        if not self.here.first:
+            return []
+        vae = self.encoders.vae
+        videos = []
+        for number, one in enumerate(latents.split(1)):
+            with torch.no_grad():
+                pixels = decode(vae, one.to(vae.device, vae.dtype))[0].float().permute(1, 2, 3, 0)
+            frames = ((pixels / 2 + 0.5) * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+            folder = output / "samples"
+            folder.mkdir(exist_ok=True)
+            write_video(folder / f"step-{step:07d}-{number}.mp4", frames, self.fps)
+            videos.append(frames)
+        return videos

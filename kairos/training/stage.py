@@ -1,0 +1,159 @@
+"""What one stage of a training does: the clips, the mix of tasks, what is trained and how fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kairos.errors import UserError
+from kairos.request import did_you_mean
+from kairos.training.clips import Bucket
+
+TASKS = ("t2v", "ti2v", "i2v", "continuation", "rollout", "unconditional")
+OBJECTIVES = ("flow", "distillation", "preference")
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank updates in place of all weights (arXiv 2106.09685)."""
+
+    rank: int = 32
+    alpha: float = 32
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "q_proj", "k_proj", "v_proj", "o_proj", "ffn.0", "ffn.2")
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UserError(f"lora.rank must be at least 1, got {self.rank}")
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Four steps without guidance: consistency, and matching of distributions (arXiv 2405.14867).
+
+    The third network, the fake score, learns by flow matching what the student makes.
+    """
+
+    guidance_scale: float = 5.0
+    sampling_times: tuple[float, ...] = (1000, 800, 500, 100)
+    shift: float = 5.0
+    consistency: float = 1.0
+    matching: float = 1.0
+    """How much each of the two losses counts."""
+    fake_score_updates: int = 5
+    fake_score_lr: float = 4e-7
+    sigma_range: tuple[float, ...] = (0.02, 0.98)
+    """Sigmas at which the two scores are compared."""
+    teacher_steps: int = 20
+    """Of the teacher's clips that the student's motion is compared with."""
+    motion_clips: int = 8
+    motion_every: int = 50
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Direct preference optimisation on pairs of clips (arXiv 2311.12908, for velocities)."""
+
+    beta: float = 500.0
+    manifest: Path | None = None
+    """Pairs of files, a line each: {"better": ..., "worse": ..., "caption": ..., "given_frames": 1}."""
+    pairs: int = 64
+    """Without a manifest: rollouts of the model are made in pairs for so many clips of the simulator."""
+    given_frames: int = 5
+    sampling_steps: int = 20
+    guidance_scale: float = 3.0
+    margin: float = 0.0
+    """Pairs whose measured errors differ by less are left out (world units per unit of time)."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage. Rates rise over `warmup_steps`, stay, and fall linearly over the last `decay_steps`.
+
+    Attributes:
+        start_from: weights to begin with: an earlier stage, a model by name, a file, a folder, or "random".
+            Empty: the stage before, else the recipe's `base`, else random weights.
+        data: another data set than the recipe's.
+        buckets: the shapes of the clips, each a batch of its own.
+        batch_size: clips a step over all processes, where the bucket has no size of its own.
+        accumulate: parts that a batch is computed in.
+        muon_lr: matrices are trained by Muon at this rate; None: AdamW for everything.
+        betas: of AdamW.
+        mix: task -> share of the batches.
+        images: share of the batches that are pictures (buckets of one frame).
+        text_dropout: share of the clips whose caption is left out.
+        past_noise: in a quarter of the batches the past carries noise up to this sigma, told to the model.
+        time_mean, time_std: the time is the logistic function of a normal variable, shifted by shape.
+        train: parts of parameter names; only those are trained. Empty: all.
+    """
+
+    name: str
+    steps: int
+    objective: str = "flow"
+    start_from: str = ""
+    data: dict[str, object] = field(default_factory=dict)
+    buckets: tuple[Bucket, ...] = ()
+    batch_size: int = 32
+    accumulate: int = 1
+    decay_steps: int = 0
+    warmup_steps: int = 50
+    adamw_lr: float = 1e-3
+    muon_lr: float | None = None
+    weight_decay: float = 0.0
+    betas: tuple[float, ...] = (0.9, 0.99)
+    clip_norm: float = 1.0
+    ema: float = 0.999
+    mix: dict[str, float] = field(default_factory=lambda: {"t2v": 1.0})
+    images: float = 0.0
+    text_dropout: float = 0.1
+    past_noise: float = 0.1
+    time_mean: float = 0.0
+    time_std: float = 1.2
+    train: tuple[str, ...] = ()
+    lora: LoRA | None = None
+    distillation: Distillation | None = None
+    preference: Preference | None = None
+    precision: str = "bfloat16"
+    checkpointing: bool = False
+    compile: bool = False
+    save_every_s: float = 300.0
+    report_every_s: float = 15.0
+    samples_every: int = 0
+    """Steps between sample videos; 0: none."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        def refuse(rule: str, value: object) -> None:
+            raise UserError(f"stage {self.name}: {rule}, got {value!r}")
+
+        if self.objective not in OBJECTIVES:
+            refuse(f"objective must be one of {', '.join(OBJECTIVES)}", self.objective)
+        for task in self.mix:
+            if task not in TASKS:
+                refuse(f"unknown task in mix{did_you_mean(task, TASKS)}", task)
+        if not self.mix or min(self.mix.values()) < 0 or sum(self.mix.values()) <= 0:
+            refuse("mix must give tasks shares above 0", self.mix)
+        for name in ("steps", "batch_size", "accumulate", "warmup_steps"):
+            if getattr(self, name) < 1:
+                refuse(f"{name} must be at least 1", getattr(self, name))
+        for name in ("images", "text_dropout", "ema", "past_noise"):
+            if not 0 <= getattr(self, name) <= 1:
+                refuse(f"{name} must be from 0 to 1", getattr(self, name))
+        for name in ("adamw_lr", "clip_norm"):
+            if not getattr(self, name) > 0:
+                refuse(f"{name} must be above 0", getattr(self, name))
+        if self.precision not in ("bfloat16", "float32"):
+            refuse("precision must be bfloat16 or float32", self.precision)
+        if len(self.betas) != 2:
+            refuse("betas must be two numbers", self.betas)
+        if self.lora is not None and self.train:
+            refuse("lora and train exclude each other", self.train)
+
+    def learning_rate(self, step: int) -> float:
+        """The share of the full rate at `step`: warm-up, constant, linear decay to a fiftieth."""
+        rising = min(1.0, (step + 1) / self.warmup_steps)
+        if not self.decay_steps:
+            return rising
+        return rising * max(min(1.0, max(self.steps - step, 0) / self.decay_steps), 0.02)
+
+    def batch_of(self, bucket: Bucket) -> int:
+        return bucket.batch_size or self.batch_size

@@ -1,0 +1,290 @@
+"""Where clips come from, which bucket they go to, what is skipped, and the cache of latents."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+
+from kairos import UserError
+from kairos.data.media import write_video
+from kairos.training.cache import Encoders, build_cache, description, load_clips, shard
+from kairos.training.clips import (
+    Bucket,
+    ManifestSource,
+    SimulatorSource,
+    Skipped,
+    WebdatasetSource,
+    build_source,
+    choose_bucket,
+    fit,
+)
+from kairos.training.vae import build_vae
+
+SMALL = Bucket(9, 32, 32)
+
+
+def video(frames=20, height=32, width=48, seed=0):
+    rng = np.random.default_rng(seed)
+    return np.broadcast_to(
+        rng.integers(0, 255, (frames, 1, 1, 3), np.uint8), (frames, height, width, 3)
+    ).copy()
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    """Two good clips, a broken one, one that is too short, one that is missing, and a picture."""
+    from PIL import Image
+
+    folder = tmp_path / "data"
+    (folder / "clips").mkdir(parents=True)
+    for number, shape in enumerate(((32, 48), (48, 32))):
+        write_video(folder / "clips" / f"{number}.mp4", video(20, *shape, seed=number), 16, scale=1)
+    write_video(folder / "clips" / "short.mp4", video(3), 16, scale=1)
+    (folder / "clips" / "broken.mp4").write_bytes((folder / "clips" / "0.mp4").read_bytes()[:700])
+    Image.fromarray(video(1)[0]).save(folder / "clips" / "still.png")
+    names = ["0.mp4", "broken.mp4", "1.mp4", "short.mp4", "missing.mp4", "still.png"]
+    lines = [json.dumps({"video": f"clips/{name}", "caption": f"this is {name}"}) for name in names]
+    file = folder / "clips.jsonl"
+    file.write_text("\n".join(lines) + "\n\n")
+    return file
+
+
+@pytest.fixture(scope="module")
+def encoders():
+    """A small VAE, and a text encoder that counts letters."""
+
+    class Letters(Encoders):
+        def hashes(self):
+            return super().hashes()[0], self.template
+
+        def embed(self, captions, device="cpu"):
+            embedded.extend(captions)
+            return [torch.full((max(len(c), 1), 4), float(len(c)), dtype=torch.bfloat16) for c in captions]
+
+    embedded: list[str] = []
+    torch.manual_seed(0)
+    made = Letters(build_vae(base_dim=8).eval(), torch.nn.Linear(1, 1), None, "letters")
+    made.text_encoder.embedded = embedded
+    return made
+
+
+def references(source, *buckets):
+    skipped = Skipped()
+    found = list(source.references(buckets, skipped))
+    return found, {entry["clip"]: entry["reason"] for entry in skipped.clips}
+
+
+def test_a_manifest_gives_its_clips_and_names_what_it_skips(manifest):
+    found, skipped = references(ManifestSource(manifest), SMALL, Bucket(1, 32, 32))
+    assert [(r.name, r.caption, r.bucket.frames) for r in found] == [
+        ("clips/0.mp4", "this is 0.mp4", 9),
+        ("clips/1.mp4", "this is 1.mp4", 9),
+        ("clips/short.mp4", "this is short.mp4", 1),
+        ("clips/still.png", "this is still.png", 1),
+    ]
+    assert all(r.read().shape == (r.bucket.frames, 32, 32, 3) for r in found)
+    assert set(skipped) == {"clips/broken.mp4", "clips/missing.mp4"}
+    assert "no such file" in skipped["clips/missing.mp4"] and "cannot be read" in skipped["clips/broken.mp4"]
+
+
+def test_a_clip_shorter_than_every_bucket_is_skipped_with_its_length(manifest):
+    _, skipped = references(ManifestSource(manifest), SMALL)
+    assert skipped["clips/short.mp4"] == "3 frames at 16 fps, the shortest bucket takes 9"
+    assert "1 frames" in skipped["clips/still.png"]
+
+
+def test_clips_are_sampled_at_the_target_rate(tmp_path):
+    frames = np.zeros((24, 32, 32, 3), np.uint8) + np.arange(24, dtype=np.uint8)[:, None, None, None] * 10
+    write_video(tmp_path / "a.mp4", frames, 24, scale=1)
+    (tmp_path / "m.jsonl").write_text('{"video": "a.mp4", "caption": "c", "start_s": 0.25}')
+    (found,), _ = references(ManifestSource(tmp_path / "m.jsonl", fps=8), Bucket(5, 32, 32))
+    shown = found.read()[:, 16, 16, 0].astype(int)
+    assert (
+        np.abs(shown - np.array([60, 90, 120, 150, 180])).max() <= 4
+    )  # every third frame, from the sixth on
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.mp4", "/etc/passwd", "clips/../../secret.mp4", "link/secret.mp4"]
+)
+def test_a_path_that_leaves_the_root_is_refused(tmp_path, name):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "secret.mp4").write_bytes(b"")
+    (tmp_path / "root" / "link").symlink_to(tmp_path)
+    file = tmp_path / "root" / "m.jsonl"
+    file.write_text(json.dumps({"video": name, "caption": ""}))
+    with pytest.raises(UserError, match="leaves the data root"):
+        references(ManifestSource(file), SMALL)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1: not JSON"),
+        ("[1]", "line 1: must be like"),
+        ('{"caption": "x"}', '"video" must be the path'),
+        ('{"video": "a.mp4", "caption": 3}', '"caption" must be a text'),
+        ('{"video": "a.mp4", "start_s": -1}', '"start_s" must be at least 0'),
+    ],
+)
+def test_a_line_that_is_no_clip_is_refused_with_its_number(tmp_path, line, message):
+    file = tmp_path / "m.jsonl"
+    file.write_text(line)
+    with pytest.raises(UserError, match=message):
+        references(ManifestSource(file), SMALL)
+
+
+def test_a_missing_manifest_or_folder_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="no manifest at"):
+        references(ManifestSource(tmp_path / "m.jsonl"), SMALL)
+    with pytest.raises(UserError, match="no folder of shards at"):
+        references(WebdatasetSource(tmp_path / "no"), SMALL)
+    with pytest.raises(UserError, match="FRAMESxHEIGHTxWIDTH"):
+        references(WebdatasetSource(tmp_path), SMALL)
+
+
+def test_buckets_keep_the_aspect():
+    wide, square, tall, long = Bucket(9, 32, 64), Bucket(9, 48, 48), Bucket(9, 64, 32), Bucket(17, 48, 48)
+    buckets = (wide, square, tall, long, Bucket(1, 48, 48))
+    assert choose_bucket(buckets, 10, 480, 900, still=False) is wide
+    assert choose_bucket(buckets, 10, 900, 480, still=False) is tall
+    assert choose_bucket(buckets, 20, 500, 480, still=False) is long
+    assert choose_bucket(buckets, 50, 480, 500, still=True).frames == 1
+    assert choose_bucket((wide,), 5, 480, 900, still=False) is None
+
+
+def test_fitting_covers_the_bucket_and_stretches_nothing():
+    frames = np.zeros((1, 100, 300, 3), np.uint8)
+    frames[:, 25:75, 125:175] = 255  # a square of half the height
+    fitted = fit(frames, Bucket(1, 64, 64))
+    bright = fitted[0, :, :, 0] > 127
+    assert fitted.shape == (1, 64, 64, 3)
+    assert bright.any(1).sum() == bright.any(0).sum() == 32
+
+
+def webdataset(folder, members):
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(folder / "000.tar", "w") as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+
+def test_webdataset_shards_give_their_clips_and_name_what_they_skip(tmp_path):
+    write_video(tmp_path / "v.mp4", video(), 16, scale=1)
+    clip = (tmp_path / "v.mp4").read_bytes()
+    caption = json.dumps({"caption": "a grey square"}).encode()
+    members = [("a.mp4", clip), ("a.json", caption), ("b.mp4", clip), ("c.mp4", clip), ("c.json", b"{}")]
+    webdataset(tmp_path / "s" / "9x32x32", members)
+    (tmp_path / "s" / "9x32x32" / "001.tar").write_bytes(b"torn")
+    webdataset(tmp_path / "s" / "81x480x640", members)
+    found, skipped = references(WebdatasetSource(tmp_path / "s"), SMALL)
+    assert [(r.name, r.caption) for r in found] == [("9x32x32/000.tar/a", "a grey square")]
+    assert found[0].read().shape == (9, 32, 32, 3)
+    assert set(skipped) == {"9x32x32/000.tar/b", "9x32x32/000.tar/c", "9x32x32/001.tar"}
+
+
+def test_the_simulator_makes_a_clip_of_its_number():
+    source = SimulatorSource(("uniform", "collision"), clips=4)
+    first, again = (references(source, SMALL)[0] for _ in range(2))
+    assert [r.key for r in first] == [r.key for r in again] and len({r.key for r in first}) == 4
+    assert np.array_equal(first[3].read(), again[3].read()) and first[3].caption == again[3].caption
+    assert first[3].read().shape == (9, 32, 32, 3) and "collision" in first[3].name
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({}, "data.source must be one of simulator, manifest, webdataset, got None"),
+        ({"source": "simulator", "scenes": None}, "data.scenes must be a list, got None"),
+        ({"source": "simulator", "scenes": ["unifrom"]}, "unknown scene 'unifrom'"),
+        ({"source": "simulator"}, "the key 'scenes' is missing"),
+        ({"source": "manifest", "fil": "x"}, "unknown key 'fil'; did you mean 'file'"),
+        ({"source": "manifest", "file": "x", "fps": "fast"}, "data.fps must be a number, got 'fast'"),
+    ],
+)
+def test_data_that_makes_no_sense_is_refused_in_one_line(data, message):
+    with pytest.raises(UserError, match=message) as caught:
+        build_source(data, "data")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(80, 32, 32), (9, 30, 32), (9, 0, 32)])
+def test_a_bucket_that_the_vae_cannot_take_is_refused(shape):
+    with pytest.raises(UserError, match="must be"):
+        Bucket(*shape)
+
+
+def build(folder, source, encoders, *buckets):
+    what = description(source, buckets)
+    report = build_cache(folder, source, buckets, encoders, described=what)
+    return report, load_clips(folder, buckets, encoders, described=what)
+
+
+def test_a_cache_is_computed_once_and_read_by_content(manifest, tmp_path, encoders, caplog):
+    folder, source = tmp_path / "cache", ManifestSource(manifest)
+    report, (clips,) = build(folder, source, encoders, SMALL)
+    assert (report["made"], report["kept"], len(report["skipped"])) == (2, 0, 4)
+    assert sorted(clips.captions) == ["this is 0.mp4", "this is 1.mp4"]
+    assert clips.latents([0, 1]).shape == (2, 16, 3, 4, 4)
+    embeds, mask = clips.embeddings(["", clips.captions[0]])
+    assert embeds.shape == (2, 13, 4) and mask.sum(1).tolist() == [1, 13]
+    said = json.loads(next(folder.glob("report-*.json")).read_text())
+    assert {entry["clip"] for entry in said["skipped"]} >= {"clips/broken.mp4", "clips/missing.mp4"}
+
+    # Renamed, given other words and joined by a new clip: only that one is computed.
+    data = manifest.parent
+    (data / "clips" / "0.mp4").rename(data / "clips" / "renamed.mp4")
+    write_video(data / "clips" / "new.mp4", video(seed=7), 16, scale=1)
+    names = ["renamed.mp4", "1.mp4", "new.mp4"]
+    manifest.write_text("\n".join(json.dumps({"video": f"clips/{n}", "caption": f"now {n}"}) for n in names))
+    before = {key: clips.latents([row]) for row, key in enumerate(clips.keys)}
+    report, (clips,) = build(folder, source, encoders, SMALL)
+    assert (report["made"], report["kept"], report["skipped"]) == (1, 2, [])
+    assert len(clips) == 3 and set(clips.captions) == {f"now {n}" for n in names}
+    again = {key: clips.latents([row]) for row, key in enumerate(clips.keys)}
+    assert all(torch.equal(again[key], value) for key, value in before.items())
+
+
+def test_another_vae_invalidates_the_latents_and_not_the_prompts(tmp_path, encoders):
+    source = SimulatorSource(("uniform",), clips=3)
+    build(tmp_path, source, encoders, SMALL)
+    torch.manual_seed(5)
+    other = type(encoders)(build_vae(base_dim=8).eval(), encoders.text_encoder, None, "letters")
+    what = description(source, [SMALL])
+    with pytest.raises(UserError, match="made with another VAE; run: kairos train cache"):
+        load_clips(tmp_path, [SMALL], other, described=what)
+    embedded = len(encoders.text_encoder.embedded)
+    report, (clips,) = build(tmp_path, source, other, SMALL)
+    assert report["made"] == 3 and len(clips) == 3
+    assert len(encoders.text_encoder.embedded) == embedded
+
+
+def test_a_cache_that_was_stopped_or_torn_is_completed(tmp_path, encoders, monkeypatch, caplog):
+    monkeypatch.setattr("kairos.training.cache.SHARD_CLIPS", 2)
+    source = SimulatorSource(("uniform",), clips=5)
+    build(tmp_path, source, encoders, SMALL)
+    shards = sorted((tmp_path / SMALL.name).glob("*.safetensors"))
+    assert len(shards) == 3
+    shards[1].unlink()
+    shards[2].write_bytes(shards[2].read_bytes()[:100])
+    shard.cache_clear()
+    with pytest.raises(UserError, match="shards are missing"):
+        load_clips(tmp_path, [SMALL], encoders, described=description(source, [SMALL]))
+    with caplog.at_level(logging.WARNING, "kairos"):
+        report, (clips,) = build(tmp_path, source, encoders, SMALL)
+    assert (report["made"], report["kept"], len(clips)) == (3, 2, 5)
+    assert "torn" in caplog.text
+
+
+def test_training_without_a_cache_says_how_to_make_one(tmp_path, encoders):
+    source = SimulatorSource(("uniform",), clips=3)
+    with pytest.raises(UserError, match="run: kairos train cache RECIPE"):
+        load_clips(tmp_path, [SMALL], encoders, described=description(source, [SMALL]))

@@ -1,0 +1,418 @@
+"""What is trained and towards what: LoRA, distillation to few steps, preferences; merging and exporting."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from training_parts import clip_set, small_model, small_stage
+
+from kairos import KairosTransformer3DModel, UserError
+from kairos.schedulers import FewStepScheduler
+from kairos.training import run as stage_run
+from kairos.training.distillation import DistillationObjective
+from kairos.training.flow import FlowMatching
+from kairos.training.loop import save_weights, train
+from kairos.training.lora import add_lora
+from kairos.training.preference import PairSet, PreferenceObjective
+from kairos.training.samples import motion, sample_latents
+from kairos.training.stage import Distillation, LoRA, Preference
+from kairos.weights import load_transformer_file, save_original
+from kairos.weights.lora import apply_loras, parse_lora
+from kairos.weights.merge import dare, merge_files, parse_model, ties
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    return clip_set(tmp_path_factory.mktemp("cache"))
+
+
+def batch_of(clips):
+    return FlowMatching([clips], small_stage(mix={"ti2v": 1.0})).batch(small_model(), 0, 0)
+
+
+def stirred(seed=0, **config):
+    """A model whose branches all do something."""
+    model = small_model(**config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return model
+
+
+def velocity(model, batch):
+    with torch.no_grad():
+        return model(
+            batch.noisy,
+            batch.timestep,
+            batch.prompt_embeds,
+            encoder_attention_mask=batch.prompt_mask,
+            chunk_frames=(1, 4),
+            return_dict=False,
+        )[0]
+
+
+@pytest.fixture(scope="module")
+def lora(clips, tmp_path_factory):
+    """A small model after LoRA training, and its file."""
+    folder = tmp_path_factory.mktemp("lora")
+    model = stirred()
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters()}
+    add_lora(model, LoRA(rank=4, alpha=8, targets=("q", "o", "ffn.0", "q_proj")))
+    stage = small_stage(steps=6, muon_lr=None, adamw_lr=1e-2, precision="float32", ema=0.0)
+    train(model, FlowMatching([clips], stage), stage, folder)
+    return model, frozen, folder / "ema"
+
+
+def test_lora_trains_nothing_but_its_own(lora):
+    model, frozen, folder = lora
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            assert torch.equal(parameter, frozen[name.replace(".base_layer", "")]), name
+    assert [file.name for file in folder.iterdir()] == ["lora.safetensors"]
+    assert any(p.any() for n, p in model.named_parameters() if "lora_B" in n)
+
+
+def test_a_lora_file_makes_of_the_plain_model_the_trained_one(lora, clips):
+    model, _, folder = lora
+    plain, batch = stirred(), batch_of(clips)
+    before = velocity(plain, batch)
+    apply_loras(plain, [parse_lora(str(folder))])
+    torch.testing.assert_close(velocity(plain, batch), velocity(model, batch), atol=2e-4, rtol=1e-3)
+    assert not torch.allclose(velocity(plain, batch), before, atol=1e-3)
+
+
+def test_diffusers_reads_the_lora_file_as_well(lora, clips):
+    model, _, folder = lora
+    plain, batch = stirred(), batch_of(clips)
+    plain.load_lora_adapter(str(folder / "lora.safetensors"), prefix=None)
+    torch.testing.assert_close(velocity(plain, batch), velocity(model, batch), atol=2e-4, rtol=1e-3)
+
+
+def test_several_loras_add_up_by_their_weights(lora):
+    file = lora[2] / "lora.safetensors"
+    once, twice, none = stirred(), stirred(), stirred()
+    apply_loras(once, [parse_lora(f"{file}:0.5")])
+    apply_loras(twice, [parse_lora(f"{file}:0.2"), parse_lora(f"{file}:0.3")])
+    apply_loras(none, [parse_lora(f"{file}:1"), parse_lora(f"{file}:-1")])
+    for name, value in once.state_dict().items():
+        torch.testing.assert_close(value, twice.state_dict()[name])
+        torch.testing.assert_close(none.state_dict()[name], stirred().state_dict()[name])
+
+
+def test_loras_that_do_not_fit_are_refused_and_change_nothing(lora, tmp_path):
+    file = lora[2] / "lora.safetensors"
+    other = stirred(hidden_size=48)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(UserError, match="does not fit this model"):
+        apply_loras(other, [parse_lora(str(file))])
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    save_file({"w": torch.zeros(1)}, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match="holds no LoRA"):
+        apply_loras(other, [parse_lora(str(tmp_path / "w.safetensors"))])
+    (tmp_path / "text").write_text("no")
+    with pytest.raises(UserError, match="is not a LoRA"):
+        apply_loras(other, [parse_lora(str(tmp_path / "text"))])
+    for wrong, message in ((f"{file}:much", "FILE:WEIGHT"), (str(tmp_path / "none"), "no LoRA at")):
+        with pytest.raises(UserError, match=message):
+            parse_lora(wrong)
+    with pytest.raises(UserError, match="name no layer"):
+        add_lora(stirred(), LoRA(targets=("nothing",)))
+
+
+def test_only_the_named_parts_are_trained(clips, tmp_path):
+    model, start = stirred(), stirred()
+    stage = small_stage(steps=2, train=("blocks.3.", "head"))
+    stage_run.train_only(model, stage)
+    train(model, FlowMatching([clips], stage), stage, tmp_path)
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, start.get_parameter(n))}
+    assert changed and all("blocks.3." in name or "head" in name for name in changed)
+    whole = load_transformer_file(tmp_path / "ema")
+    assert torch.equal(
+        whole.get_parameter("blocks.0.ffn.0.weight"), start.get_parameter("blocks.0.ffn.0.weight")
+    )
+    with pytest.raises(UserError, match=r"'block\.9', which"):
+        stage_run.train_only(model, replace(stage, train=("block.9",)))
+
+
+@pytest.mark.parametrize("causal", ["chunk", "none"])
+def test_distillation_goes_on_to_the_bit_and_reports_motion(clips, tmp_path, causal):
+    mix = {"t2v": 0.5, "ti2v": 0.5}
+    options = Distillation(
+        guidance_scale=2.0,
+        fake_score_updates=2,
+        fake_score_lr=1e-3,
+        teacher_steps=2,
+        motion_clips=2,
+        motion_every=3,
+    )
+    stage = small_stage(
+        steps=4,
+        objective="distillation",
+        distillation=options,
+        muon_lr=None,
+        adamw_lr=1e-3,
+        mix=mix,
+        batch_size=2,
+    )
+    reported = []
+
+    class Reported(DistillationObjective):
+        stop_at = None
+
+        def loss(self, model, step, part):
+            if step == self.stop_at:
+                raise InterruptedError
+            return super().loss(model, step, part)
+
+        def report(self, model, step):
+            numbers = super().report(model, step)
+            reported.append((step, numbers))
+            return numbers
+
+    def student():
+        model = stirred(causal=causal)
+        objective = Reported(model, [clips], stage, options)
+        return model, objective
+
+    model, objective = student()
+    fake_before = copy.deepcopy(objective.fake_score.state_dict())
+    whole = train(model, objective, stage, tmp_path / "whole")
+    assert [step for step, numbers in reported if numbers] == [3, 4]
+    assert all(
+        np.isfinite(numbers["motion_ratio"]) and numbers["motion_ratio"] > 0
+        for _, numbers in reported
+        if numbers
+    )
+    assert any(not torch.equal(v, fake_before[n]) for n, v in objective.fake_score.state_dict().items())
+    assert all(
+        torch.equal(v, stirred(causal=causal).state_dict()[n])
+        for n, v in objective.teacher.state_dict().items()
+    )
+
+    model, objective = student()
+    objective.stop_at = 2
+    with pytest.raises(InterruptedError):
+        train(model, objective, replace(stage, save_every_s=0.0), tmp_path / "parts")
+    model, objective = student()
+    parts = train(model, objective, stage, tmp_path / "parts")
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+def test_distribution_matching_moves_the_student_to_the_teacher_and_off_the_fake(clips):
+    """The gradient for the student's sample is (x0 of the fake score - x0 of the teacher) over its scale."""
+    options = Distillation(guidance_scale=1.0)
+    stage = small_stage(precision="float32", muon_lr=None, mix={"ti2v": 1.0})
+    model = stirred()
+    objective = DistillationObjective(model, [clips], stage, options)
+    batch = objective.batch(model, 0, 0)
+    sample = batch.sample.clone().requires_grad_(True)
+    objective.make = lambda *_, **__: sample
+    teacher, fake = 0.3, 0.1
+    objective.velocity = lambda network, batch, noisy, sigma, prompt=None: torch.full_like(
+        noisy, teacher if network is objective.teacher else fake
+    )
+    objective.matching_loss(model, batch, torch.Generator().manual_seed(0)).backward()
+    past = batch.cut.past
+    assert not sample.grad[:, :, :past].any()
+    # x0 = z - sigma v: the teacher's lies lower, so the sample is pushed down: a gradient above 0.
+    assert (sample.grad[:, :, past:] > 0).all()
+
+
+def test_consistency_asks_for_nothing_where_the_student_is_a_straight_teacher(clips):
+    """A teacher with one velocity for a clip takes the same way from every time."""
+    stage = small_stage(precision="float32", muon_lr=None, mix={"ti2v": 1.0})
+    model = stirred()
+    objective = DistillationObjective(model, [clips], stage, Distillation(guidance_scale=1.0))
+    objective.velocity = lambda network, batch, noisy, sigma, prompt=None: torch.full_like(noisy, 0.5)
+    batch = objective.batch(model, 0, 0)
+    for seed in range(4):
+        loss = objective.consistency_loss(model, batch, torch.Generator().manual_seed(seed))
+        assert loss < 1e-9
+
+
+def test_a_student_samples_in_four_steps_from_its_first_frame(clips):
+    student = stirred().train()
+    made = sample_latents(
+        student, clips, [0, 1], steps=20, guidance_scale=5.0, few_step=FewStepScheduler(), known_frames=1
+    )
+    truth = clips.latents([0, 1])
+    assert made.shape == truth.shape and student.training
+    assert torch.equal(made[:, :, :1], truth[:, :, :1])
+    assert motion(torch.zeros(1, 16, 5, 4, 4)) == 0 < motion(made)
+
+
+def pair_set(folder, count=4):
+    better, worse = clip_set(folder / "better", count), clip_set(folder / "worse", count)
+    worse.places = worse.places[::-1]
+    return PairSet(better, worse, [1] * count)
+
+
+def test_preferences_are_learned(tmp_path):
+    pairs = pair_set(tmp_path)
+    stage = small_stage(
+        steps=60,
+        objective="preference",
+        muon_lr=None,
+        adamw_lr=1e-3,
+        batch_size=4,
+        precision="float32",
+        warmup_steps=5,
+    )
+    model = stirred()
+    objective = PreferenceObjective(model, pairs, stage, Preference(beta=200.0))
+    losses = []
+
+    def watched(model, step, part):
+        loss, count = PreferenceObjective.loss(objective, model, step, part)
+        losses.append(loss.item())
+        return loss, count
+
+    objective.loss = watched
+    train(model, objective, stage, tmp_path / "run")
+    assert losses[0] == pytest.approx(np.log(2), abs=1e-5)  # the model is its own reference
+    assert np.mean(losses[-10:]) < 0.8 * np.log(2)
+    generator = torch.Generator().manual_seed(3)
+    assert (objective.differences(model, [0, 1, 2, 3], 1, generator) < 0).float().mean() >= 0.75
+
+
+def test_the_physics_measures_make_pairs(tmp_path):
+    from kairos.presets import load_pipeline
+    from kairos.training.clips import Bucket, SimulatorSource
+    from kairos.training.preference import encoders_of, load_pairs, rollout_pairs
+
+    pipeline = load_pipeline("kairos-tiny", dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    options = Preference(pairs=2, sampling_steps=2, guidance_scale=1.0)
+    bucket = Bucket(13, 64, 64)
+    said = rollout_pairs(tmp_path, pipeline, SimulatorSource(("uniform",)), bucket, options)
+    assert said["better"] < said["worse"] and said["pairs"] >= 1
+    pairs = load_pairs(tmp_path, bucket, encoders_of(pipeline))
+    assert len(pairs) == said["pairs"] and pairs.past[0] == 2
+    better, worse = pairs.better.latents([0]), pairs.worse.latents([0])
+    assert torch.equal(better[:, :, :2], worse[:, :, :2]) and not torch.equal(better, worse)
+
+
+def test_exports_come_back_in_both_layouts(clips, tmp_path):
+    model, batch = stirred(), batch_of(clips)
+    config = {"causal": "chunk", "pad_dilated": False, "num_attention_heads": 2}
+    save_original(model, tmp_path / "one.safetensors")
+    model.save_pretrained(tmp_path / "folder")
+    save_weights(tmp_path / "ema", model, dict(model.named_parameters()))
+    for again in (
+        load_transformer_file(tmp_path / "one.safetensors", **config),
+        KairosTransformer3DModel.from_pretrained(tmp_path / "folder").eval(),
+        KairosTransformer3DModel.from_pretrained(tmp_path / "ema").eval(),
+    ):
+        assert torch.equal(velocity(again, batch), velocity(model.eval(), batch))
+
+
+@pytest.fixture
+def three(tmp_path):
+    """A base and two models that were trained from it, as files."""
+    torch.manual_seed(0)
+    base = {"a": torch.randn(6, 5), "b": torch.randn(7)}
+    models = [
+        {name: value + 0.1 * torch.randn(value.shape) for name, value in base.items()} for _ in range(2)
+    ]
+    for name, tensors in zip(("base", "one", "two"), (base, *models), strict=True):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    return tmp_path, base, models
+
+
+def merged(folder, method="average", weights=(1.0, 1.0), **options):
+    files = [
+        (str(folder / f"{name}.safetensors"), w) for name, w in zip(("one", "two"), weights, strict=True)
+    ]
+    base = str(folder / "base.safetensors")
+    merge_files(files, folder / "out.safetensors", method=method, base=base, **options)
+    return load_file(folder / "out.safetensors")
+
+
+def test_an_average_is_weighted(three):
+    folder, _, (one, two) = three
+    result = merged(folder, weights=(3.0, 1.0))
+    for name, value in result.items():
+        torch.testing.assert_close(value, 0.75 * one[name] + 0.25 * two[name])
+
+
+def test_merging_one_model_with_everything_kept_gives_it_back(three):
+    folder, _, (one, _) = three
+    file = (str(folder / "one.safetensors"), 1.0)
+    for method in ("average", "ties", "dare"):
+        base = str(folder / "base.safetensors")
+        merge_files([file], folder / "out.safetensors", method=method, base=base, density=1.0)
+        for name, value in load_file(folder / "out.safetensors").items():
+            torch.testing.assert_close(value, one[name])
+
+
+def test_ties_trims_elects_a_sign_and_averages_those_that_agree():
+    differences = torch.tensor([[4.0, -1.0, 0.1, 2.0], [2.0, 3.0, 0.2, -5.0]])
+    assert ties(differences, 0.75).tolist() == [3.0, 3.0, 0.0, -5.0]
+
+
+def test_dare_keeps_a_share_and_the_mean(three):
+    kept = dare(torch.ones(1, 100_000), 0.25, torch.Generator().manual_seed(0))
+    assert set(kept.unique().tolist()) == {0.0, 4.0} and abs(kept.mean() - 1) < 0.03
+    folder, *_ = three
+    first, again = (merged(folder, "dare", seed=3) for _ in range(2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[n], v) for n, v in merged(folder, "dare", seed=4).items())
+
+
+def test_merging_keeps_the_precision_and_never_holds_a_model(tmp_path):
+    """Tensors are read and written one at a time: at most one of each model lives at once."""
+    sizes = {f"w{i}": torch.randn(64, 64).bfloat16() for i in range(6)}
+    for name in ("one", "two"):
+        save_file(sizes, tmp_path / f"{name}.safetensors")
+    files = [(str(tmp_path / f"{name}.safetensors"), 1.0) for name in ("one", "two")]
+    merge_files(files, tmp_path / "out.safetensors")
+    result = load_file(tmp_path / "out.safetensors")
+    assert all(
+        result[name].dtype == torch.bfloat16 and torch.equal(result[name], sizes[name]) for name in sizes
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "tise"}, "no method 'tise'; did you mean 'ties'"),
+        ({"method": "ties", "base": None}, "ties needs --base"),
+        ({"density": 0.0}, "density must be above 0"),
+        ({"weights": (1.0, -1.0)}, "must not add up to 0"),
+    ],
+)
+def test_merges_that_make_no_sense_are_refused(three, options, message):
+    folder = three[0]
+    weights = options.pop("weights", (1.0, 1.0))
+    files = [(str(folder / f"{n}.safetensors"), w) for n, w in zip(("one", "two"), weights, strict=True)]
+    options = {"base": str(folder / "base.safetensors")} | options
+    with pytest.raises(UserError, match=message):
+        merge_files(files, folder / "out.safetensors", **options)
+    assert not (folder / "out.safetensors").exists()
+
+
+def test_models_of_other_shapes_are_not_merged(three):
+    folder = three[0]
+    save_file({"a": torch.zeros(2, 2), "b": torch.zeros(7)}, folder / "two.safetensors")
+    with pytest.raises(
+        UserError, match=r"two.safetensors is of another model than the others: a is \(2, 2\)"
+    ):
+        merged(folder)
+    with pytest.raises(UserError, match="FILE:WEIGHT"):
+        parse_model("x:y")
+    assert parse_model("x:0.5") == ("x", 0.5)
+
+
+def test_the_metadata_of_a_lora_says_its_rank(lora):
+    from safetensors import safe_open
+
+    with safe_open(lora[2] / "lora.safetensors", framework="pt") as file:
+        said = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert (said["r"], said["lora_alpha"]) == (4, 4)  # alpha is in the tensors

@@ -1,0 +1,76 @@
+"""Two processes under FSDP2 train as one does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from training_parts import clip_set, small_model, small_stage
+
+from kairos.training.checkpoint import load_checkpoint
+from kairos.training.flow import FlowMatching
+from kairos.training.loop import train
+
+# AdamW, and Muon, whose step needs whole matrices.
+OPTIONS = {
+    name: {"steps": 6, "precision": "float32", "muon_lr": rate, "ema": 0.9}
+    for name, rate in (("adamw", None), ("muon", 0.01))
+}
+
+PROGRAM = """
+import json, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from training_parts import clip_set, small_model, small_stage
+from kairos.training.flow import FlowMatching
+from kairos.training.loop import train
+from kairos.training.parallel import prepare, processes
+folder = Path({folder!r})
+losses = {{}}
+class Recorded(FlowMatching):
+    def loss(self, model, step, part):
+        loss, clips = super().loss(model, step, part)
+        losses[name].append(self.processes.mean(loss))
+        return loss, clips
+with processes() as here:
+    clips = clip_set(folder / "cache" / str(here.rank))
+    for name, options in json.loads({options!r}).items():
+        stage, losses[name], model = small_stage(**options), [], small_model()
+        prepare(model, here, checkpointing=True, compiled=False, precision=stage.precision)
+        train(model, Recorded([clips], stage, here), stage, folder / name, here=here)
+    if here.first:
+        (folder / "losses.json").write_text(json.dumps(losses))
+"""
+
+
+def test_two_processes_have_the_loss_curve_of_one(tmp_path):
+    file = tmp_path / "program.py"
+    tests = str(Path(__file__).parent)
+    file.write_text(PROGRAM.format(tests=tests, folder=str(tmp_path), options=json.dumps(OPTIONS)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    together = json.loads((tmp_path / "losses.json").read_text())
+    clips = clip_set(tmp_path / "one")
+    for name, options in OPTIONS.items():
+        stage, alone = small_stage(**options), []
+
+        class Recorded(FlowMatching):
+            def loss(self, model, step, part, alone=alone):
+                loss, count = super().loss(model, step, part)
+                alone.append(loss.item())
+                return loss, count
+
+        ema = train(small_model(), Recorded([clips], stage), stage, tmp_path / f"{name}-alone")
+        torch.testing.assert_close(torch.tensor(together[name]), torch.tensor(alone), atol=1e-4, rtol=0)
+        # One process goes on from the checkpoint of two.
+        state = load_checkpoint(tmp_path / name)
+        assert state["step"] == 6
+        for key, value in ema.items():
+            torch.testing.assert_close(state["ema"][key], value, atol=1e-3, rtol=1e-2)
+        longer = small_stage(**(options | {"steps": 7}))
+        train(small_model(), FlowMatching([clips], longer), longer, tmp_path / name)
+        assert load_checkpoint(tmp_path / name)["step"] == 7

@@ -1,0 +1,255 @@
+"""Recipes: what is read, refused and planned, and a model that comes of one."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from kairos import KairosTransformer3DModel, MachineError, UserError
+from kairos.training.parallel import ALONE
+from kairos.training.plan import check_memory, plan_stage, refuse_too_large
+from kairos.training.recipe import build_recipe, read_recipe, run_recipe
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+
+TINY = {
+    "name": "tiny",
+    "output": "runs/tiny",
+    "scenes": ["uniform"],
+    "vae": [{"steps": 1, "num_frames": 1, "batch_size": 2}],
+    "conditioner": {"steps": 2, "captions": 30, "batch_size": 4, "vocabulary": 300},
+    "data": {"source": "simulator", "scenes": ["uniform"], "clips": 8},
+    "model": {
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "ffn_dim": 32,
+        "num_layers": 4,
+        "gated_delta_head_dim": 8,
+        "text_dim": 128,
+        "pad_dilated": False,
+        "causal": "chunk",
+    },
+    "stages": [
+        {
+            "name": "transformer",
+            "buckets": [{"frames": 9, "height": 64, "width": 64}],
+            "mix": {"t2v": 0.5, "ti2v": 0.5},
+            "steps": 2,
+            "batch_size": 2,
+            "muon_lr": 0.01,
+        }
+    ],
+    "defaults": {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 2, "guidance_scale": 1.0},
+}
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_every_recipe_can_be_read_and_planned(file):
+    recipe = read_recipe(file)
+    for stage in recipe.stages:
+        plan = plan_stage(recipe, stage, world=8)
+        assert plan.total_gb > 0 and plan.flops > 0 and plan.trained <= plan.parameters
+    assert recipe.steps[-1] == "assemble"
+
+
+def test_the_recipe_of_kairos_tiny_makes_the_model_that_ships():
+    from kairos.presets import ASSETS
+
+    recipe = read_recipe(next(file for file in RECIPES if file.stem == "kairos-tiny"))
+    shipped = json.loads((ASSETS / "kairos-tiny" / "transformer" / "config.json").read_text())
+    made = KairosTransformer3DModel(**recipe.model)
+    assert {name: shipped[name] for name in recipe.model} == {
+        name: made.config[name] for name in recipe.model
+    }
+    plan = plan_stage(recipe, recipe.stages[0])
+    assert plan.parameters == sum(p.numel() for p in made.parameters())
+
+
+def test_a_recipe_makes_a_model_that_makes_a_video(tmp_path, monkeypatch):
+    from kairos.presets import load_pipeline
+    from kairos.training import vae
+
+    monkeypatch.setattr(vae, "MEASURED_CLIPS", 1)
+    content = copy.deepcopy(TINY) | {"output": str(tmp_path)}
+    content["stages"].append(
+        {
+            "name": "distillation",
+            "objective": "distillation",
+            "buckets": [{"frames": 9, "height": 64, "width": 64}],
+            "steps": 1,
+            "batch_size": 1,
+            "distillation": {"fake_score_updates": 1, "teacher_steps": 1, "motion_clips": 1},
+        }
+    )
+    recipe = build_recipe(content, "recipe")
+    assert recipe.steps == ("vae", "conditioner", "cache", "transformer", "distillation", "assemble")
+    run_recipe(recipe)
+    made = [tmp_path / "vae" / "config.json", tmp_path / "transformer" / "checkpoint.pt"]
+    before = [file.stat().st_mtime_ns for file in made]
+    run_recipe(recipe)  # everything is finished: nothing is made again
+    assert [file.stat().st_mtime_ns for file in made] == before
+    pipeline = load_pipeline(tmp_path / "tiny", dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    assert len(pipeline.scheduler.timesteps) == 4 and pipeline.config.defaults["guidance_scale"] == 1
+    frames = pipeline("a red ball", num_frames=5).frames
+    assert frames.shape == (1, 5, 64, 64, 3)
+    assert "_name_or_path" not in (tmp_path / "tiny" / "vae" / "config.json").read_text()
+
+
+def test_a_stage_goes_on_from_weights_that_are_there(tmp_path):
+    """kairos-tiny lends VAE, text encoder and weights; one stage is a LoRA with sample videos."""
+    bucket = {"frames": 9, "height": 64, "width": 64}
+    content = {
+        "name": "mine",
+        "output": str(tmp_path),
+        "base": "kairos-tiny",
+        "data": {"source": "simulator", "scenes": ["uniform"], "clips": 4},
+        "stages": [
+            {"name": "more", "steps": 1, "batch_size": 2, "buckets": [bucket], "start_from": "kairos-tiny"},
+            {
+                "name": "lora",
+                "steps": 2,
+                "batch_size": 2,
+                "buckets": [bucket],
+                "lora": {"rank": 2},
+                "samples_every": 2,
+            },
+        ],
+        "defaults": {"num_inference_steps": 1},
+    }
+    run_recipe(build_recipe(content, "recipe"), ("cache", "more", "lora"))
+    assert (tmp_path / "more" / "ema" / "diffusion_pytorch_model.safetensors").exists()
+    assert (tmp_path / "lora" / "ema" / "lora.safetensors").exists()
+    assert len(list((tmp_path / "lora" / "samples").glob("step-0000002-*.mp4"))) == 4
+
+    video = tmp_path / "v.mp4"
+    lora = tmp_path / "lora" / "ema"
+    command = ["generate", "a red ball", "--frames", "5", "--steps", "1", "-o", str(video)]
+    command += ["--lora", f"{lora}:0.5", "--lora", str(lora / "lora.safetensors")]
+    done = kairos(*command)
+    assert done.returncode == 0, done.stderr
+    from kairos.data.media import read_metadata
+
+    assert read_metadata(video)["loras"] == [f"{lora}:0.5", str(lora / "lora.safetensors")]
+    done = kairos("generate", "x", "--lora", "nothing.safetensors", "-o", str(video))
+    assert done.returncode == 2 and "no LoRA at nothing.safetensors" in done.stderr
+
+
+def kairos(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "kairos", *arguments], capture_output=True, text=True, check=False, timeout=240
+    )
+
+
+def changed(**changes):
+    return {key: value for key, value in (copy.deepcopy(TINY) | changes).items() if value != "absent"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (changed(scens=["uniform"]), "unknown key 'scens'; did you mean 'scenes'"),
+        (changed(name="absent"), "the key 'name' is missing"),
+        (changed(scenes=None), "scenes must be a list, got None"),
+        (changed(scenes="absent"), "the key 'scenes' is missing"),
+        (changed(scenes=["unifrom"]), "unknown scene 'unifrom'"),
+        (changed(vae={"stages": []}), "vae must be a list"),
+        (changed(vae=[{"steps": 1}]), r"vae\[0\]: the key 'num_frames' is missing"),
+        (changed(conditioner={"step": 1}), "conditioner: unknown key 'step'; did you mean 'steps'"),
+        (changed(conditioner=None), "the key 'conditioner' is missing"),
+        (changed(vae="absent"), "the key 'vae' is missing"),
+        (changed(vae="absent", conditioner="absent"), "the key 'base' is missing"),
+        (changed(data="absent"), "data.source must be one of"),
+        (changed(model="absent"), "the key 'model' is missing"),
+        (changed(seed="seven"), "seed must be a whole number, got 'seven'"),
+        (changed(stages=[{"name": "x", "steps": 1}]), "stage x: the key 'buckets' is missing"),
+        (changed(stages=[TINY["stages"][0]] * 2), "two stages are named 'transformer'"),
+        (changed(stages=[TINY["stages"][0] | {"stepz": 1}]), r"stages\[0\]: unknown key 'stepz'"),
+        (changed(stages=[TINY["stages"][0] | {"steps": "many"}]), "steps must be a whole number, got 'many'"),
+        (changed(stages=[TINY["stages"][0] | {"buckets": [{"frames": 8, "height": 64, "width": 64}]}]), "4n"),
+    ],
+)
+def test_a_recipe_that_cannot_be_used_is_refused_in_one_line(content, message):
+    with pytest.raises(UserError, match=message) as caught:
+        build_recipe(content, "recipe.yaml")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "is not YAML"), ("- 1", "a mapping"), (None, "no recipe at")]
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, message):
+    file = tmp_path / "recipe.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_recipe(file)
+
+
+def test_stages_that_are_not_there_yet_are_named(tmp_path):
+    recipe = build_recipe(copy.deepcopy(TINY) | {"output": str(tmp_path)}, "recipe")
+    with pytest.raises(UserError, match="unknown stage 'dit'; stages are vae, conditioner, cache"):
+        run_recipe(recipe, ("dit",))
+    with pytest.raises(UserError, match="has no vae yet; run the recipe's stage vae first"):
+        run_recipe(recipe, ("cache",))
+    with pytest.raises(UserError, match="stage transformer has no weights"):
+        run_recipe(recipe, ("assemble",))
+
+
+def test_a_model_that_does_not_exist_and_a_rollout_that_cannot_be_are_refused(tmp_path):
+    content = {key: value for key, value in TINY.items() if key not in ("vae", "conditioner", "scenes")}
+    content |= {"output": str(tmp_path), "base": "kairos-tini", "stages": TINY["stages"]}
+    with pytest.raises(UserError, match="did you mean 'kairos-tiny'"):
+        run_recipe(build_recipe(content, "recipe"))
+    stage = TINY["stages"][0] | {"start_from": "random", "mix": {"rollout": 1.0}}
+    model = TINY["model"] | {"causal": "none"}
+    content |= {"base": "kairos-tiny", "stages": [stage], "model": model}
+    with pytest.raises(UserError, match="the task rollout needs"):
+        run_recipe(build_recipe(content, "recipe"), ("transformer",))
+    content |= {"stages": [stage | {"mix": {"t2v": 1.0}}], "model": model | {"hidden": 3}}
+    with pytest.raises(UserError, match="hidden"):
+        run_recipe(build_recipe(content, "recipe"), ("transformer",))
+
+
+def test_what_cannot_fit_is_refused_before_it_starts():
+    recipe = read_recipe(next(file for file in RECIPES if file.stem == "kairos-4b"))
+    stage = recipe.stages[-1]
+    plan = plan_stage(recipe, stage, 1)
+    assert plan.parameters == pytest.approx(4e9, rel=0.2) and plan.memory_gb["weights"] == pytest.approx(
+        16, rel=0.2
+    )
+    with pytest.raises(MachineError, match=r"needs about .* GB a process .* try") as caught:
+        refuse_too_large(plan, 80.0)
+    assert "\n" not in str(caught.value)
+    eight = plan_stage(recipe, stage, 8)
+    assert eight.memory_gb["optimizer"] == pytest.approx(plan.memory_gb["optimizer"] / 8)
+    check_memory(
+        build_recipe(copy.deepcopy(TINY), "recipe"), build_recipe(copy.deepcopy(TINY), "r").stages[0], ALONE
+    )
+
+
+def test_lora_needs_a_small_part_of_the_memory():
+    recipe = read_recipe(next(file for file in RECIPES if file.stem == "kairos-4b-lora"))
+    plan = plan_stage(recipe, recipe.stages[0])
+    assert plan.trained < plan.parameters / 20
+    assert plan.memory_gb["optimizer"] < plan.memory_gb["weights"] / 10
+
+
+def test_the_command_plans_and_refuses_in_one_line(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(TINY))
+    done = kairos("train", "plan", str(file))
+    assert done.returncode == 0, done.stderr
+    assert all(word in done.stdout for word in ("parameters", "optimizer", "activations", "steps, about"))
+    done = kairos("train", "plan", str(file), "--memory-gb", "0.0001")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "stage transformer needs" in done.stderr
+    file.write_text("name: [")
+    done = kairos("train", str(file))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "is not YAML" in done.stderr
