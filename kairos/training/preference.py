@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from kairos.data.files import write_atomically
 from kairos.data.media import read_video
 from kairos.errors import UserError
-from kairos.evaluation.measure import velocity_error
+from kairos.evaluation.reading import read
+from kairos.evaluation.scores import velocity_error
 from kairos.models.vae import decode, encode
 from kairos.schedulers import shift_for
 from kairos.training.batches import row_at, seed_of
@@ -98,7 +99,7 @@ def rollout_pairs(
                 generator=generator,
                 output_type="latent",
             ).frames
-            error = velocity_error(frames_of(encoders, latents), clip, options.given_frames)
+            error = velocity_error(read(frames_of(encoders, latents)), clip, options.given_frames)
             made.append((error, latents))
         (best, better), (worst, worse) = sorted(made, key=lambda pair: pair[0])
         if not math.isfinite(worst - best) or worst - best <= options.margin:

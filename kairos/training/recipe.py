@@ -293,7 +293,7 @@ def assemble(recipe: Recipe) -> None:
     """One folder in diffusers' layout, of the last stage that trained a whole LinearDiT."""
     import torch
 
-    from kairos import presets
+    from kairos.model_info import info
     from kairos.pipeline import KairosPipeline
     from kairos.schedulers import FewStepScheduler, FlowMatchScheduler
 
@@ -305,7 +305,7 @@ def assemble(recipe: Recipe) -> None:
     transformer = load_start(recipe, stage.name, "bfloat16")
     encoders = load_encoders(recipe)
     scheduler: Any = FlowMatchScheduler()
-    defaults = presets.info(recipe.base).defaults if recipe.base else {}
+    defaults = info(recipe.base).defaults if recipe.base else {}
     defaults = {**defaults, **recipe.defaults}
     if stage.objective == "distillation":
         options = stage.distillation or Distillation()

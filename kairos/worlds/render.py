@@ -1,7 +1,7 @@
 """Draws a world in NumPy: every shape by its signed distance, so edges are smooth and places sub-pixel.
 
 Colours are mixed linearly in pixel values: a pixel is background + coverage * (colour - background), which
-makes the centroid of the colour mask the place of the shape (`kairos.evaluation.measure` stands on that).
+makes the centroid of the colour mask the place of the shape (`kairos.evaluation.reading` stands on that).
 """
 
 from __future__ import annotations
