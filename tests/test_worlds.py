@@ -395,7 +395,8 @@ def test_the_scenery_is_the_clip_without_its_balls(scene):
     clip, empty = simulate(scene, index=3), scenery(scene, index=3)
     differs = (clip.frames != empty).any(-1)
     share = differs.mean((1, 2)) * WORLD**2
-    assert share[0] == pytest.approx(np.sum(clip.radii**2) * np.pi, rel=0.4)
+    area = np.sum(clip.radii**2) * (4 if scene == "push" else np.pi)
+    assert area < share[0] < 1.4 * area  # with the edge, of which a pixel counts whole
 
 
 def test_an_exported_data_set_has_clips_captions_and_states_that_agree(tmp_path):

@@ -125,8 +125,7 @@ def evaluate(
         results = score_videos(videos, settings, output=output)
     else:
         results = measured(model, settings, frames, steps, guidance, device, dtype, teacher, output)
-    for split, measures in results["splits"].items():
-        out.print(table(f"{results['model']}, {split}", measures["scenes"]))
+    out.print(table(results))
     out.print(LEGEND, style="dim", highlight=False)
     if output is not None:
         out.print(f"{output / 'results.json'}", highlight=False)
@@ -204,23 +203,21 @@ law: possible preferred to impossible; text: all as captioned; dB: the VAE's PSN
 own: the ball comes out again (occlusion), the balls meet and part (collision)"""
 
 
-def table(title: str, scenes: dict[str, Any]) -> "Table":
-    """One line for each scene: what matters most of what results.json holds."""
+def table(results: dict[str, Any]) -> "Table":
+    """A line for each scene of each split: what matters most of what results.json holds."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    view = Table(
-        title=title,
-        box=SIMPLE_HEAD,
-        padding=(0, 0, 0, 1),
-        pad_edge=False,
-    )
+    view = Table(title=results["model"], box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
     for heading in ("scene", *COLUMNS, "own"):
         view.add_column(heading, justify="left" if heading == "scene" else "right", no_wrap=True)
-    for scene, measures in scenes.items():
-        cells = [number(measures.get(name, {}).get(which)) for name, which in COLUMNS.values()]
-        own = [number(measures[name]["value"]) for name in OWN if name in measures]
-        view.add_row(scene, *cells, *(own or [""]))
+    for split, found in results["splits"].items():
+        view.add_section()
+        view.add_row(split, style="bold")
+        for scene, measures in found["scenes"].items():
+            cells = [number(measures.get(name, {}).get(which)) for name, which in COLUMNS.values()]
+            own = [number(measures[name]["value"]) for name in OWN if name in measures]
+            view.add_row(scene, *cells, *(own or [""]))
     return view
 
 

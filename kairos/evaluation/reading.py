@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from kairos.worlds import BACKGROUND, COLORS, WORLD
 
@@ -32,7 +33,7 @@ FAINT = 20.0
 EDGE = 2
 """Pixels around the solid part of a ball, in a picture of 64 x 64, that belong to its soft edge."""
 SIZE = 64
-"""Larger pictures are averaged down to this before they are read, where that is a whole factor."""
+"""Larger pictures are averaged down to this before they are read."""
 
 
 @dataclass(frozen=True)
@@ -146,13 +147,11 @@ def hues(frame: Frames) -> NDArray[np.int64]:
 
 
 def shrunk(frames: Frames) -> Frames:
-    """Averaged down to `SIZE` where the picture is a whole number of times larger."""
-    factor, rest = divmod(frames.shape[1], SIZE)
-    if factor < 2 or rest:
+    """Averaged down to `SIZE` where the picture is larger: exact places stay exact, for a mean is linear."""
+    if frames.shape[1] <= SIZE:
         return frames
-    count = len(frames)
-    parts = frames.reshape(count, SIZE, factor, SIZE, factor, 3)
-    return np.rint(parts.mean((2, 4))).astype(np.uint8)
+    small = [Image.fromarray(frame).resize((SIZE, SIZE), Image.Resampling.BOX) for frame in frames]
+    return np.stack([np.asarray(picture) for picture in small])
 
 
 def grown(mask: NDArray[np.bool_], steps: int) -> NDArray[np.bool_]:
