@@ -39,13 +39,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=20, help="measured steps of each loop")
     parser.add_argument("--plain-steps", type=int, default=3, help="measured steps of the plain loop")
+    parser.add_argument("--clips", type=int, default=64, help="in the cache")
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", default="", help="write the results to this JSON")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     recipe = replace(read_recipe(RECIPE), base="kairos-tiny", vae=(), conditioner=None)
-    stage = replace(recipe.stages[0], seed=1)
-    source, (bucket,) = replace(recipe.source(stage), clips=64), stage.buckets  # type: ignore[type-var]
+    stage = replace(recipe.stages[0], seed=1, batch_size=options.batch_size)
+    source, (bucket,) = replace(recipe.source(stage), clips=options.clips), stage.buckets  # type: ignore[type-var]
     encoders = load_encoders(recipe)
     with tempfile.TemporaryDirectory() as folder:
         what = description(source, [bucket])
