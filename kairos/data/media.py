@@ -56,7 +56,7 @@ def read_video(
         raise UserError(f"fps must be above 0, got {fps}")
     frames: list[NDArray[np.uint8]] = []
     with _reading(path) as container:
-        for frame, repeats in _on_screen(container, fps):
+        for frame, repeats in on_screen(container, fps):
             if not repeats:
                 continue
             pixels = frame.to_ndarray(format="rgb24")
@@ -199,7 +199,7 @@ def _enlarged(pixels: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:
     return np.ascontiguousarray(np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge"))
 
 
-def _on_screen(container: Any, fps: float | None) -> Iterator[tuple[Any, int]]:
+def on_screen(container: Any, fps: float | None) -> Iterator[tuple[Any, int]]:
     """Every frame of the first video stream, with how often it is to be taken to play at `fps`."""
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
