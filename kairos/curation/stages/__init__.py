@@ -26,7 +26,7 @@ from kairos.curation.views import Views
 
 
 class Stage(Protocol):
-    """Bring your own: pass it to `curate(..., stages=[...])`. It must be importable by the workers."""
+    """What the class of a stage has; see the top of this file."""
 
     name: ClassVar[str]
     version: ClassVar[int]
