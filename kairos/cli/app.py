@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from kairos import __version__
-from kairos.cli import evaluate, generate, models, rollout, show, train
+from kairos.cli import curate, evaluate, generate, models, rollout, show, train
 from kairos.cli.console import out
 
 app = typer.Typer(
@@ -39,4 +39,5 @@ app.command("rollout")(rollout.rollout)
 app.command("show")(show.show)
 app.command("evaluate")(evaluate.evaluate)
 app.command("train")(train.train)
+app.add_typer(curate.app, name="curate")
 app.add_typer(models.app, name="models")

@@ -19,7 +19,7 @@ from typing import Any
 
 import av
 import numpy as np
-from av.video.reformatter import ColorRange, Colorspace
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from numpy.typing import NDArray
 
 from kairos.curation.intake import FORMATS
@@ -146,6 +146,8 @@ def _clips(container: Any, task: SplitTask, facts: dict[str, Any], costs: dict[s
     """Every clip of the file, with its bytes, while its frames go by."""
     split = task.split
     detector = ShotDetector(task.shots, facts["source_fps"])
+    normalise, look = _Normaliser(split), VideoReformatter()
+    container.streams.video[0].codec_context.thread_count = 1
     waiting: deque[tuple[int, int, Picture | None]] = deque()  # (source frame, repeats, normalised)
     shot = _Shot(split, 0, 0)
     ticks, index, number = 0, -1, 0
@@ -160,9 +162,9 @@ def _clips(container: Any, task: SplitTask, facts: dict[str, Any], costs: dict[s
             raise Refused(f"long: more than {task.limits.duration_s:g} s (limits.duration_s)")
         if max(frame.width, frame.height) > task.limits.side:
             raise Refused(f"large: {frame.width} x {frame.height} (limits.side)")
-        picture = _normalised(frame, split) if repeats else None
+        picture = normalise(frame) if repeats else None
         before = time.perf_counter()
-        cuts.extend(detector.see(index, _look(frame), last=following is None))
+        cuts.extend(detector.see(index, _look(frame, look), last=following is None))
         costs["shots"] += time.perf_counter() - before
         waiting.append((index, repeats, picture))
         while waiting and waiting[0][0] < detector.settled:
@@ -273,11 +275,16 @@ class _Piece:
         context.color_primaries = context.color_trc = context.colorspace = 1  # BT.709
         context.color_range = ColorRange.MPEG
         self._stream = stream
+        self._reformatter = VideoReformatter()
 
     def add(self, picture: Picture) -> None:
         self.digests.append(hashlib.blake2b(picture.tobytes(), digest_size=16).digest())
-        frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(
-            format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+        frame = self._reformatter.reformat(
+            av.VideoFrame.from_ndarray(picture, format="rgb24"),
+            format="yuv420p",
+            dst_colorspace=Colorspace.ITU709,
+            dst_color_range=ColorRange.MPEG,
+            threads=1,
         )
         self._container.mux(self._stream.encode(frame))
         self.count += 1
@@ -292,7 +299,7 @@ def _joined(pieces: list[bytes], count: int, fps: int) -> bytes:
     """The first `count` frames of the pieces, one after the other, as one mp4, without encoding again."""
     buffer = io.BytesIO()
     unit = Fraction(1, fps)
-    with av.open(buffer, mode="w", format="mp4", options={"movflags": "faststart"}) as output:
+    with av.open(buffer, mode="w", format="mp4") as output:
         target: Any = None
         written = 0
         for data in pieces:
@@ -313,30 +320,39 @@ def _joined(pieces: list[bytes], count: int, fps: int) -> bytes:
     return buffer.getvalue()
 
 
-def _normalised(frame: Any, split: Split) -> Picture:
-    """The picture upright, its pixels square, its short side as asked, its sides cropped to a multiple."""
-    aspect = frame.sample_aspect_ratio if hasattr(frame, "sample_aspect_ratio") else None
-    stretch = float(aspect) if aspect and 0.2 < float(aspect) < 5 else 1.0
-    turns = round(frame.rotation / 90) % 4
-    width, height = frame.width * stretch, float(frame.height)
-    scale = min(1.0, split.short_side / min(width, height))
-    multiple = split.multiple
-    size = [max(multiple, round(side * scale)) for side in (width, height)]
-    if size != [frame.width, frame.height]:
-        frame = frame.reformat(width=size[0], height=size[1], interpolation="AREA")
-    picture = frame.to_ndarray(format="rgb24")
-    if turns:
-        picture = np.rot90(picture, turns)
-    height, width = picture.shape[0] // multiple * multiple, picture.shape[1] // multiple * multiple
-    top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
-    return np.ascontiguousarray(picture[top : top + height, left : left + width])
+class _Normaliser:
+    """Pictures upright, their pixels square, the short side as asked, both sides cropped to a multiple."""
+
+    def __init__(self, split: Split) -> None:
+        self._split = split
+        self._reformatter = VideoReformatter()
+
+    def __call__(self, frame: Any) -> Picture:
+        split, multiple = self._split, self._split.multiple
+        aspect = float(getattr(frame, "sample_aspect_ratio", None) or 1)
+        width, height = frame.width * (aspect if 0.2 < aspect < 5 else 1.0), float(frame.height)
+        scale = min(1.0, split.short_side / min(width, height))
+        wide, high = (max(multiple, round(side * scale)) for side in (width, height))
+        turns = round(frame.rotation / 90) % 4
+        same = (wide, high) == (frame.width, frame.height)
+        # One thread, as everywhere: starting others costs more than the conversion.
+        picture = self._reformatter.reformat(
+            frame, width=wide, height=high, format="rgb24", interpolation="BILINEAR" if same else "AREA", threads=1
+        ).to_ndarray()
+        if turns:
+            picture = np.rot90(picture, turns)
+        height, width = picture.shape[0] // multiple * multiple, picture.shape[1] // multiple * multiple
+        top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
+        return np.ascontiguousarray(picture[top : top + height, left : left + width])
 
 
-def _look(frame: Any) -> Picture:
+def _look(frame: Any, reformatter: VideoReformatter) -> Picture:
     """What the detectors see: small, BGR."""
     scale = min(1.0, LOOK_SIZE / max(frame.width, frame.height))
     width, height = (max(16, round(side * scale)) for side in (frame.width, frame.height))
-    look: Picture = frame.to_ndarray(format="bgr24", width=width, height=height, interpolation="FAST_BILINEAR")
+    look: Picture = reformatter.reformat(
+        frame, width=width, height=height, format="bgr24", interpolation="FAST_BILINEAR", threads=1
+    ).to_ndarray()
     return look
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
@@ -50,6 +51,7 @@ def read_views(file: Path, wanted: Collection[str], labels: Mapping[str, Any]) -
     grey: list[Array] = []
     vectors: list[Array] = []
     samples: list[Array] = []
+    reformatter = VideoReformatter()
     with av.open(str(file)) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
@@ -67,7 +69,7 @@ def read_views(file: Path, wanted: Collection[str], labels: Mapping[str, Any]) -
             if "vectors" in wanted and index:
                 vectors.append(_field(frame))
             if "samples" in wanted and index in shown:
-                samples.append(frame.to_ndarray(format="rgb24"))
+                samples.append(reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray())
         context = stream.codec_context
         views = Views(
             fps=float(stream.average_rate or 1),
