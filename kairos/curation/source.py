@@ -40,6 +40,10 @@ _DECODED_SHARE = 0.9
 class Refused(Exception):
     """A source that cannot be used; the message is its reason, which begins with one word and a colon."""
 
+    def __init__(self, reason: str, **facts: float) -> None:
+        super().__init__(reason)
+        self.facts = facts
+
 
 @dataclass(frozen=True)
 class SplitTask:
@@ -72,9 +76,10 @@ def split_source(task: SplitTask) -> dict[str, Any]:
         raise Refused(f"corrupt: {_said(error)}") from None
     if facts["decoded_s"] < _DECODED_SHARE * facts["duration_s"] - 0.5:
         claim = f"{facts['decoded_s']:.1f} s of {facts['duration_s']:.1f} s could be decoded"
-        raise Refused(f"truncated: {claim}")
+        raise Refused(f"truncated: {claim}", duration_s=facts["decoded_s"])
     if facts["decoded_s"] < task.split.min_frames / task.split.fps - 0.02:
-        raise Refused(f"short: {facts['decoded_s']:.2f} s, and a clip has at least {task.split.min_s:g} s")
+        claim = f"{facts['decoded_s']:.2f} s, and a clip has at least {task.split.min_s:g} s"
+        raise Refused(f"short: {claim}", duration_s=facts["decoded_s"])
     for clip in found:
         path = clip_file(task.clips, clip["clip_id"])
         data = clip.pop("data")

@@ -212,7 +212,7 @@ def _serve(connection: Any, task: Callable[[Any], Result], memory_gb: float, par
         try:
             result = task(item)
         except Refused as refusal:
-            result = {"refused": str(refusal)}
+            result = {"refused": str(refusal)} | refusal.facts
         except MemoryError:
             result = {"failed": f"memory: more than {memory_gb:g} GB asked for (limits.memory_gb)"}
         except Exception as error:
@@ -232,11 +232,6 @@ def _single_threaded() -> None:
     cv2.setNumThreads(1)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = "1"
-    try:
-        import torch
-    except ModuleNotFoundError:
-        return
-    torch.set_num_threads(1)
 
 
 def _end_with(parent: int) -> None:

@@ -25,6 +25,7 @@ MIN_SHOWN_SIZE = 256  # pixels; smaller videos are enlarged when written, player
 MAX_SHOWN_SIZE = 16384  # pixels; x264's own limit
 _CRF = "14"  # visually lossless; these clips are short
 _ENCODER_THREADS = 4  # fixed: x264's bytes depend on it, and the same frames shall give the same bytes
+_CLOCK_S = 1.1e-3  # Matroska counts whole milliseconds: so far apart may two equal times be
 _BT709 = 1  # H.273's code for the primaries, the transfer curve and the matrix
 
 
@@ -224,7 +225,7 @@ def on_screen(container: Any, fps: float | None) -> Iterator[tuple[Any, int]]:
 
 def _ticks_before(time_s: float, fps: float) -> int:
     """How many of the moments 0, 1 / fps, 2 / fps, ... come before `time_s`, but for a clock's rounding."""
-    return math.ceil(time_s * fps - 1e-3)
+    return math.ceil((time_s - _CLOCK_S) * fps)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ class Text:
     def measure(self, views: Views) -> dict[str, Any]:
         import cv2
 
-        count = min(self.samples, len(views.samples))
+        count = min(self.samples, len(views.samples))  # none: the stage is off
         # Inner frames: titles fade in and out at the ends.
         where = np.linspace(0, len(views.samples) - 1, count + 2).round().astype(int)[1:-1]
         shares, words = [], []
