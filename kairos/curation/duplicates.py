@@ -29,6 +29,7 @@ class Fingerprinted:
 
     clip_id: str
     moments: tuple[str, ...]
+    changes: tuple[str, ...]
     colors: str
     better: tuple[Any, ...]
     embedding: tuple[float, ...] = ()
@@ -63,7 +64,7 @@ def find_duplicates(clips: Sequence[Fingerprinted], settings: Duplicates) -> dic
 
 
 def _hashes(clip: Fingerprinted) -> NDArray[np.uint8]:
-    """(n, 32) bytes; an empty moment, of a flat picture, is left out."""
+    """(n, 32) bytes."""
     text = "".join(clip.moments)
     return np.frombuffer(bytes.fromhex(text), np.uint8).reshape(-1, 32)
 
@@ -101,15 +102,24 @@ def _alike(
     colors = [np.frombuffer(bytes.fromhex(clip.colors), np.uint8).astype(int) for clip in (one, other)]
     if np.abs(colors[0] - colors[1]).mean() > settings.color:
         return False
-    short, long = sorted((one_hashes, other_hashes), key=len)
-    if not len(short):
+    if len(one_hashes) > len(other_hashes):
+        one, one_hashes, other, other_hashes = other, other_hashes, one, one_hashes
+    count, longer = len(one_hashes), len(other_hashes)
+    if not count:
         return False
-    distances = _BIT_COUNTS[short[:, None] ^ long[None]].sum(axis=-1, dtype=np.int32)
-    like = distances <= settings.bits
-    best = max(
-        np.diagonal(like, offset).sum() for offset in range(-len(short) // 4, len(long) - len(short) + len(short) // 4 + 1)
-    )
-    return bool(best >= settings.share * len(short))
+    distances = _BIT_COUNTS[one_hashes[:, None] ^ other_hashes[None]].sum(axis=-1, dtype=np.int32)
+    like = (distances <= settings.bits) & _same_change(one.changes, other.changes, settings.change_bits)
+    offsets = range(-(count // 4), longer - count + count // 4 + 1)
+    return bool(max(np.diagonal(like, offset).sum() for offset in offsets) >= settings.share * count)
+
+
+def _same_change(one: Sequence[str], other: Sequence[str], bits: int) -> NDArray[np.bool_]:
+    """(n, m): whether the same moves in two moments; nothing is like nothing, and unlike anything."""
+    numbers = [np.array([int(text or "0", 16) for text in changes], np.uint64) for changes in (one, other)]
+    difference = (numbers[0][:, None] ^ numbers[1][None]).view(np.uint8).reshape(len(one), len(other), 8)
+    still = (numbers[0] == 0)[:, None] == (numbers[1] == 0)[None]
+    near: NDArray[np.bool_] = (_BIT_COUNTS[difference].sum(axis=-1, dtype=np.int32) <= bits) & still
+    return near
 
 
 def _near_embeddings(order: Sequence[Fingerprinted], distance: float) -> Iterable[tuple[int, int]]:

@@ -103,6 +103,11 @@ class Ledger:
         for path, entry in self._db.execute("SELECT path, entry FROM sources ORDER BY path"):
             yield path, json.loads(entry)
 
+    def spent(self, stage: str, count: str) -> int:
+        """The sum of a number that the results of a stage hold, over all configurations."""
+        query = "SELECT SUM(json_extract(result, '$.' || ?)) FROM done WHERE stage=?"
+        return int(self._db.execute(query, (count, stage)).fetchone()[0] or 0)
+
     def throughput(self) -> list[tuple[str, float, float]]:
         """(stage, seconds of a core, seconds of video) over all that is in the ledger."""
         query = "SELECT stage, SUM(seconds), SUM(video_s) FROM done WHERE failed=0 GROUP BY stage ORDER BY stage"

@@ -20,6 +20,7 @@ from typing import Any
 
 from kairos.curation.intake import FORMATS, Source, take_in
 from kairos.curation.ledger import Ledger
+from kairos.curation.plugins.captions import Captions
 from kairos.curation.scoring import ScoreTask, score_clip
 from kairos.curation.selection import choose
 from kairos.curation.settings import Settings, hash_of, read_settings
@@ -80,6 +81,7 @@ def curate(
             execute = partial(run_on_ray, address=ray, workers=workers, **options)
         _split(ledger, found, output, settings, execute)
         _score(ledger, output, settings, execute)
+        _caption(ledger, settings)
         return _select(ledger, output, settings)
 
 
@@ -120,6 +122,7 @@ def clip_rows(ledger: Ledger, settings: Settings) -> Iterator[dict[str, Any]]:
     """Every clip once, by source and time: where it is from and what every stage found."""
     stages = stages_of(settings)
     hashes = hashes_of(stages)
+    captions = _captions(settings)
     for clip_id, labels, row in _clips(ledger, settings):
         own = _own_hashes(stages, hashes, labels)
         scores: dict[str, Any] = {}
@@ -132,6 +135,9 @@ def clip_rows(ledger: Ledger, settings: Settings) -> Iterator[dict[str, Any]]:
             elif "failed" not in scores:  # the stages were never reached
                 failure = ledger.result(clip_id, "score", hash_of(sorted(own.items()))) or {}
                 scores["failed"] = failure.get("failed", "failed: it was not scored")
+        if captions is not None:
+            result = ledger.result(clip_id, captions.name, hash_of(captions.identity)) or {}
+            scores |= result.get("scores", {})
         yield row | scores
 
 
@@ -200,10 +206,33 @@ def _score(ledger: Ledger, output: Path, settings: Settings, execute: Execute) -
         _remark(f"clip {task.clip_id}", result)
 
 
+def _caption(ledger: Ledger, settings: Settings) -> None:
+    """Ask the model for captions, where there is one, about the clips that stay without balance."""
+    captions = _captions(settings)
+    if captions is None:
+        return
+    chosen = choose(clip_rows(ledger, settings), replace(settings, balance={}))
+    config = hash_of(captions.identity)
+    waiting = (
+        (row["clip_id"], row)
+        for row in clip_rows(ledger, settings)
+        if not chosen[row["clip_id"]][0] and not ledger.is_done(row["clip_id"], captions.name, config)
+    )
+    for clip_id, answer in captions.ask(waiting, ledger.spent(captions.name, "tokens")):
+        ledger.keep(clip_id, config, {captions.name: answer})
+        _remark(f"clip {clip_id}", answer)
+
+
+def _captions(settings: Settings) -> Captions | None:
+    return Captions(**settings.plugins[Captions.name]) if Captions.name in settings.plugins else None
+
+
 def _select(ledger: Ledger, output: Path, settings: Settings) -> Summary:
     """The choice, and everything that goes out."""
     chosen = choose(clip_rows(ledger, settings), settings)
     names = [name for stage in stages_of(settings) for name in stage.outputs if name not in HIDDEN]
+    if Captions.name in settings.plugins:
+        names.append("physics_caption")
 
     def rows() -> Iterator[dict[str, Any]]:
         for row in clip_rows(ledger, settings):

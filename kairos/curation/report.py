@@ -66,7 +66,7 @@ def _light(rows: Iterable[dict[str, Any]], settings: Settings) -> Iterable[dict[
 
 
 def _numeric(settings: Settings) -> list[str]:
-    texts = ("strip", "moments", "colors", "embedding", "text", "domain", "events", "caption", "tags_by")
+    texts = ("strip", "moments", "changes", "colors", "embedding", "text", "domain", "events", "caption")
     return [name for stage in stages_of(settings) for name in stage.outputs if name not in texts]
 
 

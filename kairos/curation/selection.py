@@ -114,6 +114,7 @@ def _light(row: Row, settings: Settings) -> Light:
     fingerprint = Fingerprinted(
         row["clip_id"],
         tuple(row.get("moments") or ()),
+        tuple(row.get("changes") or ()),
         row.get("colors") or "000000" * 4,
         better,
         tuple(row.get("embedding") or ()),

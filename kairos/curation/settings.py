@@ -123,7 +123,7 @@ DEFAULT_THRESHOLDS: dict[str, Threshold] = {
     "motion_patch": Threshold(min=0.004),
     "motion": Threshold(max=1.0),
     "flow": Threshold(max=2.0),
-    "sharpness": Threshold(min=20.0, rich_min=8.0),
+    "sharpness": Threshold(min=60.0, rich_min=30.0),
     "brightness": Threshold(min=0.05, max=0.97, rich_min=0.03),
     "dark_share": Threshold(max=0.25),
     "bars_share": Threshold(max=0.25, rich_max=0.4),
@@ -139,6 +139,7 @@ class Duplicates:
     """When two clips are one: so many of their moments look alike, in order."""
 
     bits: int = 26  # of 256, in which the hashes of two like moments may differ
+    change_bits: int = 18  # of 64, in which what moves may differ
     color: int = 24  # of 255, the mean difference of their colours
     share: float = 0.7  # of the moments of the shorter clip
     embedding: float = 0.01  # cosine distance, where the embedding plug-in is on

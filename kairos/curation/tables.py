@@ -16,7 +16,7 @@ from kairos.errors import UserError
 
 Row = Mapping[str, Any]
 
-HIDDEN = ("strip", "moments", "colors", "embedding", "failed")
+HIDDEN = ("strip", "moments", "changes", "colors", "embedding", "failed")
 """What stages give for other stages and for the report, not for people."""
 
 _FIRST = {
@@ -43,7 +43,7 @@ _SOURCES = {
     "clips_kept": "int64",
     "sha256": "string",
 }
-_TEXTS = ("domain", "events", "caption", "text", "tags_by")
+_TEXTS = ("domain", "events", "caption", "text", "physics_caption")
 _GROUP = 1024  # rows that are in memory at once
 
 

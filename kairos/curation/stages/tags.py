@@ -7,22 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from kairos.curation.views import Views
-
-DOMAINS = ("human", "robot", "physics", "general")
-EVENTS = (
-    "contact",
-    "collision",
-    "sliding",
-    "rolling",
-    "deformation",
-    "support",
-    "fluid",
-    "gravity",
-    "tool use",
-    "occlusion",
-    "failure",
-    "recovery",
-)
+from kairos.curation.vocabulary import DOMAINS, EVENTS
 
 _DOMAIN_WORDS = {
     "robot": r"robots?|robotic|gripper|manipulator|end.effector|humanoid|quadruped",
