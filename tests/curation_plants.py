@@ -97,7 +97,9 @@ def with_streams(count: int) -> bytes:
     def element(name: str, data: bytes) -> bytes:
         return bytes.fromhex(name) + (len(data) | 1 << 56).to_bytes(8, "big") + data
 
-    header = element("1A45DFA3", element("4282", b"matroska") + element("4287", b"\x04") + element("4285", b"\x02"))
+    header = element(
+        "1A45DFA3", element("4282", b"matroska") + element("4287", b"\x04") + element("4285", b"\x02")
+    )
     tracks = b"".join(
         element(
             "AE",

@@ -1,4 +1,4 @@
-"""Curation end to end: planted faults are found and named, kills cost nothing, hostile files take down nobody."""
+"""Curation end to end: planted faults are named, kills cost nothing, hostile files take down nobody."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-pytest.importorskip("cv2")
-
 from curation_plants import FPS, SETTINGS, SHOT, remux, shaken, shot, with_streams, with_text, write
 
 from kairos.curation import Settings, curate, select, why
@@ -52,7 +49,10 @@ def planted(tmp_path_factory):
     remux(source / "high.mp4", source / "other_container.mkv")
     (source / "same_bytes.mp4").write_bytes((source / "high.mp4").read_bytes())
     write(source / "still.mp4", np.repeat(shot("uniform", 51, num_frames=1), SHOT, axis=0))
-    write(source / "blurred.mp4", np.stack([cv2.GaussianBlur(p, (0, 0), 5) for p in shot("uniform", 52, 160, 160)]))
+    write(
+        source / "blurred.mp4",
+        np.stack([cv2.GaussianBlur(p, (0, 0), 5) for p in shot("uniform", 52, 160, 160)]),
+    )
     write(source / "black.mp4", np.zeros((SHOT, 96, 96, 3), np.uint8))
     boxed = shot("uniform", 54, 160, 160)
     boxed[:, :40] = boxed[:, -40:] = 0
@@ -118,7 +118,9 @@ def test_planted_faults_are_dropped_and_named(planted, source, score) -> None:
     assert row["reason"].split(":")[0] in ((score,) if isinstance(score, str) else score), row
 
 
-def test_planted_duplicates_are_found_the_higher_resolution_stays_and_there_are_no_false_ones(planted) -> None:
+def test_planted_duplicates_are_found_the_higher_resolution_stays_and_there_are_no_false_ones(
+    planted,
+) -> None:
     high, low = clip_of(planted, "high.mp4"), clip_of(planted, "a_low.mp4")
     assert high["kept"]
     assert low["reason"] == f"duplicate: looks like {high['clip_id']}"
@@ -139,7 +141,11 @@ def test_a_clip_holds_the_frames_of_its_source_and_no_others(planted) -> None:
     clip = read_video(planted[1] / "clips" / row["clip_id"][:2] / f"{row['clip_id']}.mp4")
     assert clip.shape == (row["frames"], row["height"], row["width"], 3)
     for k in (0, len(clip) - 1):
-        errors = [np.abs(clip[k].astype(int) - source[first + k + d]).mean() for d in (-2, -1, 0, 1, 2) if first + k + d >= 0]
+        errors = [
+            np.abs(clip[k].astype(int) - source[first + k + d]).mean()
+            for d in (-2, -1, 0, 1, 2)
+            if first + k + d >= 0
+        ]
         assert np.abs(clip[k].astype(int) - source[first + k]).mean() == pytest.approx(min(errors), abs=0.3)
         assert min(errors) < 6
 
@@ -159,7 +165,11 @@ def test_shards_hold_the_kept_clips_and_are_read_by_webdataset(planted) -> None:
     for shard in (planted[1] / "shards").glob("*/*.tar"):
         frames, height, width = map(int, shard.parent.name.split("x"))
         for sample in webdataset.WebDataset(str(shard), shardshuffle=False, empty_check=False).decode():
-            assert (sample["json"]["frames"], sample["json"]["height"], sample["json"]["width"]) == (frames, height, width)
+            assert (sample["json"]["frames"], sample["json"]["height"], sample["json"]["width"]) == (
+                frames,
+                height,
+                width,
+            )
             assert sample["mp4"][4:8] == b"ftyp"
             assert sample["json"]["caption"]
             found.add(sample["__key__"])
@@ -212,14 +222,24 @@ def test_the_report_shows_every_score_and_every_reason(planted) -> None:
     from kairos.curation import write_report
 
     page = write_report(planted[1]).read_text()
-    for word in ("sharpness", "physics_score", "text_share", "duplicate", "core-hour", "data:image/jpeg;base64,", "<svg"):
+    for word in (
+        "sharpness",
+        "physics_score",
+        "text_share",
+        "duplicate",
+        "core-hour",
+        "data:image/jpeg;base64,",
+        "<svg",
+    ):
         assert word in page
-    assert "src=\"http" not in page
+    assert 'src="http' not in page
 
 
 def snapshot(output: Path) -> dict:
     """Everything that goes out, down to the bytes of the shards."""
-    shards = {path.relative_to(output).as_posix(): path.read_bytes() for path in (output / "shards").rglob("*.tar")}
+    shards = {
+        path.relative_to(output).as_posix(): path.read_bytes() for path in (output / "shards").rglob("*.tar")
+    }
     assert not list(output.rglob("*.part"))
     return {
         "clips": rows_of(output / "manifest.parquet"),
@@ -284,7 +304,11 @@ def test_hostile_files_are_refused_with_a_reason_and_the_run_goes_on(tmp_path) -
     (source / "notes.pdf").write_bytes(good)
     (source / "many.mkv").write_bytes(with_streams(10_000))
     # A header that claims 4 GB: the box of the film's description, at the front and at the back.
-    for name, box, shift in (("huge_film", b"mdat", -4), ("huge_table", b"stsz", 12), ("huge_head", b"moov", -4)):
+    for name, box, shift in (
+        ("huge_film", b"mdat", -4),
+        ("huge_table", b"stsz", 12),
+        ("huge_head", b"moov", -4),
+    ):
         place = good.index(box) + shift
         (source / f"{name}.mp4").write_bytes(good[:place] + b"\xff\xff\xff\xf0" + good[place + 4 :])
     (source / "list.mp4").write_text(f"#EXTM3U\n#EXTINF:1,\nfile://{secret}\n")

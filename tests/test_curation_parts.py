@@ -7,11 +7,9 @@ import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import cv2
 import numpy as np
 import pytest
-
-cv2 = pytest.importorskip("cv2")
-
 from curation_plants import SETTINGS, shot, write
 
 from kairos.curation import Settings, curate
@@ -56,7 +54,9 @@ def test_the_physics_score_ranks_events_above_plain_motion_above_stills() -> Non
 
 @pytest.mark.parametrize("detectors", [("adaptive",), ("transnet",), ("content", "hash")])
 def test_cuts_are_told_while_frames_go_by(detectors) -> None:
-    shots = [shot(scene, n, 72, 96, 41) for n, scene in enumerate(("collision", "bounce", "uniform", "parabola"))]
+    shots = [
+        shot(scene, n, 72, 96, 41) for n, scene in enumerate(("collision", "bounce", "uniform", "parabola"))
+    ]
     frames = np.concatenate(shots)[..., ::-1]
     detector = ShotDetector(Shots(detectors=detectors), 16.0)
     cuts = []
@@ -72,7 +72,9 @@ def fingerprinted(name: str, moments: list[int], area: int = 1) -> Fingerprinted
     rng = np.random.default_rng(0)
     book = rng.integers(0, 256, (1000, 32), np.uint8)
     changes = tuple(f"{n + 1:016x}" for n in moments)
-    return Fingerprinted(name, tuple(book[n].tobytes().hex() for n in moments), changes, "80" * 12, (area, name))
+    return Fingerprinted(
+        name, tuple(book[n].tobytes().hex() for n in moments), changes, "80" * 12, (area, name)
+    )
 
 
 def test_duplicates_are_grouped_by_moments_in_order_and_the_larger_stays() -> None:
@@ -95,7 +97,13 @@ def test_the_search_for_duplicates_compares_few_of_all_pairs(monkeypatch) -> Non
     monkeypatch.setattr(duplicates, "_alike", lambda *a: compared.append(1) or real(*a))
     rng = np.random.default_rng(1)
     clips = [
-        Fingerprinted(str(n), tuple(m.tobytes().hex() for m in rng.integers(0, 256, (6, 32), np.uint8)), ("1",) * 6, "80" * 12, (n,))
+        Fingerprinted(
+            str(n),
+            tuple(m.tobytes().hex() for m in rng.integers(0, 256, (6, 32), np.uint8)),
+            ("1",) * 6,
+            "80" * 12,
+            (n,),
+        )
         for n in range(2000)
     ]
     twin = Fingerprinted("twin", clips[7].moments, clips[7].changes, clips[7].colors, (-1,))
@@ -107,7 +115,9 @@ def test_near_embeddings_are_duplicates_too() -> None:
     def clip(name: str, embedding: tuple[float, ...]) -> Fingerprinted:
         return Fingerprinted(name, (), (), "80" * 12, (name,), embedding)
 
-    found = find_duplicates([clip("a", (1, 0, 0.01)), clip("b", (1, 0, 0)), clip("c", (0, 1, 0))], Duplicates())
+    found = find_duplicates(
+        [clip("a", (1, 0, 0.01)), clip("b", (1, 0, 0)), clip("c", (0, 1, 0))], Duplicates()
+    )
     assert found == {"a": "b"}
 
 
@@ -252,7 +262,9 @@ def test_the_command_runs_selects_and_explains(folder, tmp_path, capfd) -> None:
     config.write_text(yaml.safe_dump(QUICK))
     status, said = command("run", "-i", folder, "-o", output, "--config", config, "--workers", 1)
     assert (status, "2 of 2 clips kept" in said) == (0, True), said
-    status, said = command("select", output, "--set", "brightness.min=0.9", "--set", "brightness.rich_min=0.9")
+    status, said = command(
+        "select", output, "--set", "brightness.min=0.9", "--set", "brightness.rich_min=0.9"
+    )
     assert (status, "0 of 2 clips kept" in said) == (0, True), said
     clip = json.loads(json.dumps(next((output / "clips").rglob("*.mp4")).stem))
     status, said = command("why", output, clip)
@@ -279,7 +291,9 @@ class Endpoint(BaseHTTPRequestHandler):
             self.end_headers()
             return
         cls.asked.append(body | {"key": self.headers.get("Authorization")})
-        said = json.dumps({"caption": "Two balls collide.", "domain": "physics", "events": ["collision", "magic"]})
+        said = json.dumps(
+            {"caption": "Two balls collide.", "domain": "physics", "events": ["collision", "magic"]}
+        )
         answer = {"choices": [{"message": {"content": said}}], "usage": {"total_tokens": 100}}
         self.send_response(200)
         self.end_headers()
@@ -289,7 +303,9 @@ class Endpoint(BaseHTTPRequestHandler):
         pass
 
 
-def test_captions_of_an_endpoint_are_retried_paid_once_and_end_with_the_budget(folder, tmp_path, monkeypatch) -> None:
+def test_captions_of_an_endpoint_are_retried_paid_once_and_end_with_the_budget(
+    folder, tmp_path, monkeypatch
+) -> None:
     import pyarrow.parquet as pq
 
     monkeypatch.setenv("KAIROS_CAPTION_API_KEY", "secret")
@@ -334,7 +350,12 @@ def test_models_score_by_name_or_folder(tmp_path) -> None:
 
     torch.manual_seed(0)
     config = ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=16
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=32,
+        patch_size=16,
     )
     config.id2label, config.label2id = {0: "normal", 1: "nsfw"}, {"normal": 0, "nsfw": 1}
     ViTForImageClassification(config).save_pretrained(tmp_path)
@@ -364,7 +385,10 @@ def test_ray_gives_what_the_local_executor_gives(folder, tmp_path) -> None:
         one, other = (pq.read_table(tmp_path / where / f"{name}.parquet") for where in ("ray", "here"))
         assert one.equals(other)
     one, other = (
-        {path.relative_to(tmp_path / where): path.read_bytes() for path in (tmp_path / where / "shards").rglob("*.tar")}
+        {
+            path.relative_to(tmp_path / where): path.read_bytes()
+            for path in (tmp_path / where / "shards").rglob("*.tar")
+        }
         for where in ("ray", "here")
     )
     assert one == other != {}

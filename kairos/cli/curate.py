@@ -16,11 +16,14 @@ app = typer.Typer(help="From folders of raw video to training shards.", no_args_
 
 Output = Annotated[Path, typer.Argument(metavar="OUTPUT", show_default=False, help="What `run` wrote.")]
 Config = Annotated[
-    Path | None, typer.Option(metavar="CONFIG.yaml", help="Settings; see docs/curation.md. Default: built in.")
+    Path | None,
+    typer.Option(metavar="CONFIG.yaml", help="Settings; see docs/curation.md. Default: built in."),
 ]
 Set = Annotated[
     list[str],
-    typer.Option("--set", metavar="SCORE.min=VALUE", help="Change a threshold; also max, rich_min, rich_max."),
+    typer.Option(
+        "--set", metavar="SCORE.min=VALUE", help="Change a threshold; also max, rich_min, rich_max."
+    ),
 ]
 
 
@@ -28,7 +31,9 @@ Set = Annotated[
 def run(
     input: Annotated[
         Path,
-        typer.Option("--input", "-i", metavar="DIR|MANIFEST", show_default=False, help="Videos, or a list of them."),
+        typer.Option(
+            "--input", "-i", metavar="DIR|MANIFEST", show_default=False, help="Videos, or a list of them."
+        ),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", show_default=False, help="Everything goes here.")
@@ -37,7 +42,9 @@ def run(
     ray: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Work on a Ray cluster; 'local' starts one here.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes that work. Default: one a core.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that work. Default: one a core.")
+    ] = None,
 ) -> None:
     """Cut, score, choose and pack; a second run goes on where the first was stopped."""
     show_log(verbose=True)
@@ -70,7 +77,9 @@ def select(output: Output, config: Config = None, changes: Set = []) -> None:  #
 @app.command()
 def why(
     output: Output,
-    clip: Annotated[str, typer.Argument(metavar="CLIP", show_default=False, help="A clip_id, or how it begins.")],
+    clip: Annotated[
+        str, typer.Argument(metavar="CLIP", show_default=False, help="A clip_id, or how it begins.")
+    ],
 ) -> None:
     """Say what happened to one clip, and every score of it beside its threshold."""
     _need_extra()
@@ -85,7 +94,9 @@ def why(
     fate = "kept" if row["kept"] else f"dropped, {row['reason']}"
     out.print(f"{row['clip_id']}: {fate}", highlight=False, markup=False)
     where = f"{row['source']}, {row['start_s']:.2f} to {row['end_s']:.2f} s"
-    out.print(f"{where}; {row['frames']} frames of {row['width']} x {row['height']}", highlight=False, markup=False)
+    out.print(
+        f"{where}; {row['frames']} frames of {row['width']} x {row['height']}", highlight=False, markup=False
+    )
     table = Table()
     table.add_column("score")
     table.add_column("value", justify="right")
@@ -123,7 +134,9 @@ def _changed(settings: Settings, changes: list[str]) -> Settings:
         try:
             number = float(value)
         except ValueError:
-            raise UserError(f"--set takes SCORE.min=VALUE, got {change!r}; for example sharpness.min=30") from None
+            raise UserError(
+                f"--set takes SCORE.min=VALUE, got {change!r}; for example sharpness.min=30"
+            ) from None
         content["thresholds"][score] = (content["thresholds"].get(score) or {}) | {bound: number}
     return Settings.from_dict(content, "--set") if changes else settings
 
@@ -137,11 +150,15 @@ def _need_extra() -> None:
     names = ("cv2", "imagehash", "pyarrow", "rapidocr", "scenedetect", "scipy", "webdataset", "yaml")
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f'curation needs more packages ({", ".join(missing)}); pip install "kairos-world[curation]"')
+        raise UserError(
+            f'curation needs more packages ({", ".join(missing)}); pip install "kairos-world[curation]"'
+        )
 
 
 def _tell(summary: Summary, output: Path) -> None:
     statuses = ", ".join(f"{count} {status}" for status, count in sorted(summary.sources.items()))
     out.print(f"{sum(summary.sources.values())} files came in: {statuses}", highlight=False)
     hours = f"{summary.hours_kept:.2f} of {summary.hours_in:.2f} hours"
-    out.print(f"{summary.kept} of {summary.clips} clips kept, {hours}: {output / 'report.html'}", highlight=False)
+    out.print(
+        f"{summary.kept} of {summary.clips} clips kept, {hours}: {output / 'report.html'}", highlight=False
+    )

@@ -1,7 +1,7 @@
 """Near duplicates: clips whose moments look alike, in order. Not quadratic in the number of clips.
 
 Every moment's hash of 256 bits is cut into eight bands of 32; moments that agree in one whole band are
-candidates (locality-sensitive hashing). Only those are compared. Of what is alike the highest resolution stays.
+candidates (locality-sensitive hashing). Only those are compared. Of what is alike the largest stays.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _same_change(one: Sequence[str], other: Sequence[str], bits: int) -> NDArray
 
 
 def _near_embeddings(order: Sequence[Fingerprinted], distance: float) -> Iterable[tuple[int, int]]:
-    """Pairs whose embeddings are nearer than a cosine distance, looked for within clusters (as in SemDeDup)."""
+    """Pairs whose embeddings are nearer than a cosine distance, sought within clusters (as in SemDeDup)."""
     having = [number for number, clip in enumerate(order) if clip.embedding]
     if len(having) < 2:
         return

@@ -111,7 +111,7 @@ def _rows(manifest: Path) -> Iterator[Any]:
     except (ValueError, OSError, csv.Error) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"cannot read the manifest {manifest}: {reason}; it must be JSON lines, CSV or Parquet with a 'path'"
+            f"cannot read the manifest {manifest}: {reason}; give JSON lines, CSV or Parquet with a 'path'"
         ) from None
 
 

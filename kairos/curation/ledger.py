@@ -42,7 +42,9 @@ class Ledger:
             self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;" + _TABLES)
         except sqlite3.DatabaseError as error:
             self._lock.close()
-            raise MachineError(f"cannot open {folder / 'ledger.sqlite'}: {error}; delete it to begin anew") from None
+            raise MachineError(
+                f"cannot open {folder / 'ledger.sqlite'}: {error}; delete it to begin anew"
+            ) from None
 
     def __enter__(self) -> Ledger:
         return self
@@ -73,7 +75,12 @@ class Ledger:
         return self._db.execute(query, (item, stage, config)).fetchone() is not None
 
     def keep(
-        self, item: str, config: str, results: Mapping[str, Mapping[str, Any]], *, hashes: Mapping[str, str] = {}
+        self,
+        item: str,
+        config: str,
+        results: Mapping[str, Mapping[str, Any]],
+        *,
+        hashes: Mapping[str, str] = {},
     ) -> None:
         """Write the results of stages on one item, all or none.
 
@@ -110,5 +117,7 @@ class Ledger:
 
     def throughput(self) -> list[tuple[str, float, float]]:
         """(stage, seconds of a core, seconds of video) over all that is in the ledger."""
-        query = "SELECT stage, SUM(seconds), SUM(video_s) FROM done WHERE failed=0 GROUP BY stage ORDER BY stage"
+        query = (
+            "SELECT stage, SUM(seconds), SUM(video_s) FROM done WHERE failed=0 GROUP BY stage ORDER BY stage"
+        )
         return [tuple(row) for row in self._db.execute(query)]

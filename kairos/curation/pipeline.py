@@ -56,11 +56,11 @@ def curate(
     ray: str | None = None,
     workers: int | None = None,
 ) -> Summary:
-    """Curate a folder of videos, or those of a manifest (JSON lines, CSV or Parquet with `path`), into `output`.
+    """Curate a folder of videos, or the `path`s of a manifest (JSON lines, CSV or Parquet), into `output`.
 
     What is in the ledger of `output` is not done again, so that a second call goes on where the first was
-    stopped. `ray` is the address of a Ray cluster, or "local"; without it `workers` child processes work here,
-    one a core by default.
+    stopped. `ray` is the address of a Ray cluster, or "local"; without it `workers` child processes work
+    here, one a core by default.
     Raises UserError for input that cannot be used, MachineError where the disk or the cluster fails.
     """
     settings = settings or Settings()
@@ -88,7 +88,7 @@ def curate(
 def select(output: str | os.PathLike[str], settings: Settings | None = None) -> Summary:
     """Choose anew among clips that were scored, and bring manifest and shards up to date.
 
-    Of `settings` the thresholds, duplicates, rich, balance and shards are taken, the rest stays as it was run.
+    Of `settings` thresholds, duplicates, rich, balance and shards are taken, the rest stays as it was run.
     """
     output = Path(output)
     stored = saved_settings(output)
@@ -103,9 +103,13 @@ def select(output: str | os.PathLike[str], settings: Settings | None = None) -> 
 
 def why(output: str | os.PathLike[str], clip: str) -> dict[str, Any]:
     """The row of the manifest whose clip_id is, or begins with, `clip`. Raises UserError unless it is one."""
-    rows = [row for row in read_manifest(Path(output) / "manifest.parquet") if row["clip_id"].startswith(clip)]
+    rows = [
+        row for row in read_manifest(Path(output) / "manifest.parquet") if row["clip_id"].startswith(clip)
+    ]
     if not rows:
-        raise UserError(f"no clip {clip!r} in {output}; the column clip_id of manifest.parquet has their names")
+        raise UserError(
+            f"no clip {clip!r} in {output}; the column clip_id of manifest.parquet has their names"
+        )
     if len(rows) > 1 and rows[0]["clip_id"] != clip:
         raise UserError(f"{len(rows)} clips begin with {clip!r}; give more of the name")
     return rows[0]
@@ -248,7 +252,11 @@ def _select(ledger: Ledger, output: Path, settings: Settings) -> Summary:
     homes = write_shards(output / "shards", output / "clips", kept(), settings.shards.clips)
     clips = output / "clips"
     lines = (
-        {"video": clip_file(clips, row["clip_id"]).relative_to(output).as_posix(), "shard": homes[row["clip_id"]]} | row
+        {
+            "video": clip_file(clips, row["clip_id"]).relative_to(output).as_posix(),
+            "shard": homes[row["clip_id"]],
+        }
+        | row
         for row in kept()
     )
     write_lines(output / "clips.jsonl", lines)
@@ -256,18 +264,20 @@ def _select(ledger: Ledger, output: Path, settings: Settings) -> Summary:
     return _write_sources(ledger, output, settings, rows())
 
 
-def _write_sources(ledger: Ledger, output: Path, settings: Settings, rows: Iterable[Mapping[str, Any]]) -> Summary:
+def _write_sources(
+    ledger: Ledger, output: Path, settings: Settings, rows: Iterable[Mapping[str, Any]]
+) -> Summary:
     """sources.parquet, and the sum of it all."""
     counts: Counter[str] = Counter()
     kept_counts: Counter[str] = Counter()
     hours_kept = 0.0
     for row in rows:
         counts[row["source"]] += 1
-        kept_counts[row["source"]] += row["kept"]
+        kept_counts[row["source"]] += bool(row["kept"])
         hours_kept += row["kept"] * (row["end_s"] - row["start_s"]) / 3600
     config = _split_hash(settings)
     owners = {row["clip_id"]: row["source"] for _, _, row in _clips(ledger, settings)}
-    entries = []
+    entries: list[dict[str, Any]] = []
     for path, entry in ledger.sources():
         result = ledger.result(entry.get("key", ""), "split", config) or {}
         status, reason = _fate(path, entry, result, owners, counts[path])
@@ -323,7 +333,9 @@ def _clips(ledger: Ledger, settings: Settings) -> Iterator[tuple[str, dict[str, 
                 yield clip["clip_id"], entry["labels"] | {"source": path}, row
 
 
-def _own_hashes(stages: Iterable[Stage], hashes: Mapping[str, str], labels: Mapping[str, Any]) -> dict[str, str]:
+def _own_hashes(
+    stages: Iterable[Stage], hashes: Mapping[str, str], labels: Mapping[str, Any]
+) -> dict[str, str]:
     """The configuration hashes for one clip: those of stages that read the labels hold these too."""
     told = {"labels"}
     own = {}

@@ -25,7 +25,7 @@ _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</
 <meta name="viewport" content="width=device-width">
 <style>
 body{{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}}
-table{{border-collapse:collapse;margin:1em 0}} td,th{{padding:.2em .9em .2em 0;text-align:left;vertical-align:top}}
+table{{border-collapse:collapse;margin:1em 0}} td,th{{padding:.2em .9em .2em 0;text-align:left}}
 td.n,th.n{{text-align:right;font-variant-numeric:tabular-nums}} th{{border-bottom:1px solid #999}}
 section{{border-top:1px solid #ddd;margin-top:2em}} figure{{margin:.5em 0}} img{{height:80px;max-width:100%}}
 figcaption{{font-size:12px;color:#555}} .out{{color:#b00020}} svg text{{font-size:11px;fill:#555}}
@@ -35,7 +35,7 @@ details summary{{cursor:pointer;color:#555}}
 
 
 def write_report(output: str | os.PathLike[str]) -> Path:
-    """Write OUTPUT/report.html of what was chosen last, and return its path. Raises UserError without a run."""
+    """Write OUTPUT/report.html of what was chosen last, and return its path. UserError without a run."""
     import pyarrow.parquet as pq
 
     output = Path(output)
@@ -48,7 +48,11 @@ def write_report(output: str | os.PathLike[str]) -> Path:
     samples = _samples(rows)
     wanted |= {row["clip_id"] for group in samples.values() for row in group}
     with Ledger(output / "work") as ledger:
-        strips = {row["clip_id"]: row.get("strip", "") for row in clip_rows(ledger, settings) if row["clip_id"] in wanted}
+        strips = {
+            row["clip_id"]: row.get("strip", "")
+            for row in clip_rows(ledger, settings)
+            if row["clip_id"] in wanted
+        }
         speed = ledger.throughput()
     body = [_overview(rows, sources), _reasons(rows, sources), _dropped(samples, strips)]
     body += [_score(rows, name, settings.thresholds.get(name), strips) for name in names]
@@ -60,7 +64,17 @@ def write_report(output: str | os.PathLike[str]) -> Path:
 
 def _light(rows: Iterable[dict[str, Any]], settings: Settings) -> Iterable[dict[str, Any]]:
     """What the page needs of each clip."""
-    names = ("clip_id", "source", "start_s", "end_s", "kept", "reason", "domain", "events", *_numeric(settings))
+    names = (
+        "clip_id",
+        "source",
+        "start_s",
+        "end_s",
+        "kept",
+        "reason",
+        "domain",
+        "events",
+        *_numeric(settings),
+    )
     for row in rows:
         yield {name: row.get(name) for name in names}
 
@@ -80,12 +94,14 @@ def _overview(rows: list[dict[str, Any]], sources: list[dict[str, Any]]) -> str:
         ("kept", len(kept), "clips", hours[1]),
     ]
     lines = "".join(
-        f"<tr><td>{what}<td class=n>{count:,}<td>{kind}<td class=n>{time:.3f}<td>hours" for what, count, kind, time in table
+        f"<tr><td>{what}<td class=n>{count:,}<td>{kind}<td class=n>{time:.3f}<td>hours"
+        for what, count, kind, time in table
     )
     tags = Counter(tag for row in kept for tag in (row["events"] or "no event").split(", "))
     domains = Counter(row["domain"] or "none" for row in kept)
     return f"<table>{lines}</table>" + "".join(
-        f"<p>Kept by {name}: " + (", ".join(f"{_text(tag)} {count}" for tag, count in found.most_common()) or "none")
+        f"<p>Kept by {name}: "
+        + (", ".join(f"{_text(tag)} {count}" for tag, count in found.most_common()) or "none")
         for name, found in (("domain", domains), ("event", tags))
     )
 
@@ -105,16 +121,20 @@ def _reasons(rows: list[dict[str, Any]], sources: list[dict[str, Any]]) -> str:
     clips = Counter(_kind(row) for row in rows)
     files = Counter(f"{source['status']}: {_head(source['reason'])}".rstrip(": ") for source in sources)
     first = "".join(
-        f"<tr><td>{_text(kind)}<td class=n>{count}<td class=n>{hours[kind]:.3f}" for kind, count in clips.most_common()
+        f"<tr><td>{_text(kind)}<td class=n>{count}<td class=n>{hours[kind]:.3f}"
+        for kind, count in clips.most_common()
     )
     second = "".join(f"<tr><td>{_text(kind)}<td class=n>{count}" for kind, count in files.most_common())
     listed = "".join(
-        f"<tr><td>{_text(source['path'])}<td>{_text(source['reason'])}" for source in sources if source["status"] != "ok"
+        f"<tr><td>{_text(source['path'])}<td>{_text(source['reason'])}"
+        for source in sources
+        if source["status"] != "ok"
     )
     return (
         "<section><h2>What became of it</h2><table><tr><th>clips<th class=n>count<th class=n>hours"
         f"{first}</table><table><tr><th>files<th class=n>count{second}</table>"
-        f"<details><summary>Every file that gave no clip of its own</summary><table>{listed}</table></details></section>"
+        "<details><summary>Every file that gave no clip of its own</summary>"
+        f"<table>{listed}</table></details></section>"
     )
 
 
@@ -161,7 +181,12 @@ def _histogram(values: list[float], threshold: Threshold | None) -> str:
     """Counts of the values, and the thresholds as lines: dashed for clips that are rich in events."""
     marks: list[tuple[float, bool]] = []
     if threshold is not None:
-        bounds = ((threshold.min, False), (threshold.max, False), (threshold.rich_min, True), (threshold.rich_max, True))
+        bounds = (
+            (threshold.min, False),
+            (threshold.max, False),
+            (threshold.rich_min, True),
+            (threshold.rich_max, True),
+        )
         marks = [(bound, rich) for bound, rich in bounds if bound is not None and math.isfinite(bound)]
     low, high = min([*values, *(m for m, _ in marks)]), max([*values, *(m for m, _ in marks)])
     span = (high - low) or 1.0
@@ -179,7 +204,10 @@ def _histogram(values: list[float], threshold: Threshold | None) -> str:
         f'stroke="#b00020" stroke-width="2" stroke-dasharray="{4 if rich else 0}"><title>{m:g}</title></line>'
         for m, rich in marks
     )
-    labels = f'<text x="0" y="{height + 14}">{low:.4g}</text><text x="{width}" y="{height + 14}" text-anchor="end">{high:.4g}</text>'
+    labels = (
+        f'<text x="0" y="{height + 14}">{low:.4g}</text>'
+        f'<text x="{width}" y="{height + 14}" text-anchor="end">{high:.4g}</text>'
+    )
     return f'<svg viewBox="0 0 {width} {height + 20}" width="{width}" role="img">{bars}{lines}{labels}</svg>'
 
 
@@ -188,7 +216,8 @@ def _figure(row: dict[str, Any], said: str, strips: dict[str, str]) -> str:
     picture = f'<img alt="" loading="lazy" src="data:image/jpeg;base64,{strip}"><br>' if strip else ""
     place = f"{row['source']}, {row['start_s']:.1f} to {row['end_s']:.1f} s"
     color = "" if row["kept"] else " class=out"
-    return f"<figure>{picture}<figcaption><code>{row['clip_id']}</code> {_text(place)}: <span{color}>{_text(said)}</span></figcaption></figure>"
+    fate = f"<code>{row['clip_id']}</code> {_text(place)}: <span{color}>{_text(said)}</span>"
+    return f"<figure>{picture}<figcaption>{fate}</figcaption></figure>"
 
 
 def _speed(speed: list[tuple[str, float, float]]) -> str:

@@ -24,7 +24,7 @@ class ScoreTask:
 
 
 def score_clip(task: ScoreTask) -> dict[str, Any]:
-    """{"results": {stage: its scores, seconds and video_s}}; a stage that failed has `failed` in its place."""
+    """{"results": {stage: its scores, seconds and video_s}}; a stage that failed has `failed` instead."""
     import av
 
     wanted = {name for stage in task.stages for name in stage.inputs if name in VIEWS}

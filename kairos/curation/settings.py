@@ -1,10 +1,10 @@
 """What a curation is asked to do: one frozen dataclass, read from YAML, checked when it is made.
 
-    split:      {min_s: 5, max_s: 40, piece_s: 20, fps: 16, short_side: 480}
-    text:       {samples: 3}                # any stage by its name
-    plugins:    {nsfw: {model: ./nsfw}}     # off unless named here
-    thresholds: {sharpness: {min: 30}}      # a view: changing one computes nothing again
-    balance:    {event: {sliding: 0.3}}
+split:      {min_s: 5, max_s: 40, piece_s: 20, fps: 16, short_side: 480}
+text:       {samples: 3}                # any stage by its name
+plugins:    {nsfw: {model: ./nsfw}}     # off unless named here
+thresholds: {sharpness: {min: 30}}      # a view: changing one computes nothing again
+balance:    {event: {sliding: 0.3}}
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ class Settings:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], where: str = "configuration") -> Settings:
-        """Settings of a mapping as it stands in YAML. Raises UserError for anything unknown or out of range."""
+        """Settings of a mapping as in YAML. Raises UserError for anything unknown or out of range."""
         from kairos.curation.stages import PLUGINS, STAGES
 
         if not isinstance(content, Mapping):
@@ -198,7 +198,9 @@ class Settings:
         known = [*parts, "plugins", "thresholds", "balance", *STAGES]
         check_known(content, known, where)
         values: dict[str, Any] = {
-            name: made(part, content[name], f"{where}: {name}") for name, part in parts.items() if name in content
+            name: made(part, content[name], f"{where}: {name}")
+            for name, part in parts.items()
+            if name in content
         }
         stages = {name: dict(content[name] or {}) for name in STAGES if name in content}
         plugins = {name: dict(options or {}) for name, options in (content.get("plugins") or {}).items()}
@@ -219,7 +221,9 @@ class Settings:
         for kind, shares in balance.items():
             for tag, share in shares.items():
                 if not (isinstance(share, int | float) and 0 < share <= 1):
-                    raise UserError(f"{where}: balance: {kind}: {tag} must be above 0, at most 1, got {share!r}")
+                    raise UserError(
+                        f"{where}: balance: {kind}: {tag} must be above 0, at most 1, got {share!r}"
+                    )
         return cls(**values, stages=stages, plugins=plugins, thresholds=thresholds, balance=balance)
 
     def as_dict(self) -> dict[str, Any]:
@@ -241,7 +245,9 @@ def read_settings(path: Path | None) -> Settings:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read configuration {path}: {(error.strerror or str(error)).lower()}") from None
+        raise UserError(
+            f"cannot read configuration {path}: {(error.strerror or str(error)).lower()}"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     return Settings.from_dict(content or {}, path.name)
@@ -293,7 +299,9 @@ def check_known(mapping: Mapping[str, Any], known: list[str], where: str) -> Non
 
 def _given(bounds: Threshold) -> dict[str, float]:
     """Those of the bounds that bound something: YAML and JSON need no infinities then."""
-    return {name: value for name, value in asdict(bounds).items() if value is not None and math.isfinite(value)}
+    return {
+        name: value for name, value in asdict(bounds).items() if value is not None and math.isfinite(value)
+    }
 
 
 def _check_positive(part: Any, but: tuple[str, ...] = ()) -> None:

@@ -20,8 +20,10 @@ from kairos.data.files import write_atomically
 INDEX = "index.json"
 
 
-def write_shards(folder: Path, clips: Path, rows: Iterable[Mapping[str, Any]], clips_per_shard: int) -> dict[str, str]:
-    """Bring the shards up to date with the kept clips, and return {clip_id: its shard, relative to `folder`}."""
+def write_shards(
+    folder: Path, clips: Path, rows: Iterable[Mapping[str, Any]], clips_per_shard: int
+) -> dict[str, str]:
+    """Bring the shards up to date with the kept clips. Returns {clip_id: its shard, within `folder`}."""
     folder.mkdir(parents=True, exist_ok=True)
     buckets: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for row in rows:

@@ -34,7 +34,9 @@ class ShotDetector:
 
     def __init__(self, settings: Shots, rate: float) -> None:
         names = settings.detectors
-        self._detectors: list[Detector] = [_SceneDetect(name, settings, rate) for name in names if name != "transnet"]
+        self._detectors: list[Detector] = [
+            _SceneDetect(name, settings, rate) for name in names if name != "transnet"
+        ]
         if "transnet" in names:
             self._detectors.append(_TransNet(settings.transnet_threshold))
         self._least = settings.min_frames
@@ -77,7 +79,9 @@ class _SceneDetect:
         }[name]()
         self._rate = Fraction(rate).limit_denominator(1001)
         # A fade's cut is placed in the middle of the black that may have lasted for long.
-        self.delay = round(4 * rate) if name == "threshold" else max(self._detector.event_buffer_length, 2 * least) + 1
+        self.delay = (
+            round(4 * rate) if name == "threshold" else max(self._detector.event_buffer_length, 2 * least) + 1
+        )
 
     def see(self, index: int, picture: NDArray[np.uint8], last: bool) -> list[int]:
         from scenedetect import FrameTimecode

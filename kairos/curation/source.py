@@ -118,7 +118,9 @@ def _probe(container: Any, task: SplitTask) -> dict[str, Any]:
     """What the header claims, refused where it is too little or too much."""
     limits = task.limits
     if len(container.streams) > limits.streams:
-        raise Refused(f"streams: {len(container.streams)}, and the limit is {limits.streams} (limits.streams)")
+        raise Refused(
+            f"streams: {len(container.streams)}, and the limit is {limits.streams} (limits.streams)"
+        )
     videos = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
     if not videos:
         raise Refused("no-video: there is no video stream in it")
@@ -134,7 +136,9 @@ def _probe(container: Any, task: SplitTask) -> dict[str, Any]:
     elif container.duration:
         duration_s = container.duration / 1e6
     if duration_s > limits.duration_s:
-        raise Refused(f"long: {duration_s:.0f} s, and the limit is {limits.duration_s:g} s (limits.duration_s)")
+        raise Refused(
+            f"long: {duration_s:.0f} s, and the limit is {limits.duration_s:g} s (limits.duration_s)"
+        )
     rate = float(stream.average_rate or stream.guessed_rate or 25)
     if rate < _MIN_RATE * task.split.fps:
         raise Refused(f"slow: {rate:.3g} frames a second, and clips have {task.split.fps}")
@@ -147,7 +151,9 @@ def _probe(container: Any, task: SplitTask) -> dict[str, Any]:
     }
 
 
-def _clips(container: Any, task: SplitTask, facts: dict[str, Any], costs: dict[str, float]) -> Iterator[dict[str, Any]]:
+def _clips(
+    container: Any, task: SplitTask, facts: dict[str, Any], costs: dict[str, float]
+) -> Iterator[dict[str, Any]]:
     """Every clip of the file, with its bytes, while its frames go by."""
     split = task.split
     detector = ShotDetector(task.shots, facts["source_fps"])
@@ -341,8 +347,13 @@ class _Normaliser:
         turns = round(frame.rotation / 90) % 4
         same = (wide, high) == (frame.width, frame.height)
         # One thread, as everywhere: starting others costs more than the conversion.
-        picture = self._reformatter.reformat(
-            frame, width=wide, height=high, format="rgb24", interpolation="BILINEAR" if same else "AREA", threads=1
+        picture: Any = self._reformatter.reformat(
+            frame,
+            width=wide,
+            height=high,
+            format="rgb24",
+            interpolation="BILINEAR" if same else "AREA",
+            threads=1,
         ).to_ndarray()
         if turns:
             picture = np.rot90(picture, turns)
@@ -355,10 +366,10 @@ def _look(frame: Any, reformatter: VideoReformatter) -> Picture:
     """What the detectors see: small, BGR."""
     scale = min(1.0, LOOK_SIZE / max(frame.width, frame.height))
     width, height = (max(16, round(side * scale)) for side in (frame.width, frame.height))
-    look: Picture = reformatter.reformat(
+    look: Any = reformatter.reformat(
         frame, width=width, height=height, format="bgr24", interpolation="FAST_BILINEAR", threads=1
     ).to_ndarray()
-    return look
+    return np.asarray(look, np.uint8)
 
 
 def _said(error: Any) -> str:

@@ -1,4 +1,4 @@
-"""What goes out beside the shards: manifest.parquet, sources.parquet and clips.jsonl, each whole or not at all."""
+"""What goes out beside the shards: manifest.parquet, sources.parquet, clips.jsonl, each whole or not at all."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def read_manifest(path: Path) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the place of `path` at the end, and vanishes where the end is not reached."""
+    """A temporary file that takes the place of `path` at the end, and vanishes if the end is not reached."""
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=".kairos-", suffix=".part", dir=path.parent)

@@ -61,11 +61,13 @@ def read_views(file: Path, wanted: Collection[str], labels: Mapping[str, Any]) -
         shown = set(np.linspace(0, count - 1, min(SAMPLES, count)).round().astype(int).tolist())
         for index, frame in enumerate(container.decode(stream)):
             if "grey" in wanted:
-                plane = np.frombuffer(frame.planes[0], np.uint8).reshape(-1, frame.planes[0].line_size)  # type: ignore[call-overload]
+                plane = np.frombuffer(frame.planes[0], np.uint8).reshape(-1, frame.planes[0].line_size)
                 luma = plane[: frame.height, : frame.width]
                 scale = min(1.0, GREY_SIDE / max(luma.shape))
                 size = tuple(max(1, round(side * scale)) for side in luma.shape[::-1])
-                grey.append(cv2.resize(luma, size, interpolation=cv2.INTER_AREA) if scale < 1 else luma.copy())
+                grey.append(
+                    cv2.resize(luma, size, interpolation=cv2.INTER_AREA) if scale < 1 else luma.copy()
+                )
             if "vectors" in wanted and index:
                 vectors.append(_field(frame))
             if "samples" in wanted and index in shown:
@@ -78,12 +80,16 @@ def read_views(file: Path, wanted: Collection[str], labels: Mapping[str, Any]) -
             width=context.width,
             labels=labels,
             **{
-                name: np.stack(arrays)
+                name: _stacked(arrays)
                 for name, arrays in (("grey", grey), ("vectors", vectors), ("samples", samples))
                 if arrays
             },
         )
     return views, time.perf_counter() - started
+
+
+def _stacked(arrays: list[Array]) -> Any:
+    return np.stack(arrays)
 
 
 def _field(frame: Any) -> Array:

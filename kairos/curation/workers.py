@@ -183,7 +183,9 @@ def _ray(address: str) -> Any:
                 ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
         except (ConnectionError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:160]
-            raise MachineError(f"no Ray cluster at {address}: {reason}; start one, or give --ray local") from None
+            raise MachineError(
+                f"no Ray cluster at {address}: {reason}; start one, or give --ray local"
+            ) from None
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -1,4 +1,4 @@
-"""Models that must be fetched or paid for. A plug-in is off unless the configuration names it under `plugins`.
+"""Models that must be fetched or paid for. A plug-in is off unless the settings name it under `plugins`.
 
 Those with `scores_clips` are stages as all others; the rest ask about clips that the thresholds let pass.
 """

@@ -36,8 +36,8 @@ CAPTION = (
     f'"domain": one of {", ".join(DOMAINS)}; "events": a list of those that happen of {", ".join(EVENTS)}.'
 )
 PHYSICS = (
-    "These pictures are moments of one video, in order, tagged {tags}. Name in one or two sentences the physical "
-    "principles that govern what moves, and what they make happen. Answer with the sentences only."
+    "These pictures are moments of one video, in order, tagged {tags}. Name in one or two sentences the "
+    "physical principles that govern what moves, and what they make happen. Answer with the sentences only."
 )
 
 
@@ -47,7 +47,7 @@ class Spent(Exception):
 
 @dataclass(frozen=True)
 class Captions:
-    """`endpoint` is the address of an OpenAI-compatible server, up to and with /v1; without it `model` is local."""
+    """`endpoint` is an OpenAI-compatible server, up to and with /v1; without it `model` is local."""
 
     name: ClassVar[str] = "captions"
     version: ClassVar[int] = 1
@@ -76,17 +76,24 @@ class Captions:
     @property
     def identity(self) -> dict[str, Any]:
         """What an answer depends on: another rate or budget asks nothing again."""
-        return {"model": self.model, "physics": self.physics, "max_tokens": self.max_tokens, "version": self.version}
+        return {
+            "model": self.model,
+            "physics": self.physics,
+            "max_tokens": self.max_tokens,
+            "version": self.version,
+        }
 
     def ask(
         self, clips: Iterable[tuple[str, Mapping[str, Any]]], spent: int
     ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(clip_id, {"scores", "tokens"} or {"failed"}) for (clip_id, its scores with `strip`), until the budget ends."""
+        """(clip_id, {"scores", "tokens"} or {"failed"}) for clips with their scores, until the budget ends."""
         budget = _Budget(self.budget_tokens - spent, self.requests_per_minute if self.endpoint else 0)
         waiting = iter(clips)
         with ThreadPoolExecutor(self.parallel if self.endpoint else 1) as pool:
             while batch := list(islice(waiting, 4 * self.parallel)):
-                for (clip_id, _), answer in zip(batch, pool.map(lambda c: self._about(c[1], budget), batch), strict=True):
+                for (clip_id, _), answer in zip(
+                    batch, pool.map(lambda c: self._about(c[1], budget), batch), strict=True
+                ):
                     if answer is not None:
                         yield clip_id, answer
                 if budget.spent_up:
@@ -114,13 +121,18 @@ class Captions:
 
     def _answer(self, pictures: list[bytes], prompt: str, budget: _Budget) -> tuple[str, int]:
         budget.wait()
-        said, tokens = self._from_endpoint(pictures, prompt) if self.endpoint else self._from_here(pictures, prompt)
+        said, tokens = (
+            self._from_endpoint(pictures, prompt) if self.endpoint else self._from_here(pictures, prompt)
+        )
         budget.spend(tokens)
         return said, tokens
 
     def _from_endpoint(self, pictures: list[bytes], prompt: str) -> tuple[str, int]:
         content: list[dict[str, Any]] = [
-            {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{base64.b64encode(p).decode()}"}}
+            {
+                "type": "image_url",
+                "image_url": {"url": f"data:image/jpeg;base64,{base64.b64encode(p).decode()}"},
+            }
             for p in pictures
         ]
         body = {
@@ -145,7 +157,9 @@ class Captions:
                     pause = error.headers.get("Retry-After", "")
                 if not passing or attempt == self.retries:
                     raise OSError(f"{url} answered {error.code}") from None
-                time.sleep(float(pause) if pause.replace(".", "", 1).isdigit() else min(30.0, 0.5 * 2**attempt))
+                time.sleep(
+                    float(pause) if pause.replace(".", "", 1).isdigit() else min(30.0, 0.5 * 2**attempt)
+                )
             except (urllib.error.URLError, TimeoutError) as error:
                 if attempt == self.retries:
                     raise OSError(f"{url} does not answer: {error}") from None
@@ -157,7 +171,9 @@ class Captions:
         from PIL import Image
 
         model, processor = _local(self.model)
-        images = [{"type": "image", "image": Image.open(io.BytesIO(picture)).convert("RGB")} for picture in pictures]
+        images = [
+            {"type": "image", "image": Image.open(io.BytesIO(picture)).convert("RGB")} for picture in pictures
+        ]
         messages = [{"role": "user", "content": [*images, {"type": "text", "text": prompt}]}]
         inputs = processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"

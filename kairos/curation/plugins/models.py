@@ -1,4 +1,4 @@
-"""Scores by models of `transformers`: aesthetics, NSFW, embeddings. `model` is a local folder or a hub's name."""
+"""Scores by models of `transformers`: aesthetics, NSFW, embeddings. `model` is a folder or a hub's name."""
 
 from __future__ import annotations
 

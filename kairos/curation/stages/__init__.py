@@ -62,7 +62,11 @@ def stages_of(settings: Settings) -> list[Stage]:
     """The stages of a curation that score clips, made with its settings."""
     return [
         *(stage(**settings.stages.get(name, {})) for name, stage in STAGES.items()),
-        *(PLUGINS[name](**options) for name, options in settings.plugins.items() if PLUGINS[name].scores_clips),
+        *(
+            PLUGINS[name](**options)
+            for name, options in settings.plugins.items()
+            if PLUGINS[name].scores_clips
+        ),
     ]
 
 

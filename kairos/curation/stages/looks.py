@@ -1,4 +1,4 @@
-"""How a clip looks: blur, exposure, black frames and bars; and the strip of pictures that people are shown."""
+"""How a clip looks: blur, exposure, black frames and bars; and the strip of pictures that one is shown."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ class Sharpness:
         for picture in views.samples:
             edges = cv2.Laplacian(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), cv2.CV_32F)
             height, width = (side // self.cells * self.cells for side in edges.shape)
-            grid = edges[:height, :width].reshape(self.cells, height // self.cells, self.cells, width // self.cells)
+            grid = edges[:height, :width].reshape(
+                self.cells, height // self.cells, self.cells, width // self.cells
+            )
             variances = np.sort(grid.var(axis=(1, 3)), axis=None)
             values.append(variances[-max(1, round(self.share * variances.size)) :].mean())
         return {"sharpness": round(float(np.median(values)), 3)}

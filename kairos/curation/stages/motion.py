@@ -51,7 +51,7 @@ class Flow:
     def measure(self, views: Views) -> dict[str, Any]:
         import cv2
 
-        method = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
+        method = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
         step = max(1, round(views.fps / self.rate))
         width = views.grey.shape[2]
         means, shares, cameras = [], [], []
@@ -92,7 +92,8 @@ class Richness:
 
         step = max(1, round(views.fps / self.rate))
         small = [
-            cv2.resize(picture, (self.side, self.side), interpolation=cv2.INTER_AREA) for picture in views.grey[::step]
+            cv2.resize(picture, (self.side, self.side), interpolation=cv2.INTER_AREA)
+            for picture in views.grey[::step]
         ]
         states = np.stack(small).reshape(len(small), -1).astype(np.float64)
         spectrum = np.linalg.svd(states - states.mean(axis=0), compute_uv=False) ** 2 / states.size

@@ -90,7 +90,7 @@ class Physics:
         size = np.linalg.norm(change - np.median(change, axis=0), axis=1)
         size[near_border] = 0  # a thing that enters or leaves the picture seems to slow down
         least = max(self.least_jump * width, self.relative_jump * usual)
-        times = []
+        times: list[int] = []
         for index in np.flatnonzero(size > least):
             around = size[max(0, index - self.window) : index + self.window + 1]
             if size[index] == around.max() and (not times or index - times[-1] > self.window):
@@ -123,10 +123,17 @@ class Physics:
             for other in numbers[place + 1 :]:
                 first, second = things[one], things[other]
                 common = range(max(first.first, second.first), min(first.last, second.last) + 1)
-                distances = [gap(first.blobs[t - first.first], second.blobs[t - second.first]) for t in common]
+                distances = [
+                    gap(first.blobs[t - first.first], second.blobs[t - second.first]) for t in common
+                ]
                 apart = [t for t, distance in zip(common, distances, strict=True) if distance > 4]
                 touch = next(
-                    (t for t, d in zip(common, distances, strict=True) if d <= 1.5 and apart and t > apart[0]), None
+                    (
+                        t
+                        for t, d in zip(common, distances, strict=True)
+                        if d <= 1.5 and apart and t > apart[0]
+                    ),
+                    None,
                 )
                 if touch is not None:
                     times.append(touch)

@@ -36,7 +36,14 @@ class Tags:
 
     name: ClassVar[str] = "tags"
     version: ClassVar[int] = 1
-    inputs: ClassVar[tuple[str, ...]] = ("labels", "jumps", "contacts", "occlusions", "reappearances", "falls")
+    inputs: ClassVar[tuple[str, ...]] = (
+        "labels",
+        "jumps",
+        "contacts",
+        "occlusions",
+        "reappearances",
+        "falls",
+    )
     outputs: ClassVar[tuple[str, ...]] = ("domain", "events")
     measured: bool = True  # whether the physics scores give tags
 
@@ -44,19 +51,26 @@ class Tags:
         said = views.labels.get("events") or []
         given = said if isinstance(said, list) else re.split(r"[,;]\s*", str(said))
         # File names are words too: robot_pours_water_03.mp4
-        words = re.sub(r"[_\W\d]+", " ", f"{views.labels.get('caption', '')} {views.labels.get('source', '')}").lower()
+        words = re.sub(
+            r"[_\W\d]+", " ", f"{views.labels.get('caption', '')} {views.labels.get('source', '')}"
+        ).lower()
         events = {str(tag).strip().lower() for tag in given}
         events |= {tag for tag, pattern in _EVENT_WORDS.items() if _holds(words, pattern)}
         if self.measured:
             events |= self._seen(views.scores)
         domain = str(views.labels.get("domain") or "").lower()
         if domain not in DOMAINS:
-            domain = next((name for name, pattern in _DOMAIN_WORDS.items() if _holds(words, pattern)), "general")
+            domain = next(
+                (name for name, pattern in _DOMAIN_WORDS.items() if _holds(words, pattern)), "general"
+            )
         return {"domain": domain, "events": [tag for tag in EVENTS if tag in events]}
 
     @staticmethod
     def _seen(scores: dict[str, Any]) -> set[str]:
-        counts = {name: scores.get(name) or 0 for name in ("jumps", "contacts", "occlusions", "reappearances", "falls")}
+        counts = {
+            name: scores.get(name) or 0
+            for name in ("jumps", "contacts", "occlusions", "reappearances", "falls")
+        }
         found = {
             "contact": counts["contacts"] > 0,
             "collision": counts["contacts"] > 0 and counts["jumps"] > 0,
@@ -80,7 +94,9 @@ class Caption:
         if views.labels.get("caption"):
             return {"caption": str(views.labels["caption"])}
         scores = views.scores
-        subject = {"human": "people", "robot": "a robot", "physics": "moving objects"}.get(scores["domain"], "a scene")
+        subject = {"human": "people", "robot": "a robot", "physics": "moving objects"}.get(
+            scores["domain"], "a scene"
+        )
         events = scores["events"]
         shown = f" with {_listed(events)}" if events else ""
         camera = "moving" if (scores.get("camera") or 0) > self.camera_moves else "still"

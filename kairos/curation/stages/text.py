@@ -57,6 +57,9 @@ def _engine() -> Any:
         from rapidocr import RapidOCR
 
         logging.getLogger("RapidOCR").setLevel(logging.ERROR)
-        threads = {"EngineConfig.onnxruntime.intra_op_num_threads": 1, "EngineConfig.onnxruntime.inter_op_num_threads": 1}
+        threads = {
+            "EngineConfig.onnxruntime.intra_op_num_threads": 1,
+            "EngineConfig.onnxruntime.inter_op_num_threads": 1,
+        }
         _ENGINES.append(RapidOCR(params=threads | {"Global.log_level": "error"}))
     return _ENGINES[0]

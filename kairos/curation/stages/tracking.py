@@ -60,7 +60,7 @@ def moving_masks(grey: Grey) -> Masks:
     # Well above what the quiet part of the clip flickers by: noise of the camera and the codec.
     masks = difference > max(10.0, 6 * float(np.median(difference)))
     if masks.mean() > CROWDED:
-        method = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
+        method = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
         masks = np.zeros(grey.shape, np.bool_)
         for index in range(len(grey) - 1):
             flow = method.calc(grey[index], grey[index + 1], None)
@@ -91,7 +91,9 @@ def tracks_of(masks: Masks) -> list[Track]:
             gate = np.maximum(0.06 * width, 0.8 * np.sqrt(areas))[:, None]
             rows, columns = linear_sum_assignment(np.where(cost < gate, cost + 0.02 * width * ratio, 1e6))
             taken = {
-                int(row): int(column) for row, column in zip(rows, columns, strict=True) if cost[row, column] < gate[row, 0]
+                int(row): int(column)
+                for row, column in zip(rows, columns, strict=True)
+                if cost[row, column] < gate[row, 0]
             }
         for row, column in taken.items():
             tracks[alive[row]].blobs.append(blobs[column])
