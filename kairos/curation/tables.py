@@ -1,4 +1,4 @@
-"""What goes out beside the shards: manifest.parquet, sources.parquet, clips.jsonl, each whole or not at all."""
+"""What goes out beside the shards: the manifest, the sources and clips.jsonl, each whole or not at all."""
 
 from __future__ import annotations
 
