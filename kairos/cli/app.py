@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from kairos import __version__
-from kairos.cli import bench, evaluate, generate, models, rollout, show, train, worlds
+from kairos.cli import bench, curate, evaluate, generate, models, rollout, show, train, worlds
 from kairos.cli.console import out
 
 app = typer.Typer(
@@ -40,5 +40,6 @@ app.command("show")(show.show)
 app.command("evaluate")(evaluate.evaluate)
 app.command("bench")(bench.bench)
 app.add_typer(train.app, name="train")
+app.add_typer(curate.app, name="curate")
 app.add_typer(models.app, name="models")
 app.add_typer(worlds.app, name="worlds")

@@ -25,6 +25,7 @@ MIN_SHOWN_SIZE = 256  # pixels; smaller videos are enlarged when written, player
 MAX_SHOWN_SIZE = 16384  # pixels; x264's own limit
 _CRF = "14"  # visually lossless; these clips are short
 _ENCODER_THREADS = 4  # fixed: x264's bytes depend on it, and the same frames shall give the same bytes
+_CLOCK_S = 1.1e-3  # Matroska counts whole milliseconds: so far apart may two equal times be
 _BT709 = 1  # H.273's code for the primaries, the transfer curve and the matrix
 
 
@@ -56,7 +57,7 @@ def read_video(
         raise UserError(f"fps must be above 0, got {fps}")
     frames: list[NDArray[np.uint8]] = []
     with _reading(path) as container:
-        for frame, repeats in _on_screen(container, fps):
+        for frame, repeats in on_screen(container, fps):
             if not repeats:
                 continue
             pixels = frame.to_ndarray(format="rgb24")
@@ -199,7 +200,7 @@ def _enlarged(pixels: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:
     return np.ascontiguousarray(np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge"))
 
 
-def _on_screen(container: Any, fps: float | None) -> Iterator[tuple[Any, int]]:
+def on_screen(container: Any, fps: float | None) -> Iterator[tuple[Any, int]]:
     """Every frame of the first video stream, with how often it is to be taken to play at `fps`."""
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
@@ -224,7 +225,7 @@ def _on_screen(container: Any, fps: float | None) -> Iterator[tuple[Any, int]]:
 
 def _ticks_before(time_s: float, fps: float) -> int:
     """How many of the moments 0, 1 / fps, 2 / fps, ... come before `time_s`, but for a clock's rounding."""
-    return math.ceil(time_s * fps - 1e-3)
+    return math.ceil((time_s - _CLOCK_S) * fps)
 
 
 @contextmanager

@@ -1,0 +1,164 @@
+"""`kairos curate`: from folders of raw video to training shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kairos.cli.console import out, show_log
+
+if TYPE_CHECKING:
+    from kairos.curation import Settings, Summary
+
+app = typer.Typer(help="From folders of raw video to training shards.", no_args_is_help=True)
+
+Output = Annotated[Path, typer.Argument(metavar="OUTPUT", show_default=False, help="What `run` wrote.")]
+Config = Annotated[
+    Path | None,
+    typer.Option(metavar="CONFIG.yaml", help="Settings; see docs/curation.md. Default: built in."),
+]
+Set = Annotated[
+    list[str],
+    typer.Option(
+        "--set", metavar="SCORE.min=VALUE", help="Change a threshold; also max, rich_min, rich_max."
+    ),
+]
+
+
+@app.command()
+def run(
+    input: Annotated[
+        Path,
+        typer.Option(
+            "--input", "-i", metavar="DIR|MANIFEST", show_default=False, help="Videos, or a list of them."
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", show_default=False, help="Everything goes here.")
+    ],
+    config: Config = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Work on a Ray cluster; 'local' starts one here.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that work. Default: one a core.")
+    ] = None,
+) -> None:
+    """Cut, score, choose and pack; a second run goes on where the first was stopped."""
+    show_log(verbose=True)
+    _need_extra()
+    from kairos.curation import curate
+    from kairos.curation.report import write_report
+    from kairos.curation.settings import read_settings
+
+    summary = curate(input, output, read_settings(config), ray=ray, workers=workers)
+    write_report(output)
+    _tell(summary, output)
+
+
+@app.command()
+def select(output: Output, config: Config = None, changes: Set = []) -> None:  # noqa: B006
+    """Apply other thresholds, balance or shard sizes to what was scored; nothing is computed again."""
+    show_log(verbose=True)
+    _need_extra()
+    from kairos.curation import select as choose
+    from kairos.curation.pipeline import saved_settings
+    from kairos.curation.report import write_report
+    from kairos.curation.settings import read_settings
+
+    settings = read_settings(config) if config else saved_settings(output)
+    summary = choose(output, _changed(settings, changes))
+    write_report(output)
+    _tell(summary, output)
+
+
+@app.command()
+def why(
+    output: Output,
+    clip: Annotated[
+        str, typer.Argument(metavar="CLIP", show_default=False, help="A clip_id, or how it begins.")
+    ],
+) -> None:
+    """Say what happened to one clip, and every score of it beside its threshold."""
+    _need_extra()
+    from rich.table import Table
+
+    from kairos.curation import why as explain
+    from kairos.curation.pipeline import saved_settings
+    from kairos.curation.selection import is_rich
+
+    row = explain(output, clip)
+    settings = saved_settings(output)
+    fate = "kept" if row["kept"] else f"dropped, {row['reason']}"
+    out.print(f"{row['clip_id']}: {fate}", highlight=False, markup=False)
+    where = f"{row['source']}, {row['start_s']:.2f} to {row['end_s']:.2f} s"
+    out.print(
+        f"{where}; {row['frames']} frames of {row['width']} x {row['height']}", highlight=False, markup=False
+    )
+    table = Table()
+    table.add_column("score")
+    table.add_column("value", justify="right")
+    table.add_column("stays from")
+    table.add_column("to")
+    rich = is_rich(row | {"events": [tag for tag in (row.get("events") or "").split(", ") if tag]}, settings)
+    for name, value in row.items():
+        if name in ("clip_id", "source", "kept", "reason", "start_s", "end_s") or value is None:
+            continue
+        threshold = settings.thresholds.get(name)
+        low, high = threshold.bounds(rich) if threshold else (float("-inf"), float("inf"))
+        shown = f"{value:.5g}" if isinstance(value, float) else str(value)
+        table.add_row(name, shown, *("" if abs(b) == float("inf") else f"{b:g}" for b in (low, high)))
+    out.print(table)
+
+
+@app.command()
+def report(output: Output) -> None:
+    """Write report.html anew."""
+    _need_extra()
+    from kairos.curation.report import write_report
+
+    out.print(str(write_report(output)), highlight=False, markup=False)
+
+
+def _changed(settings: Settings, changes: list[str]) -> Settings:
+    """The settings with thresholds as `--set` gives them."""
+    from kairos.curation.settings import Settings
+    from kairos.errors import UserError
+
+    content: dict[str, Any] = settings.as_dict()
+    for change in changes:
+        name, _, value = change.partition("=")
+        score, _, bound = name.partition(".")
+        try:
+            number = float(value)
+        except ValueError:
+            raise UserError(
+                f"--set takes SCORE.min=VALUE, got {change!r}; for example sharpness.min=30"
+            ) from None
+        content["thresholds"][score] = (content["thresholds"].get(score) or {}) | {bound: number}
+    return Settings.from_dict(content, "--set") if changes else settings
+
+
+def _need_extra() -> None:
+    """Refuse in one line where the extra is not installed."""
+    import importlib.util
+
+    from kairos.errors import UserError
+
+    names = ("cv2", "imagehash", "pyarrow", "rapidocr", "scenedetect", "scipy", "webdataset", "yaml")
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f'curation needs more packages ({", ".join(missing)}); pip install "kairos-world[curation]"'
+        )
+
+
+def _tell(summary: Summary, output: Path) -> None:
+    statuses = ", ".join(f"{count} {status}" for status, count in sorted(summary.sources.items()))
+    out.print(f"{sum(summary.sources.values())} files came in: {statuses}", highlight=False)
+    hours = f"{summary.hours_kept:.2f} of {summary.hours_in:.2f} hours"
+    out.print(
+        f"{summary.kept} of {summary.clips} clips kept, {hours}: {output / 'report.html'}", highlight=False
+    )

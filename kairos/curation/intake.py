@@ -1,0 +1,165 @@
+"""What came in: every file of a folder, or every line of a manifest, and whether it may be opened at all.
+
+Nothing is opened here. Links, devices, names that no shard could carry and files that are not named as
+videos are told apart by what the file system says.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kairos.curation.settings import Limits
+from kairos.errors import UserError
+
+FORMATS = {
+    ".mp4": "mov",
+    ".m4v": "mov",
+    ".mov": "mov",
+    ".3gp": "mov",
+    ".mkv": "matroska",
+    ".webm": "matroska",
+    ".avi": "avi",
+    ".flv": "flv",
+    ".ts": "mpegts",
+    ".m2ts": "mpegts",
+    ".mpg": "mpeg",
+    ".mpeg": "mpeg",
+    ".wmv": "asf",
+    ".ogv": "ogg",
+}
+"""The names of videos, and how FFmpeg calls what has to be inside."""
+_SIDECARS = (".txt", ".json", ".srt", ".vtt")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file that came in. `path` is what people are shown: relative to `root`, printable."""
+
+    path: str
+    file: Path
+    status: str = "waiting"
+    reason: str = ""
+    labels: dict[str, Any] = field(default_factory=dict)
+    """What the manifest or a text beside the video says: caption, domain, events."""
+
+
+def take_in(source: Path, limits: Limits) -> tuple[Path, list[Source]]:
+    """The root and every file, by path. Raises UserError where there is nothing to read."""
+    if source.is_dir():
+        root = source.resolve()
+        found = [_examined(root, file, limits) for file in _walk(root)]
+        names = {entry.path for entry in found if entry.status == "waiting"}
+        found = [_with_sidecar(entry, names) for entry in found]
+    elif source.is_file():
+        root = source.parent.resolve()
+        found = list(_listed(root, source, limits))
+    else:
+        raise UserError(f"input not found: {source}; give a folder of videos, or a manifest that lists them")
+    if not found:
+        raise UserError(f"{source} holds no files; give a folder of videos, or a manifest that lists them")
+    return root, sorted(found, key=lambda entry: entry.path)
+
+
+def printable(path: str | os.PathLike[str]) -> str:
+    """A path as text: control characters and bytes that are no text are written as escapes."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """Every file and link below `root`; linked folders are told, not entered."""
+    for folder, folders, files in os.walk(root):
+        folders.sort()
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        yield from (Path(folder, name) for name in sorted([*files, *links]))
+
+
+def _listed(root: Path, manifest: Path, limits: Limits) -> Iterator[Source]:
+    seen: set[str] = set()
+    for number, row in enumerate(_rows(manifest), 1):
+        name = row.get("path") or row.get("video") if isinstance(row, dict) else None
+        if not isinstance(name, str) or not name:
+            raise UserError(f"{manifest}, entry {number}: the key 'path' is missing; give the video's path")
+        file = root / name
+        entry = _examined(root, Path(os.path.normpath(file)), limits)
+        if entry.path in seen:
+            continue
+        seen.add(entry.path)
+        labels = {key: row[key] for key in ("caption", "domain", "events") if row.get(key)}
+        yield Source(entry.path, entry.file, entry.status, entry.reason, labels)
+
+
+def _rows(manifest: Path) -> Iterator[Any]:
+    try:
+        if manifest.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            yield from pq.read_table(manifest).to_pylist()
+        elif manifest.suffix == ".csv":
+            with manifest.open(newline="", encoding="utf-8") as file:
+                yield from csv.DictReader(file)
+        else:
+            with manifest.open(encoding="utf-8") as file:
+                yield from (json.loads(line) for line in file if line.strip())
+    except (ValueError, OSError, csv.Error) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"cannot read the manifest {manifest}: {reason}; give JSON lines, CSV or Parquet with a 'path'"
+        ) from None
+
+
+def _examined(root: Path, file: Path, limits: Limits) -> Source:
+    name = printable(file.relative_to(root) if file.is_relative_to(root) else file)
+    reason = _refusal(root, file, limits)
+    return Source(name, file, "rejected" if reason else "waiting", reason)
+
+
+def _refusal(root: Path, file: Path, limits: Limits) -> str:
+    """Why a file is not opened; empty where it may be."""
+    if not file.is_relative_to(root):
+        return "outside: the path leads out of the input folder"
+    relative = os.fspath(file.relative_to(root))
+    if printable(relative) != relative:
+        return "name: it holds control characters or is not UTF-8; rename the file"
+    try:
+        resolved = file.resolve(strict=True)
+        kind = os.lstat(file).st_mode
+        size = os.stat(file).st_size
+    except (OSError, RuntimeError) as error:
+        return f"unreadable: {getattr(error, 'strerror', None) or 'a link that leads to itself'}".lower()
+    if not resolved.is_relative_to(root):
+        return "link: it leads out of the input folder"
+    if stat.S_ISLNK(kind) or resolved != file:
+        return f"link: it leads to {printable(resolved.relative_to(root))}, which is read by its own name"
+    if not stat.S_ISREG(kind):
+        return "unreadable: not a regular file"
+    if file.suffix.lower() not in FORMATS:
+        return f"extension: {file.suffix or 'none'} is not a video's"
+    if size == 0:
+        return "empty: the file has no bytes"
+    if size > limits.file_gb * 1e9:
+        return f"large: {size / 1e9:.1f} GB, and the limit is {limits.file_gb:g} GB (limits.file_gb)"
+    if not os.access(file, os.R_OK):
+        return "unreadable: permission denied"
+    return ""
+
+
+def _with_sidecar(entry: Source, videos: set[str]) -> Source:
+    """A video with the text that lies beside it; a text that belongs to a video is told as such."""
+    if entry.status == "waiting":
+        text = entry.file.with_suffix(".txt")
+        if text.is_file() and not text.is_symlink() and text.stat().st_size < 100_000:
+            caption = " ".join(text.read_text(encoding="utf-8", errors="replace").split())
+            return Source(entry.path, entry.file, labels={"caption": caption} if caption else {})
+    elif entry.file.suffix.lower() in _SIDECARS and entry.reason.startswith("extension"):
+        stem = entry.path.removesuffix(entry.file.suffix)
+        if any(stem + suffix in videos for suffix in FORMATS):
+            return Source(entry.path, entry.file, "sidecar", "belongs to the video of this name")
+    return entry

@@ -1,0 +1,81 @@
+"""The stages that score a clip. A stage is a frozen dataclass of its settings with
+
+    name            what the ledger and the configuration call it
+    version         raised when its mathematics changes: what was computed before is computed again
+    inputs          views of the clip ("grey", "vectors", "samples", "labels") or scores of earlier stages
+    outputs         the scores that it gives
+    measure(views)  -> those scores, JSON values
+
+A clip is decoded once, for the views that the stages still to be run ask for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+from kairos.curation.plugins import PLUGINS
+from kairos.curation.settings import Settings, hash_of
+from kairos.curation.stages.fingerprint import Fingerprint
+from kairos.curation.stages.looks import Bars, Exposure, Sharpness, Strip
+from kairos.curation.stages.motion import Flow, Motion, Richness
+from kairos.curation.stages.physics import Physics
+from kairos.curation.stages.tags import Caption, Tags
+from kairos.curation.stages.text import Text
+from kairos.curation.views import Views
+
+
+class Stage(Protocol):
+    """What the class of a stage has; see the top of this file."""
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+    inputs: ClassVar[tuple[str, ...]]
+    outputs: ClassVar[tuple[str, ...]]
+
+    def measure(self, views: Views) -> dict[str, Any]: ...
+
+
+STAGES: Mapping[str, type] = {
+    stage.name: stage
+    for stage in (
+        Motion,
+        Flow,
+        Sharpness,
+        Exposure,
+        Bars,
+        Text,
+        Fingerprint,
+        Richness,
+        Physics,
+        Tags,
+        Caption,
+        Strip,
+    )
+}
+"""What runs by default, in this order; none needs a download."""
+
+__all__ = ["PLUGINS", "STAGES", "Stage", "Views", "hashes_of", "stages_of"]
+
+
+def stages_of(settings: Settings) -> list[Stage]:
+    """The stages of a curation that score clips, made with its settings."""
+    return [
+        *(stage(**settings.stages.get(name, {})) for name, stage in STAGES.items()),
+        *(
+            PLUGINS[name](**options)
+            for name, options in settings.plugins.items()
+            if PLUGINS[name].scores_clips
+        ),
+    ]
+
+
+def hashes_of(stages: Sequence[Stage]) -> dict[str, str]:
+    """The configuration hash of each stage: its settings, its version, and those of what it reads."""
+    hashes: dict[str, str] = {}
+    givers: dict[str, str] = {}
+    for stage in stages:
+        upstream = sorted({hashes[givers[name]] for name in stage.inputs if name in givers})
+        hashes[stage.name] = hash_of(stage.name, stage.version, stage, upstream)
+        givers |= dict.fromkeys(stage.outputs, stage.name)
+    return hashes

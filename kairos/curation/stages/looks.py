@@ -1,0 +1,111 @@
+"""How a clip looks: blur, exposure, black frames and bars; and the strip of pictures that one is shown."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from kairos.curation.views import Views
+
+
+@dataclass(frozen=True)
+class Sharpness:
+    """The variance of the Laplacian, the usual measure of blur: the median over the sampled frames.
+
+    Only where there is something to see: the sharpest cells of a grid of cells count, so that a flat wall
+    behind a sharp ball is no blur.
+    """
+
+    name: ClassVar[str] = "sharpness"
+    version: ClassVar[int] = 1
+    inputs: ClassVar[tuple[str, ...]] = ("samples",)
+    outputs: ClassVar[tuple[str, ...]] = ("sharpness",)
+    cells: int = 6  # along each side
+    share: float = 0.1  # of the cells, the sharpest
+
+    def measure(self, views: Views) -> dict[str, Any]:
+        import cv2
+
+        values = []
+        for picture in views.samples:
+            edges = cv2.Laplacian(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), cv2.CV_32F)
+            height, width = (side // self.cells * self.cells for side in edges.shape)
+            grid = edges[:height, :width].reshape(
+                self.cells, height // self.cells, self.cells, width // self.cells
+            )
+            variances = np.sort(grid.var(axis=(1, 3)), axis=None)
+            values.append(variances[-max(1, round(self.share * variances.size)) :].mean())
+        return {"sharpness": round(float(np.median(values)), 3)}
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """Mean brightness in [0, 1], and the share of frames that are black."""
+
+    name: ClassVar[str] = "exposure"
+    version: ClassVar[int] = 1
+    inputs: ClassVar[tuple[str, ...]] = ("grey",)
+    outputs: ClassVar[tuple[str, ...]] = ("brightness", "dark_share")
+    dark: float = 0.04  # a frame whose brightest pixels are below this is black
+
+    def measure(self, views: Views) -> dict[str, Any]:
+        levels = (views.grey.astype(np.float32) - 16) / 219  # limited range
+        brightest = np.percentile(levels.reshape(len(levels), -1), 98, axis=1)
+        return {
+            "brightness": round(float(np.clip(levels.mean(), 0, 1)), 4),
+            "dark_share": round(float((brightest < self.dark).mean()), 4),
+        }
+
+
+@dataclass(frozen=True)
+class Bars:
+    """The share of the picture that black bars take: borders that are black in every bright frame."""
+
+    name: ClassVar[str] = "bars"
+    version: ClassVar[int] = 1
+    inputs: ClassVar[tuple[str, ...]] = ("grey",)
+    outputs: ClassVar[tuple[str, ...]] = ("bars_share",)
+    dark: float = 0.06
+
+    def measure(self, views: Views) -> dict[str, Any]:
+        lit = (views.grey.max(axis=0).astype(np.float32) - 16) / 219 > self.dark
+        if not lit.any():
+            return {"bars_share": 0.0}  # black frames are another matter
+        rows, columns = lit.mean(axis=1) > 0.02, lit.mean(axis=0) > 0.02
+        inside = _extent(rows) * _extent(columns)
+        return {"bars_share": round(1 - inside / lit.size, 4)}
+
+
+def _extent(lines: Any) -> int:
+    where = np.flatnonzero(lines)
+    return int(where[-1] - where[0] + 1) if len(where) else 0
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Six small pictures in a row, a JPEG in base64: for the report, and for models that write captions."""
+
+    name: ClassVar[str] = "strip"
+    version: ClassVar[int] = 1
+    inputs: ClassVar[tuple[str, ...]] = ("samples",)
+    outputs: ClassVar[tuple[str, ...]] = ("strip",)
+    pictures: int = 6
+    height: int = 112
+    quality: int = 80
+
+    def measure(self, views: Views) -> dict[str, Any]:
+        from PIL import Image
+
+        count = min(self.pictures, len(views.samples))
+        chosen = views.samples[np.linspace(0, len(views.samples) - 1, count).round().astype(int)]
+        height, width = self.height, max(1, round(self.height * views.width / views.height))
+        strip = Image.new("RGB", (width * count, height))
+        for column, picture in enumerate(chosen):
+            strip.paste(Image.fromarray(picture).resize((width, height)), (column * width, 0))
+        buffer = io.BytesIO()
+        strip.save(buffer, "JPEG", quality=self.quality)
+        return {"strip": base64.b64encode(buffer.getvalue()).decode()}

@@ -1,0 +1,111 @@
+"""Words about a clip without a model: domain and events from what was measured and what its source said."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from kairos.curation.views import Views
+from kairos.curation.vocabulary import DOMAINS, EVENTS
+
+_DOMAIN_WORDS = {
+    "robot": r"robots?|robotic|gripper|manipulator|end.effector|humanoid|quadruped",
+    "human": r"person|people|man|men|woman|women|child|children|boy|girl|hands?|player|worker|dancer|crowd",
+    "physics": r"simulat\w+|physics|balls?|pendulum|ramp|billiards?|dominoe?s?|marbles?|blocks?",
+}
+_EVENT_WORDS = {
+    "contact": r"touch\w*|contacts?|push\w*|grasp\w*|grips?|picks? up|holds?|press\w*",
+    "collision": r"colli\w+|hits?|crash\w*|bump\w*|knock\w*|strik\w+|bounc\w+|meet",
+    "sliding": r"slid\w+|skid\w*|slip\w*",
+    "rolling": r"roll\w*",
+    "deformation": r"deform\w*|bend\w*|squash\w*|squeez\w*|fold\w*|tear\w*|crumpl\w*|stretch\w*",
+    "support": r"stack\w*|rests? on|leans?|balanc\w+|supports?|lies on",
+    "fluid": r"pour\w*|water|liquid|fluid|splash\w*|spill\w*|drip\w*|flow\w*",
+    "gravity": r"fall\w*|drop\w*|thrown|throw\w*|swing\w*|gravity|tumbl\w+|bounc\w+",
+    "tool use": r"tool|hammer\w*|screw\w*|cut\w*|knife|saw\w*|spoon|wrench",
+    "occlusion": r"behind|hid\w+|occlu\w+|covers?|disappear\w*|vanish\w*",
+    "failure": r"fail\w*|miss\w*|drops? it|topples?|falls? over|breaks?|stumbl\w+",
+    "recovery": r"recover\w*|again|retr\w+|catch\w*|regain\w*|corrects?",
+}
+
+
+@dataclass(frozen=True)
+class Tags:
+    """One domain and any events. What the manifest says goes before words, words before measurement."""
+
+    name: ClassVar[str] = "tags"
+    version: ClassVar[int] = 1
+    inputs: ClassVar[tuple[str, ...]] = (
+        "labels",
+        "jumps",
+        "contacts",
+        "occlusions",
+        "reappearances",
+        "falls",
+    )
+    outputs: ClassVar[tuple[str, ...]] = ("domain", "events")
+    measured: bool = True  # whether the physics scores give tags
+
+    def measure(self, views: Views) -> dict[str, Any]:
+        said = views.labels.get("events") or []
+        given = said if isinstance(said, list) else re.split(r"[,;]\s*", str(said))
+        # File names are words too: robot_pours_water_03.mp4
+        words = re.sub(
+            r"[_\W\d]+", " ", f"{views.labels.get('caption', '')} {views.labels.get('source', '')}"
+        ).lower()
+        events = {str(tag).strip().lower() for tag in given}
+        events |= {tag for tag, pattern in _EVENT_WORDS.items() if _holds(words, pattern)}
+        if self.measured:
+            events |= self._seen(views.scores)
+        domain = str(views.labels.get("domain") or "").lower()
+        if domain not in DOMAINS:
+            domain = next(
+                (name for name, pattern in _DOMAIN_WORDS.items() if _holds(words, pattern)), "general"
+            )
+        return {"domain": domain, "events": [tag for tag in EVENTS if tag in events]}
+
+    @staticmethod
+    def _seen(scores: dict[str, Any]) -> set[str]:
+        counts = {
+            name: scores.get(name) or 0
+            for name in ("jumps", "contacts", "occlusions", "reappearances", "falls")
+        }
+        found = {
+            "contact": counts["contacts"] > 0,
+            "collision": counts["contacts"] > 0 and counts["jumps"] > 0,
+            "occlusion": counts["occlusions"] > 0 and counts["reappearances"] > 0,
+            "gravity": counts["falls"] > 0,
+        }
+        return {tag for tag, seen in found.items() if seen}
+
+
+@dataclass(frozen=True)
+class Caption:
+    """The source's own caption; without one a plain sentence of the tags. A plug-in writes better ones."""
+
+    name: ClassVar[str] = "caption"
+    version: ClassVar[int] = 1
+    inputs: ClassVar[tuple[str, ...]] = ("labels", "domain", "events", "camera")
+    outputs: ClassVar[tuple[str, ...]] = ("caption",)
+    camera_moves: float = 0.05  # picture widths a second
+
+    def measure(self, views: Views) -> dict[str, Any]:
+        if views.labels.get("caption"):
+            return {"caption": str(views.labels["caption"])}
+        scores = views.scores
+        subject = {"human": "people", "robot": "a robot", "physics": "moving objects"}.get(
+            scores["domain"], "a scene"
+        )
+        events = scores["events"]
+        shown = f" with {_listed(events)}" if events else ""
+        camera = "moving" if (scores.get("camera") or 0) > self.camera_moves else "still"
+        return {"caption": f"A video of {subject}{shown}, seen by a {camera} camera."}
+
+
+def _holds(words: str, pattern: str) -> bool:
+    return re.search(rf"\b(?:{pattern})\b", words) is not None
+
+
+def _listed(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

@@ -1,0 +1,111 @@
+"""What goes out beside the shards: the manifest, the sources and clips.jsonl, each whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from kairos.data.files import explained
+from kairos.errors import UserError
+
+Row = Mapping[str, Any]
+
+HIDDEN = ("strip", "moments", "changes", "colors", "embedding", "failed")
+"""What stages give for other stages and for the report, not for people."""
+
+_FIRST = {
+    "clip_id": "string",
+    "source": "string",
+    "start_s": "double",
+    "end_s": "double",
+    "frames": "int64",
+    "height": "int64",
+    "width": "int64",
+    "fps": "double",
+    "shot": "int64",
+    "source_height": "int64",
+    "source_width": "int64",
+    "source_fps": "double",
+}
+_LAST = {"duplicate_of": "string", "kept": "bool", "reason": "string"}
+_SOURCES = {
+    "path": "string",
+    "status": "string",
+    "reason": "string",
+    "duration_s": "double",
+    "clips": "int64",
+    "clips_kept": "int64",
+    "sha256": "string",
+}
+_TEXTS = ("domain", "events", "caption", "text", "physics_caption")
+_GROUP = 1024  # rows that are in memory at once
+
+
+def write_manifest(path: Path, rows: Iterable[Row], scores: Iterable[str]) -> None:
+    """A row a clip. `events` is a text, its tags with commas between them."""
+    columns = _FIRST | {name: "string" if name in _TEXTS else "double" for name in scores} | _LAST
+    _write_parquet(path, (row | {"events": ", ".join(row.get("events") or ())} for row in rows), columns)  # type: ignore[operator]
+
+
+def write_sources(path: Path, rows: Iterable[Row]) -> None:
+    """A row for every file that came in."""
+    _write_parquet(path, rows, _SOURCES)
+
+
+def write_lines(path: Path, rows: Iterable[Row]) -> None:
+    """A JSON object a line."""
+    with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def read_manifest(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a manifest, a group at a time. Raises UserError where there is none."""
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        raise UserError(f"no manifest at {path}; run `kairos curate run` with this output first")
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(_GROUP):
+            yield from batch.to_pylist()
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary file that takes the place of `path` at the end, and vanishes if the end is not reached."""
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=".kairos-", suffix=".part", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _write_parquet(path: Path, rows: Iterable[Row], columns: Mapping[str, str]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kinds = {"string": pa.string(), "double": pa.float64(), "int64": pa.int64(), "bool": pa.bool_()}
+    schema = pa.schema([(name, kinds[kind]) for name, kind in columns.items()])
+    waiting = iter(rows)
+    with whole_file(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        while group := list(islice(waiting, _GROUP)):
+            plain = [{name: _cell(row.get(name), kind) for name, kind in columns.items()} for row in group]
+            writer.write_table(pa.Table.from_pylist(plain, schema=schema))
+
+
+def _cell(value: Any, kind: str) -> Any:
+    return float(value) if kind == "double" and value is not None else value

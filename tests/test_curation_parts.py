@@ -1,0 +1,394 @@
+"""The parts of a curation: shots, physics, duplicates, workers, settings, plug-ins, and Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import cv2
+import numpy as np
+import pytest
+from curation_plants import SETTINGS, shot, write
+
+from kairos.curation import Settings, curate
+from kairos.curation.duplicates import Fingerprinted, find_duplicates
+from kairos.curation.selection import choose
+from kairos.curation.settings import Duplicates, Shots, Split, read_settings
+from kairos.curation.shots import ShotDetector
+from kairos.curation.stages import STAGES, hashes_of, stages_of
+from kairos.curation.views import VIEWS, Views
+from kairos.curation.workers import run_locally
+from kairos.errors import UserError
+from kairos.worlds import simulate
+
+QUICK = SETTINGS | {"text": {"samples": 0}}
+
+
+def physics_score(frames) -> float:
+    from kairos.curation.stages.physics import Physics
+
+    grey = np.stack([cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY) for picture in frames])
+    noise = np.random.default_rng(0).normal(0, 1.5, grey.shape)
+    grey = np.clip(grey + noise, 0, 255).astype(np.uint8)
+    views = Views(fps=16, frames=len(grey), height=64, width=64, grey=grey)
+    return Physics().measure(views)["physics_score"]
+
+
+def auc(higher: list[float], lower: list[float]) -> float:
+    one, other = np.array(higher)[:, None], np.array(lower)[None]
+    return float((one > other).mean() + (one == other).mean() / 2)
+
+
+def test_the_physics_score_ranks_events_above_plain_motion_above_stills() -> None:
+    scores = {
+        scene: [physics_score(simulate(scene, split="in", index=n, num_frames=81).frames) for n in range(10)]
+        for scene in ("uniform", "collision", "bounce", "occlusion")
+    }
+    still = [physics_score(np.repeat(simulate("uniform", index=n).frames[:1], 81, axis=0)) for n in range(4)]
+    for scene in ("collision", "bounce", "occlusion"):
+        assert auc(scores[scene], scores["uniform"]) >= 0.9, scene
+    assert auc(scores["uniform"], still) >= 0.9
+
+
+@pytest.mark.parametrize("detectors", [("adaptive",), ("transnet",), ("content", "hash")])
+def test_cuts_are_told_while_frames_go_by(detectors) -> None:
+    shots = [
+        shot(scene, n, 72, 96, 41) for n, scene in enumerate(("collision", "bounce", "uniform", "parabola"))
+    ]
+    frames = np.concatenate(shots)[..., ::-1]
+    detector = ShotDetector(Shots(detectors=detectors), 16.0)
+    cuts = []
+    for index, picture in enumerate(frames):
+        found = detector.see(index, np.ascontiguousarray(picture), last=index == len(frames) - 1)
+        assert all(cut < detector.settled for cut in found)
+        cuts += found
+    assert cuts == [41, 82, 123]
+    assert detector.settled == len(frames)
+
+
+def fingerprinted(name: str, moments: list[int], area: int = 1) -> Fingerprinted:
+    rng = np.random.default_rng(0)
+    book = rng.integers(0, 256, (1000, 32), np.uint8)
+    changes = tuple(f"{n + 1:016x}" for n in moments)
+    return Fingerprinted(
+        name, tuple(book[n].tobytes().hex() for n in moments), changes, "80" * 12, (area, name)
+    )
+
+
+def test_duplicates_are_grouped_by_moments_in_order_and_the_larger_stays() -> None:
+    clips = [
+        fingerprinted("small", [1, 2, 3, 4, 5], area=1),
+        fingerprinted("large", [1, 2, 3, 4, 5, 6], area=9),
+        fingerprinted("trimmed", [3, 4, 5, 6], area=2),
+        fingerprinted("other", [10, 11, 12, 13]),
+        fingerprinted("one moment alike", [1, 21, 22, 23, 24]),
+        fingerprinted("backwards", [5, 4, 3, 2, 1]),
+    ]
+    assert find_duplicates(clips, Duplicates()) == {"small": "large", "trimmed": "large"}
+
+
+def test_the_search_for_duplicates_compares_few_of_all_pairs(monkeypatch) -> None:
+    from kairos.curation import duplicates
+
+    compared = []
+    real = duplicates._alike
+    monkeypatch.setattr(duplicates, "_alike", lambda *a: compared.append(1) or real(*a))
+    rng = np.random.default_rng(1)
+    clips = [
+        Fingerprinted(
+            str(n),
+            tuple(m.tobytes().hex() for m in rng.integers(0, 256, (6, 32), np.uint8)),
+            ("1",) * 6,
+            "80" * 12,
+            (n,),
+        )
+        for n in range(2000)
+    ]
+    twin = Fingerprinted("twin", clips[7].moments, clips[7].changes, clips[7].colors, (-1,))
+    assert find_duplicates([*clips, twin], Duplicates()) == {"twin": "7"}
+    assert len(compared) < 20
+
+
+def test_near_embeddings_are_duplicates_too() -> None:
+    def clip(name: str, embedding: tuple[float, ...]) -> Fingerprinted:
+        return Fingerprinted(name, (), (), "80" * 12, (name,), embedding)
+
+    found = find_duplicates(
+        [clip("a", (1, 0, 0.01)), clip("b", (1, 0, 0)), clip("c", (0, 1, 0))], Duplicates()
+    )
+    assert found == {"a": "b"}
+
+
+def row(name: str, **scores) -> dict:
+    return {"clip_id": name, "frames": 81, "domain": "general", "events": []} | scores
+
+
+def test_balance_drops_the_least_valuable_of_a_tag_that_has_too_much() -> None:
+    rows = [row(f"slide{n}", events=["sliding"], physics_score=n) for n in range(8)]
+    rows += [row(f"other{n}", events=["fluid"]) for n in range(4)]
+    chosen = choose(rows, Settings.from_dict({"balance": {"event": {"sliding": 0.5}}}))
+    assert [name for name, (reason, _) in chosen.items() if not reason] == [
+        *(f"slide{n}" for n in (4, 5, 6, 7)),
+        *(f"other{n}" for n in range(4)),
+    ]
+    assert chosen["slide0"][0] == "balance: event 'sliding' has more than its share of 0.5"
+
+
+def test_a_stage_has_a_new_hash_when_it_or_what_it_reads_changes_and_no_other() -> None:
+    before = hashes_of(stages_of(Settings()))
+    after = hashes_of(stages_of(Settings.from_dict({"physics": {"window": 4}})))
+    assert {name for name in before if before[name] != after[name]} == {"physics", "tags", "caption"}
+
+
+def test_every_stage_declares_what_it_reads_and_what_it_gives() -> None:
+    given: set[str] = set(VIEWS)
+    for name, stage in STAGES.items():
+        assert stage.name == name
+        assert set(stage.inputs) <= given, name
+        assert not set(stage.outputs) & given, name
+        given |= set(stage.outputs)
+
+
+def behave(item: str) -> dict:
+    """A task for workers, in which items do what decoders do at their worst."""
+    import signal
+    import time
+
+    if item == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if item == "hang":
+        time.sleep(600)
+    if item == "memory":
+        return {"bytes": len(bytearray(30_000_000_000))}
+    if item == "error":
+        raise ValueError("no such codec")
+    return {"fine": item}
+
+
+def test_what_crashes_hangs_or_eats_memory_takes_down_nothing_but_itself() -> None:
+    items = ["a", "crash", "b", "hang", "c", "memory", "error", "d"]
+    results = dict(run_locally(behave, items, workers=2, limit_s=15, memory_gb=4))
+    assert [results[name] for name in "abcd"] == [{"fine": name} for name in "abcd"]
+    assert results["crash"]["failed"] == "crashed: the decoder's process ended with signal 11 (SIGSEGV)"
+    assert results["hang"]["failed"].startswith("hung:")
+    assert results["memory"]["failed"].startswith("memory:")
+    assert results["error"]["failed"] == "error: ValueError: no such codec"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("splits: {}", "unknown key 'splits'; did you mean 'split'"),
+        ("split: {min_s: -1}", "min_s must be above 0, got -1"),
+        ("split: {min_s: 30}", "min_s <= piece_s <= max_s, got 30, 20, 40"),
+        ("split: {fps: fast}", "fps must be a whole number, got 'fast'"),
+        ("shots: {detectors: [magic]}", "unknown detector 'magic'"),
+        ("thresholds: {sharpness: {least: 3}}", "unknown key 'least'"),
+        ("plugins: {nsfw: {}}", "model is missing"),
+        ("balance: {event: {contact: 2}}", "must be above 0, at most 1, got 2"),
+        ("- a", "must hold a mapping"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_bad_settings_are_refused_in_one_line(tmp_path, text, said) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_settings(path)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_survive_yaml() -> None:
+    import yaml
+
+    content = {"thresholds": {"sharpness": {"min": 3}, "flow": None}, "plugins": {"nsfw": {"model": "m"}}}
+    settings = Settings.from_dict(QUICK | content)
+    assert Settings.from_dict(yaml.safe_load(yaml.safe_dump(settings.as_dict()))) == settings
+
+
+def test_clips_come_in_lengths_of_a_step_and_one() -> None:
+    split = Split()
+    assert [split.frames(n) for n in (80, 81, 96, 97, 641)] == [0, 81, 81, 97, 641]
+    assert (split.piece_frames, split.max_frames) == (321, 641)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    write(source / "one.mp4", shot("collision", 3, num_frames=33))
+    write(source / "two.mp4", shot("bounce", 4, num_frames=33))
+    return source
+
+
+def test_a_manifest_names_the_videos_and_labels_them(folder, tmp_path) -> None:
+    import pyarrow.parquet as pq
+
+    lines = [{"path": "one.mp4", "caption": "Two balls meet.", "events": ["failure"]}, {"path": "../out.mp4"}]
+    (folder / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    curate(folder / "list.jsonl", tmp_path / "out", Settings.from_dict(QUICK), workers=1)
+    sources = {r["path"]: r for r in pq.read_table(tmp_path / "out" / "sources.parquet").to_pylist()}
+    assert [r["reason"].split(":")[0] for r in sources.values()] == ["outside", ""]
+    (clip,) = pq.read_table(tmp_path / "out" / "manifest.parquet").to_pylist()
+    assert clip["caption"] == "Two balls meet."
+    assert "failure" in clip["events"]
+
+
+def test_input_that_cannot_be_is_refused(folder, tmp_path) -> None:
+    with pytest.raises(UserError, match="input not found"):
+        curate(tmp_path / "nothing", tmp_path / "out")
+    with pytest.raises(UserError, match="lies in the input"):
+        curate(folder, folder / "out")
+    (folder / "list.csv").write_text("name\none.mp4\n")
+    with pytest.raises(UserError, match="the key 'path' is missing"):
+        curate(folder / "list.csv", tmp_path / "out")
+
+
+def test_the_command_runs_selects_and_explains(folder, tmp_path, capfd) -> None:
+    import yaml
+
+    from kairos.cli import main
+
+    def command(*arguments) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as left:
+            main([str(a) for a in ("curate", *arguments)])
+        said = capfd.readouterr()
+        return int(left.value.code or 0), said.out + said.err
+
+    output, config = tmp_path / "out", tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump(QUICK))
+    status, said = command("run", "-i", folder, "-o", output, "--config", config, "--workers", 1)
+    assert (status, "2 of 2 clips kept" in said) == (0, True), said
+    status, said = command(
+        "select", output, "--set", "brightness.min=0.9", "--set", "brightness.rich_min=0.9"
+    )
+    assert (status, "0 of 2 clips kept" in said) == (0, True), said
+    clip = json.loads(json.dumps(next((output / "clips").rglob("*.mp4")).stem))
+    status, said = command("why", output, clip)
+    assert status == 0
+    assert "dropped, brightness: " in said
+    assert command("why", output, "nothing")[0] == 2
+    assert command("select", output, "--set", "brightness")[0] == 2
+    assert command("report", tmp_path)[0] == 2
+
+
+class Endpoint(BaseHTTPRequestHandler):
+    """An OpenAI-compatible server that is busy at first."""
+
+    asked: list[dict] = []
+    busy = 2
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        cls = type(self)
+        if cls.busy:
+            cls.busy -= 1
+            self.send_response(429)
+            self.send_header("Retry-After", "0")
+            self.end_headers()
+            return
+        cls.asked.append(body | {"key": self.headers.get("Authorization")})
+        said = json.dumps(
+            {"caption": "Two balls collide.", "domain": "physics", "events": ["collision", "magic"]}
+        )
+        answer = {"choices": [{"message": {"content": said}}], "usage": {"total_tokens": 100}}
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_captions_of_an_endpoint_are_retried_paid_once_and_end_with_the_budget(
+    folder, tmp_path, monkeypatch
+) -> None:
+    import pyarrow.parquet as pq
+
+    monkeypatch.setenv("KAIROS_CAPTION_API_KEY", "secret")
+    Endpoint.asked, Endpoint.busy = [], 2
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endpoint) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        plugin = {
+            "model": "eyes",
+            "endpoint": f"http://127.0.0.1:{server.server_port}/v1",
+            "physics": False,
+            "requests_per_minute": 6000,
+            "parallel": 1,
+            "budget_tokens": 100,
+        }
+        output = tmp_path / "out"
+
+        def captions(**changes) -> list[str]:
+            settings = Settings.from_dict(QUICK | {"plugins": {"captions": plugin | changes}})
+            curate(folder, output, settings, workers=1)
+            return [r["caption"] for r in pq.read_table(output / "manifest.parquet").to_pylist()]
+
+        first = captions()
+        assert first.count("Two balls collide.") == 1  # the budget is spent on one of the two
+        assert captions() == first
+        assert len(Endpoint.asked) == 1
+        assert captions(budget_tokens=1000) == ["Two balls collide."] * 2
+        assert len(Endpoint.asked) == 2
+        server.shutdown()
+    assert Endpoint.asked[0]["key"] == "Bearer secret"
+    pictures = [part for part in Endpoint.asked[0]["messages"][0]["content"] if part["type"] == "image_url"]
+    assert len(pictures) == 6
+    events = pq.read_table(output / "manifest.parquet")["events"].to_pylist()
+    assert events == ["collision"] * 2
+
+
+def test_models_score_by_name_or_folder(tmp_path) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    from kairos.curation.plugins.models import Aesthetics, Embedding, Nsfw
+
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=32,
+        patch_size=16,
+    )
+    config.id2label, config.label2id = {0: "normal", 1: "nsfw"}, {"normal": 0, "nsfw": 1}
+    ViTForImageClassification(config).save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    save_file({"weight": torch.ones(1, 16), "bias": torch.tensor([5.0])}, tmp_path / "head.safetensors")
+    views = Views(fps=16, frames=4, height=48, width=64, samples=shot("bounce", 1, 48, 64, 4))
+    assert 0 < Nsfw(model=str(tmp_path)).measure(views)["nsfw"] < 1
+    embedding = Embedding(model=str(tmp_path)).measure(views)["embedding"]
+    assert np.linalg.norm(embedding) == pytest.approx(1, abs=1e-3)
+    head = str(tmp_path / "head.safetensors")
+    assert 1 < Aesthetics(model=str(tmp_path), head=head).measure(views)["aesthetics"] < 9
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_ray_gives_what_the_local_executor_gives(folder, tmp_path) -> None:
+    import pyarrow.parquet as pq
+
+    ray = pytest.importorskip("ray")
+    (folder / "broken.mp4").write_text("not a video")
+    settings = Settings.from_dict(QUICK)
+    try:
+        curate(folder, tmp_path / "ray", settings, ray="local", workers=1)
+    finally:
+        ray.shutdown()
+    curate(folder, tmp_path / "here", settings, workers=1)
+    for name in ("manifest", "sources"):
+        one, other = (pq.read_table(tmp_path / where / f"{name}.parquet") for where in ("ray", "here"))
+        assert one.equals(other)
+    one, other = (
+        {
+            path.relative_to(tmp_path / where): path.read_bytes()
+            for path in (tmp_path / where / "shards").rglob("*.tar")
+        }
+        for where in ("ray", "here")
+    )
+    assert one == other != {}
