@@ -89,7 +89,9 @@ def memory(clips: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["throughput", "memory", "memory-of"])
     parser.add_argument("videos", nargs="*", type=Path)
     parser.add_argument("--config", type=Path)
