@@ -3,9 +3,9 @@
     python benchmarks/curation.py throughput VIDEO [VIDEO ...] --output results.json
     python benchmarks/curation.py memory --clips 10,1000
 
-Throughput is hours of video per core-hour, all stages in one run with one worker, and the share of each in the
-time. Memory is the peak of the process that runs the curation and of its largest worker, each count of clips
-in a process of its own.
+Throughput is hours of video per core-hour (processor time), all stages in one run with one worker, and the
+share of each in the time. Memory is the peak of the process that runs the curation and of its largest worker,
+each count of clips in a process of its own.
 """
 
 from __future__ import annotations
