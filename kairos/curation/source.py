@@ -275,7 +275,9 @@ class _Piece:
         stream.height, stream.width, stream.pix_fmt = self.height, self.width, "yuv420p"
         # No B-frames and one reference: a packet is a frame, any tail may be dropped, and every motion
         # vector points to the frame before. One thread: the bytes depend on their number.
-        stream.options = {"crf": str(split.crf), "preset": split.preset, "bf": "0", "refs": "1"}
+        # No macroblock tree: with it x264 now and then gives other bytes for the same pictures.
+        options = {"crf": str(split.crf), "preset": split.preset, "bf": "0", "refs": "1"}
+        stream.options = options | {"x264-params": "mbtree=0"}
         context = stream.codec_context
         context.thread_count = 1
         context.color_primaries = context.color_trc = context.colorspace = 1  # BT.709
