@@ -3,9 +3,9 @@
     python benchmarks/curation.py throughput VIDEO [VIDEO ...] --output results.json
     python benchmarks/curation.py memory --clips 10,1000
 
-Throughput is hours of video per core-hour, all stages in one run with one worker, and the share of each in the
-time. Memory is the peak of the process that runs the curation and of its largest worker, each count of clips
-in a process of its own.
+Throughput is hours of video per core-hour (processor time), all stages in one run with one worker, and the
+share of each in the time. Memory is the peak of the process that runs the curation and of its largest worker,
+each count of clips in a process of its own.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def memory(clips: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["throughput", "memory", "memory-of"])
     parser.add_argument("videos", nargs="*", type=Path)
     parser.add_argument("--config", type=Path)

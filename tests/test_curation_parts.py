@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import cv2
 import numpy as np
 import pytest
-from curation_plants import SETTINGS, shot, write
+from curation_plants import SETTINGS, real_clip, shot, write
 
 from kairos.curation import Settings, curate
 from kairos.curation.duplicates import Fingerprinted, find_duplicates
@@ -66,6 +66,22 @@ def test_cuts_are_told_while_frames_go_by(detectors) -> None:
         cuts += found
     assert cuts == [41, 82, 123]
     assert detector.settled == len(frames)
+
+
+@pytest.mark.parametrize(
+    ("name", "truth"),  # looked up by eye, frame by frame
+    [("bikes", [30, 76, 137, 187, 242]), ("bigbuckbunny", []), ("carphone_pristine", [])],
+)
+def test_cuts_of_real_video_are_found_and_no_others(name, truth) -> None:
+    import av
+
+    detector = ShotDetector(Shots(detectors=("adaptive",)), 25.0)
+    with av.open(str(real_clip(f"{name}.mp4"))) as container:
+        frames = [f.to_ndarray(format="bgr24", width=192, height=108) for f in container.decode(video=0)]
+    cuts = []
+    for index, picture in enumerate(frames):
+        cuts += detector.see(index, picture, last=index == len(frames) - 1)
+    assert cuts == truth
 
 
 def fingerprinted(name: str, moments: list[int], area: int = 1) -> Fingerprinted:

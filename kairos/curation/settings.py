@@ -43,7 +43,7 @@ class Limits:
 class Shots:
     """How cuts are found. A cut that one of the detectors sees is a cut.
 
-    `transnet` is the learned TransNetV2: it also sees dissolves, at about a tenth of the others' speed.
+    `transnet` is the learned TransNetV2: it also sees dissolves, at many times the others' cost.
     """
 
     detectors: tuple[str, ...] = ("adaptive", "transnet")

@@ -86,7 +86,7 @@ class Captions:
     def ask(
         self, clips: Iterable[tuple[str, Mapping[str, Any]]], spent: int
     ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(clip_id, {"scores", "tokens"} or {"failed"}) for clips with their scores, while the budget lasts."""
+        """(clip_id, {"scores", "tokens"} or {"failed"}) for each clip, while the budget lasts."""
         budget = _Budget(self.budget_tokens - spent, self.requests_per_minute if self.endpoint else 0)
         waiting = iter(clips)
         with ThreadPoolExecutor(self.parallel if self.endpoint else 1) as pool:
