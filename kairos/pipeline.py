@@ -48,7 +48,8 @@ class KairosPipeline(DiffusionPipeline):
 
     Components: `transformer`, `vae`, `text_encoder` with `tokenizer` (and `processor`, where images go into
     the prompt), `scheduler`. `prompt_template` names one of `kairos.conditioning.TEMPLATES`; `defaults`
-    holds what a call does not say: height, width, num_frames, fps, num_inference_steps, guidance_scale.
+    holds what a call does not say: height, width, num_frames, fps, num_inference_steps, guidance_scale; and
+    `guide_continuation`, whether guidance leads what follows frames that are there (true if it is not said).
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -114,7 +115,8 @@ class KairosPipeline(DiffusionPipeline):
             height, width: in pixels, rounded up to multiples of 16.
             num_frames: rounded up to 4n + 1, the given frames included.
             num_inference_steps: a few-step scheduler has its own and ignores it.
-            guidance_scale: 1 or less turns guidance off.
+            guidance_scale: 1 or less turns guidance off. Models whose defaults say so (`guide_continuation`:
+                false) are guided to their first frame only.
             generator: on the CPU, so that one seed gives one video on every device; or one for each video.
             latents: the starting noise, (B, 16, F, h, w), instead of the generator's.
             prompt_embeds, negative_prompt_embeds: (embeddings (B, T, C), mask (B, T)) instead of the texts.
@@ -150,7 +152,7 @@ class KairosPipeline(DiffusionPipeline):
         picture = given[0] if given else None
         positive = prompt_embeds or self.encode_prompt(prompts, image=picture)
         negative = None
-        if guidance > 1:
+        if guidance > 1 and is_guided(defaults, len(given)):
             negative = negative_prompt_embeds or self.encode_prompt([negative_prompt] * len(positive[0]))
         self._release_text_encoder(after_encoding)
         positive = repeated(positive, num_videos_per_prompt, device)
@@ -204,12 +206,13 @@ class KairosPipeline(DiffusionPipeline):
                     self.scheduler,
                     latents[:, :, :end],
                     positive=positive,
-                    negative=negative,
+                    negative=negative if is_guided(defaults, known_frames) else None,
                     guidance_scale=guidance,
                     known=known,
                     generator=generator,
                     after_step=after_step,
                 )
+                known_frames = end
                 if self.interrupt:
                     break
         frames = self._decode(latents, output_type, tiled)
@@ -371,6 +374,12 @@ RELEASED_DEFAULTS: dict[str, float] = {
     "num_inference_steps": 50,
     "guidance_scale": 5.0,
 }
+
+
+def is_guided(defaults: Mapping[str, Any], known_frames: int) -> bool:
+    """Whether guidance leads what comes next. A model may need it for the first frame alone: there the prompt
+    decides, and later the frames say more than the prompt does."""
+    return known_frames == 0 or bool(defaults.get("guide_continuation", True))
 
 
 def far_from(made_for: Mapping[str, float], *, height: int, width: int, num_frames: int) -> list[str]:

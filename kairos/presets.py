@@ -45,6 +45,7 @@ class Preset:
         template: one of `kairos.conditioning.TEMPLATES`.
         scheduler: "flow_match", or "few_step" for distilled models.
         height, width, num_frames, fps: what the checkpoint was made for.
+        guide_continuation: whether guidance leads what follows frames that are there, too.
         transformer_config: what the shapes of a released file do not tell.
     """
 
@@ -62,6 +63,7 @@ class Preset:
     fps: int = 16
     num_inference_steps: int = 50
     guidance_scale: float = 5.0
+    guide_continuation: bool = True
     transformer_config: Mapping[str, Any] = field(
         default_factory=lambda: {"dilation": 4, "pad_dilated": True}
     )
@@ -70,7 +72,7 @@ class Preset:
     def defaults(self) -> dict[str, float]:
         """What a call of the pipeline takes where it is not told."""
         names = ("height", "width", "num_frames", "fps", "num_inference_steps", "guidance_scale")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*names, "guide_continuation")}
 
     @property
     def sources(self) -> dict[str, Source]:
@@ -94,6 +96,7 @@ PRESETS: dict[str, Preset] = {
             num_frames=33,
             num_inference_steps=20,
             guidance_scale=3.0,
+            guide_continuation=False,
             transformer_config={},
         ),
         Preset(

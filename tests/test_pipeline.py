@@ -69,6 +69,27 @@ def test_clean_frames_are_told_as_time_zero(pipeline, picture, monkeypatch):
     assert all(t.shape == (1, 3) and t[0, 0] == 0 and (t[0, 1:] > 0).all() for t in seen)
 
 
+def test_a_model_may_be_guided_to_its_first_frame_alone(chunk_causal_pipeline, monkeypatch):
+    pipeline, steps = chunk_causal_pipeline, 3
+    everywhere = pipeline("x", guidance_scale=4, generator=seeded(), output_type="latent").frames
+    monkeypatch.setitem(pipeline.config.defaults, "guide_continuation", False)
+    frames_seen = []
+    forward = type(pipeline.transformer).forward
+
+    def spy(self, hidden_states, *args, **kwargs):
+        frames_seen.append(hidden_states.shape[2])
+        return forward(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(type(pipeline.transformer), "forward", spy)
+    options = {"guidance_scale": 4, "num_inference_steps": steps}
+    latents = pipeline("x", **options, generator=seeded(), output_type="latent").frames
+    assert frames_seen == [1] * 2 * steps + [latents.shape[2]] * steps
+    assert not torch.equal(latents, everywhere)
+    rollout = pipeline.stream("x", **options, chunk_frames=2, generator=seeded())
+    next(rollout), next(rollout)
+    assert len(rollout.state.prompt[0]) == 1
+
+
 def test_sizes_are_rounded_up_and_said_so(pipeline, caplog):
     logging.getLogger("kairos").setLevel(logging.WARNING)
     with caplog.at_level(logging.WARNING, logger="kairos.pipeline"):

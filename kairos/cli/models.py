@@ -34,13 +34,14 @@ def info(
 
     about = describe(name)
     made_for = about.defaults
+    guided = "" if made_for.get("guide_continuation", True) else ", of the first frame alone"
     rows: list[tuple[str, Any]] = [
         ("model", f"{about.name}: {about.description}"),
         ("where", about.path or f"not downloaded; run: kairos models download {about.name}"),
         *((f"{part} from", repository) for part, repository in about.repositories.items()),
         ("made for", "{width} x {height}, {num_frames} frames at {fps} fps".format(**made_for)),
         ("sampling", f"{about.scheduler}, {made_for['num_inference_steps']} steps"),
-        ("guidance", made_for["guidance_scale"]),
+        ("guidance", f"{made_for['guidance_scale']:g}{guided}"),
         ("prompt template", about.template),
         ("causal", about.causal),
         ("tokens a clip", f"{about.tokens:,}"),

@@ -28,7 +28,7 @@ from kairos.conditioning import TEMPLATES
 from kairos.errors import UserError
 from kairos.models import vae as video_vae
 from kairos.models.vae import SPATIAL, TEMPORAL
-from kairos.pipeline import KairosPipeline, chunk_ends, denoise, draw_noise
+from kairos.pipeline import KairosPipeline, chunk_ends, denoise, draw_noise, is_guided
 from kairos.schedulers import FewStepScheduler, shift_for
 from kairos.streaming import stream
 from kairos.streaming.rollout import joined
@@ -97,7 +97,9 @@ class KairosModel:
         pipe, (height, width) = self.pipeline, first.shape[2:4]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         positive = self._prompts(prompts, first)
-        negative = pipe.encode_prompt([""] * len(prompts)) if self.guidance > 1 else None
+        defaults = pipe.config.defaults
+        guided = self.guidance > 1 and is_guided(defaults, first.shape[1])
+        negative = pipe.encode_prompt([""] * len(prompts)) if guided else None
         known = self._encode(first) if first.shape[1] else None
         latent_frames = (num_frames - 1) // TEMPORAL + 1
         shape = (
@@ -120,7 +122,7 @@ class KairosModel:
                 pipe.scheduler,
                 latents[:, :, :end],
                 positive=positive,
-                negative=negative,
+                negative=negative if is_guided(defaults, 0 if known is None else known.shape[2]) else None,
                 guidance_scale=self.guidance,
                 known=known,
                 generator=generators,

@@ -20,7 +20,7 @@ from torch import Tensor
 from kairos.errors import UserError
 from kairos.models.transformer import PromptMemory, TransformerState
 from kairos.models.vae import SPATIAL
-from kairos.pipeline import KairosPipeline
+from kairos.pipeline import KairosPipeline, denoise, is_guided, repeated
 from kairos.schedulers import FewStepScheduler, draw_noise
 from kairos.schedulers.noise import Generators
 from kairos.streaming.decoder import StreamingVAEDecoder
@@ -67,18 +67,27 @@ def stream(
         settings = replace(settings, guidance_scale=1.0)
     height, width = pipeline._rounded_size(height or defaults["height"], width or defaults["width"])
     given = pipeline._given_frames(image, video, 1 << 62)
+    latent_size = height // SPATIAL, width // SPATIAL
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     embeds = pipeline.encode_prompt(prompts, image=given[0] if given else None)
+    negative = None
     if settings.branches == 2:
-        embeds = joined(embeds, pipeline.encode_prompt([negative_prompt] * len(prompts)))
+        negative = pipeline.encode_prompt([negative_prompt] * len(prompts))
     known = pipeline._encode_frames(given, height, width, pipeline._execution_device, False)
+    generators = generator_states(generator, len(prompts))
+    if known is not None:
+        known = known.repeat(len(prompts), 1, 1, 1, 1)
+    if negative is not None and not is_guided(defaults, 1):
+        if known is None:  # guided to the first frame, and from there on as if it had been given
+            known, generators = first_frame(pipeline, settings, latent_size, embeds, negative, generators)
+        settings, negative = replace(settings, guidance_scale=1.0), None
     world = WorldState(
         model=model_of(pipeline),
         settings=settings,
-        latent_size=(height // SPATIAL, width // SPATIAL),
-        prompt=embeds,
-        generators=generator_states(generator, len(prompts)),
-        given=None if known is None else known.repeat(len(prompts), 1, 1, 1, 1),
+        latent_size=latent_size,
+        prompt=embeds if negative is None else joined(embeds, negative),
+        generators=generators,
+        given=known,
     )
     return Rollout(pipeline, world)
 
@@ -177,6 +186,34 @@ def denoise_chunk(pipeline: KairosPipeline, state: WorldState, generators: list[
             velocity = negative + settings.guidance_scale * (positive - negative)
         (latents,) = scheduler.step(velocity, time, latents, generator=generators, return_dict=False)
     return latents
+
+
+@torch.no_grad()
+def first_frame(
+    pipeline: KairosPipeline,
+    settings: RolloutSettings,
+    latent_size: tuple[int, int],
+    positive: tuple[Tensor, Tensor],
+    negative: tuple[Tensor, Tensor],
+    states: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The latents (B, 16, 1, h, w) of a first frame that guidance leads; the generators' states after it."""
+    generators = [torch.Generator().set_state(saved.clone()) for saved in states]
+    config, device = pipeline.transformer.config, pipeline._execution_device
+    tokens = latent_size[0] * latent_size[1] // (config.patch_size[1] * config.patch_size[2])
+    pipeline.scheduler.set_timesteps(
+        settings.num_inference_steps, latent_frames=1, tokens_per_frame=tokens, device=device
+    )
+    latents = denoise(
+        pipeline.transformer,
+        pipeline.scheduler,
+        draw_noise((len(generators), config.in_channels, 1, *latent_size), generators).to(device),
+        positive=repeated(positive, 1, device),
+        negative=repeated(negative, 1, device),
+        guidance_scale=settings.guidance_scale,
+        generator=generators,
+    )
+    return latents, torch.stack([generator.get_state() for generator in generators])
 
 
 def run(
