@@ -120,7 +120,7 @@ class Threshold:
 
 
 DEFAULT_THRESHOLDS: dict[str, Threshold] = {
-    "motion_patch": Threshold(min=0.004),
+    "motion_patch": Threshold(min=0.015),
     "motion": Threshold(max=1.0),
     "flow": Threshold(max=2.0),
     "sharpness": Threshold(min=60.0, rich_min=30.0),
