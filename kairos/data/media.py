@@ -177,7 +177,9 @@ def encode_mp4(
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = shown_size(height, width, scale)
         stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": _CRF, "preset": "medium"} | (encoder_options or {})
+        # The macroblock tree gives other bytes for equal pictures once in some hundred times.
+        options = {"crf": _CRF, "preset": "medium", "x264-params": "mbtree=0"}
+        stream.options = options | (encoder_options or {})
         context = stream.codec_context
         context.thread_count = _ENCODER_THREADS
         context.color_primaries = context.color_trc = context.colorspace = _BT709
