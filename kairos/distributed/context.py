@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kairos.distributed.cost import delta_bytes
+from kairos.distributed.cost import CONV_CONTEXT, delta_route
 from kairos.distributed.exchange import Exchange, slices, spread
 from kairos.errors import UserError
 from kairos.models.attention import AttentionState, WindowedSelfAttention
@@ -204,18 +204,11 @@ class SplitDeltaNet(GatedDeltaNet):
     def route(self, projections: Projections) -> str:
         """How this input is mixed: "heads" or "tokens"."""
         context = self.context
-        if min(context.tokens) < self.q_conv1d.kernel_size[0] - 1:  # a convolution would reach two ranks back
-            return "heads"
-        if context.delta_route != "auto":
-            return context.delta_route
         q, _, v = projections
-        ways = {
-            way: delta_bytes(
-                way, context.tokens, context.heads, q.shape[-1], v.shape[-1], v.element_size(), len(v)
-            )
-            for way in ("heads", "tokens")
-        }
-        return min(ways, key=lambda way: max(ways[way]))
+        by_bytes = delta_route(context.tokens, context.heads, q.shape[-1], v.shape[-1], v.element_size())
+        if context.delta_route == "auto" or min(context.tokens) < CONV_CONTEXT:
+            return by_bytes
+        return context.delta_route
 
     def _mix_heads(self, projections: Projections, g: Tensor, beta: Tensor) -> tuple[Tensor, DeltaState]:
         q, k, v, g, beta = self.context.to_heads((*projections, g[..., None], beta[..., None]))

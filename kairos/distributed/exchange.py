@@ -56,11 +56,10 @@ class Exchange:
         largest = max(sizes)
         if len(x) < largest:  # backends want equal shares
             x = torch.cat((x, x.new_zeros(largest - len(x), *x.shape[1:])))
-        out = x.new_empty(self.size * largest, *x.shape[1:])
-        dist.all_gather_into_tensor(out.view(torch.uint8), x.view(torch.uint8), group=self.group)
+        out = [torch.empty_like(x) for _ in sizes]
+        dist.all_gather([share.view(torch.uint8) for share in out], x.view(torch.uint8), group=self.group)
         self._count("all-gather", x.nbytes * (self.size - 1))
-        shares = [share[:size] for share, size in zip(out.split(largest), sizes, strict=True)]
-        return torch.cat(shares).movedim(0, dim)
+        return torch.cat([share[:size] for share, size in zip(out, sizes, strict=True)]).movedim(0, dim)
 
     def pass_on(self, x: Tensor) -> Tensor:
         """x goes to the next rank; what the previous one sent is returned, zeros at the first."""

@@ -57,7 +57,9 @@ def join(device: str = "auto", said: Mapping[str, object] | None = None, wait_s:
     rank, size, local_rank, host, port = _place()
     store = _store(rank, host, port, wait_s)
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    agree(store, rank, size, {"device": kind} | dict(said or {}), wait_s)
+    versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
+    versions |= {"kairos": __version__, "python": platform.python_version()}
+    agree(store, rank, size, {"ranks": size, "device": kind, **versions, **(said or {})}, wait_s)
     if kind == "cuda":
         check_gpus(local_rank + 1)
         torch.cuda.set_device(local_rank)
@@ -80,24 +82,26 @@ def leave() -> None:
 
 
 def agree(store: dist.Store, rank: int, size: int, said: Mapping[str, object], wait_s: float) -> None:
-    """Refuse ranks that differ in versions or in what they `said`, naming the first difference."""
-    versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
-    mine = {"kairos": __version__, "python": platform.python_version(), **versions, "ranks": size, **said}
-    mine = json.loads(json.dumps(mine, default=str))
-    store.set(f"said/{rank}", json.dumps(mine))
+    """Refuse ranks that differ from rank 0 in what they `said`, naming the first difference.
+
+    May be called again with other things to say.
+    """
+    store = dist.PrefixStore(",".join(sorted(said)), store)
+    store.set(str(rank), json.dumps(dict(said), default=str))
+    first: dict[str, object] = {}
     for other in range(size):
         try:
-            store.wait([f"said/{other}"], timedelta(seconds=wait_s))
+            store.wait([str(other)], timedelta(seconds=wait_s))
         except (RuntimeError, dist.DistError) as error:
             raise MachineError(
                 f"rank {other} of {size} did not come within {wait_s:g} s; start all {size} ranks, or fewer"
             ) from error
-        theirs = json.loads(store.get(f"said/{other}"))
-        for name in sorted(mine.keys() | theirs.keys()):
-            if mine.get(name) != theirs.get(name):
-                first, second = sorted(((rank, mine.get(name)), (other, theirs.get(name))))
+        theirs = json.loads(store.get(str(other)))
+        first = first or theirs
+        for name in first:
+            if first[name] != theirs[name]:
                 raise UserError(
-                    f"ranks differ in {name}: {first[1]!r} on rank {first[0]}, {second[1]!r} on rank {second[0]}; "
+                    f"ranks differ in {name}: {first[name]!r} on rank 0, {theirs[name]!r} on rank {other}; "
                     "start all ranks with the same versions and arguments"
                 )
 
