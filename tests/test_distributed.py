@@ -91,7 +91,7 @@ def tiny_branches() -> Any:
 
 @torch.no_grad()
 def bytes_sent() -> dict[str, Any]:
-    """Velocity by either route of the delta rule, at sizes that do not divide, and the bytes of one forward."""
+    """Velocity by either route of the delta rule, at sizes that do not divide, and the bytes of a forward."""
     found: dict[str, Any] = {"routes": {}, "bytes": {}}
     transformer = random_pipeline(**SIZES).transformer
     for frames, height, width in ((5, 6, 10), (3, 2, 2), (1, 2, 2)):  # 75, 3 and 1 tokens
@@ -286,13 +286,13 @@ def test_a_port_in_use_is_named(place: Any) -> None:
         taken.bind(("", 0))
         taken.listen()
         place(MASTER_PORT=taken.getsockname()[1])
-        with pytest.raises(UserError, match="is in use on 127.0.0.1; set MASTER_PORT"):
+        with pytest.raises(UserError, match=r"is in use on 127\.0\.0\.1; set MASTER_PORT"):
             ranks.join("cpu", wait_s=1)
 
 
 def test_a_rank_that_does_not_come_is_named(place: Any) -> None:
     place(MASTER_PORT=0)
-    with pytest.raises(MachineError, match="rank 1 of 2 did not come within 0.2 s"):
+    with pytest.raises(MachineError, match=r"rank 1 of 2 did not come within 0\.2 s"):
         ranks.join("cpu", wait_s=0.2)
 
 

@@ -20,6 +20,7 @@ LAYERS = {
     "ops": 1,
     "conditioning": 2,
     "data": 2,
+    "distributed": 2,
     "models": 2,
     "request": 2,
     "schedulers": 2,

@@ -13,15 +13,15 @@ from kairos.distributed.exchange import Exchange
 class BranchParallel:
     """What a pipeline's `branches` becomes: each half computes one velocity, and all get both.
 
-    Half b begins at rank `leaders[b]` of the exchange's group. A rank of no half (`half` is None: the last of an
-    odd number) computes none and receives both.
+    Half b begins at rank `leaders[b]` of the exchange's group. A rank of no half (`half` is None: the last of
+    an odd number) computes none and receives both.
     """
 
     def __init__(self, exchange: Exchange, leaders: Sequence[int], half: int | None) -> None:
         self.exchange, self.leaders, self.half = exchange, tuple(leaders), half
 
     def __call__(self, velocities: Sequence[Callable[[], Tensor]], like: Tensor) -> list[Tensor]:
-        """The velocities, each in the shape and dtype of `like`. Without guidance there is one for all halves."""
+        """The velocities, each shaped as `like`. Without guidance there is one, for all halves."""
         out = []
         mine = None if self.half is None else min(self.half, len(velocities) - 1)
         made = velocities[mine]() if mine is not None else None

@@ -1,8 +1,8 @@
 """Context parallel: a video's tokens over the ranks of a group.
 
-Everything that works token by token runs on a rank's own tokens. What needs whole sequences goes to heads and
-back: queries, keys and values of all tokens for a share of the heads, by all-to-all (DeepSpeed Ulysses, arXiv
-2309.14509). The gated delta rule can also stay where its tokens are, which moves less when sequences are long.
+Everything that works token by token runs on a rank's own tokens. What needs whole sequences goes to heads
+and back: queries, keys and values of all tokens for a share of the heads, by all-to-all (DeepSpeed Ulysses,
+arXiv 2309.14509). The gated delta rule can also stay where its tokens are: long sequences then move less.
 
 Hooks and two subclasses are put on a model; its weights and their names stay as they are.
 """
@@ -39,8 +39,8 @@ class ContextParallel:
         """Split `transformer` over the ranks of `group`.
 
         Args:
-            delta_route: of the gated delta layers: "heads" moves tokens to heads, "tokens" leaves tokens where
-                they are and moves states, "auto" is whichever sends fewer bytes.
+            delta_route: of the gated delta layers: "heads" moves tokens to heads, "tokens" leaves tokens
+                where they are and moves states, "auto" is whichever sends fewer bytes.
 
         Raises:
             UserError: for more ranks than heads.
@@ -78,7 +78,7 @@ class ContextParallel:
     # What the layers ask for.
 
     def to_heads(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """(B, my tokens, H, D) each -> (B, all tokens, my heads, D) each; those of one dtype travel together."""
+        """(B, my tokens, H, D) each -> (B, all tokens, my heads, D) each; one message for each dtype."""
         whole: dict[int, Tensor] = {}
         for dtype in {tensor.dtype: None for tensor in tensors}:
             chosen = [index for index, tensor in enumerate(tensors) if tensor.dtype == dtype]
@@ -118,7 +118,7 @@ class ContextParallel:
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled():
-            raise UserError("a video is split over ranks for inference only: call the model under torch.no_grad()")
+            raise UserError("a split over ranks is for inference only: call the model under torch.no_grad()")
         if kwargs.get("state") is not None or kwargs.get("return_state"):
             raise UserError("a rollout's state lives on one rank: roll out without --gpus")
         latents = args[0] if args else kwargs["hidden_states"]
@@ -153,7 +153,7 @@ class ContextParallel:
         return slices(self.tokens)[self.exchange.rank]
 
     def _of_my_tokens(self, x: Tensor) -> Tensor:
-        """(B, T, ...) with a row for the clip, for each frame or for each token -> what my tokens need of it."""
+        """(B, T, ...) with a row for the clip, a frame or a token each -> what my tokens need of it."""
         if x.shape[1] == 1:
             return x
         rows = torch.arange(self._mine.start, self._mine.stop, device=x.device)

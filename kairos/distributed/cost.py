@@ -1,7 +1,7 @@
 """What splitting a video costs: the bytes that ranks send, and from them how long a step should take.
 
-The bytes are exact: tests hold them against what is sent. The seconds are computed, from work, bytes and published
-speeds; no such machine has measured them.
+The bytes are exact: tests hold them against what is sent. The seconds are computed, from work, bytes and
+published speeds; no such machine has measured them.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ def mean_seen_frames(frames: int, window: int, dilation: int) -> float:
 class Machine:
     """What a step's time is computed from.
 
-    flops: operations a second of a GPU at the efficiency that is assumed; link_bytes_s: what a GPU sends a second
-    to the others; exchange_s: the least that one exchange takes.
+    flops: operations a second of a GPU at the efficiency that is assumed; link_bytes_s: what a GPU sends a
+    second to the others; exchange_s: the least that one exchange takes.
     """
 
     flops: float
@@ -139,8 +139,8 @@ class Machine:
 
 
 H100 = Machine(flops=989.4e12 * 0.4, link_bytes_s=450e9 * 0.8, exchange_s=30e-6)
-"""H100 SXM: 989.4 TFLOP/s dense in bfloat16 and NVLink 4 at 450 GB/s each way (NVIDIA's data sheet), of which 40 %
-and 80 % are assumed; 30 us for an exchange is assumed too."""
+"""H100 SXM: 989.4 TFLOP/s dense in bfloat16 and NVLink 4 at 450 GB/s each way (NVIDIA's data sheet), of which
+40 % and 80 % are assumed; 30 us for an exchange is assumed too."""
 
 
 def step_seconds(

@@ -38,7 +38,7 @@ class RankError(RuntimeError):
 def launch(function: Callable[..., Any], arguments: Sequence[Any] = (), *, size: int) -> list[Any]:
     """`function(*arguments)` in `size` processes; returns what each rank returned.
 
-    The function and its arguments are pickled. Ctrl-C here ends the ranks, and so does the end of this process.
+    The function and its arguments are pickled. Ctrl-C here ends the ranks, and so does this process's end.
 
     Raises:
         UserError, MachineError: as a rank raised it; MachineError too for a rank that died.
@@ -51,6 +51,8 @@ def launch(function: Callable[..., Any], arguments: Sequence[Any] = (), *, size:
     context: Any = _context()
     ranks: list[BaseProcess] = []
     ears: list[Connection] = []
+    # Ranks write where this process writes now, not where it did when the first of them were started.
+    voices = {fd: Connection(os.dup(fd), readable=False) for fd in (1, 2)} if os.name == "posix" else {}
     try:
         for rank in range(size):
             ear, mouth = context.Pipe(duplex=False)
@@ -64,7 +66,9 @@ def launch(function: Callable[..., Any], arguments: Sequence[Any] = (), *, size:
                 "TORCHELASTIC_USE_AGENT_STORE": True,
             }
             process = context.Process(
-                target=_run, args=(function, tuple(arguments), place, mouth), name=f"kairos rank {rank}"
+                target=_run,
+                args=(function, tuple(arguments), place, mouth, voices),
+                name=f"kairos rank {rank}",
             )
             process.start()
             mouth.close()
@@ -73,8 +77,8 @@ def launch(function: Callable[..., Any], arguments: Sequence[Any] = (), *, size:
         return _results(ranks, ears)
     finally:
         _end(ranks)
-        for ear in ears:
-            ear.close()
+        for connection in (*ears, *voices.values()):
+            connection.close()
 
 
 def _context() -> Any:
@@ -86,9 +90,17 @@ def _context() -> Any:
     return context
 
 
-def _run(function: Callable[..., Any], arguments: tuple, place: dict[str, Any], mouth: Connection) -> None:
+def _run(
+    function: Callable[..., Any],
+    arguments: tuple,
+    place: dict[str, Any],
+    mouth: Connection,
+    voices: dict[int, Connection],
+) -> None:
     """What a rank's process does."""
     _end_with(multiprocessing.parent_process())
+    for fd, voice in voices.items():
+        os.dup2(voice.fileno(), fd)
     os.environ.update({name: str(value) for name, value in place.items()})
     try:
         answer: tuple = ("done", function(*arguments))
@@ -97,14 +109,20 @@ def _run(function: Callable[..., Any], arguments: tuple, place: dict[str, Any], 
     except SystemExit as error:
         answer = ("error", f"a rank left with status {error.code}", "machine")
     except BaseException as error:
-        kind = "user" if isinstance(error, UserError) else "machine" if isinstance(error, MachineError) else "bug"
+        kind = (
+            "user"
+            if isinstance(error, UserError)
+            else "machine"
+            if isinstance(error, MachineError)
+            else "bug"
+        )
         answer = ("error", str(error) if kind != "bug" else traceback.format_exc(), kind)
     try:
         mouth.send(answer)
     except (pickle.PicklingError, AttributeError, TypeError):
         mouth.send(("error", f"a rank's result cannot be sent: {answer[1]!r}"[:400], "bug"))
     if answer[0] == "error":
-        # Leaving would close this rank's connections, and the others would complain of that: wait for the end.
+        # Leaving would close this rank's connections, and the others would complain of that.
         time.sleep(10 * END_S)
         sys.exit(1)
 

@@ -1,7 +1,7 @@
 """Splits one video over ranks: which rank does what, and the parts put on the models.
 
-    cfg x context, a DeviceMesh: halves for the two branches of guidance, and in each half the video's tokens.
-    The VAE's strips go over all ranks, and so does the last of an odd number in cfg.
+cfg x context, a DeviceMesh: halves for the two branches of guidance, and in each half the video's tokens.
+The VAE's strips go over all ranks, and so does the last of an odd number in cfg.
 """
 
 from __future__ import annotations

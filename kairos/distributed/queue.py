@@ -1,4 +1,4 @@
-"""A list of jobs handed out one by one: whoever is free takes the next, so a long one holds no short one up."""
+"""A list of jobs handed out one by one: who is free takes the next, so a long one holds no short one up."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A rank's place among the others, and what all must have in common before they begin.
 
-Ranks learn their place as torchrun tells it: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. `launch`
-sets the same, so there is one way in.
+Ranks learn their place as torchrun tells it: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+`launch` sets the same, so there is one way in.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,8 @@ from kairos.errors import MachineError, UserError, one_line
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 RENDEZVOUS_S = 120.0
 """How long a rank waits for the others at the start: imports on a slow disk take a minute."""
+WORK_S = 3600.0
+"""How long one waits for the others later, while they load or work; one that dies is found at once."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,18 @@ class World:
     store: dist.Store
     device: torch.device
 
+    def share(self, name: str, value: Any, wait_s: float = WORK_S) -> list[Any]:
+        """The values of all ranks, JSON each. Every rank calls it, with a new name each time."""
+        return _share(self.store, self.rank, self.size, name, value, wait_s)
 
-def is_rank() -> bool:
-    """Whether torchrun or `launch` started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    def agree(self, said: Mapping[str, object]) -> None:
+        """Refuse ranks that differ from rank 0 in what they say; with names not used before."""
+        _agree(self.store, self.rank, self.size, said, WORK_S)
 
 
-def join(device: str = "auto", said: Mapping[str, object] | None = None, wait_s: float = RENDEZVOUS_S) -> World:
+def join(
+    device: str = "auto", said: Mapping[str, object] | None = None, wait_s: float = RENDEZVOUS_S
+) -> World:
     """Take this rank's place: NCCL between GPUs, gloo between CPUs. `leave` ends it.
 
     Args:
@@ -51,15 +59,15 @@ def join(device: str = "auto", said: Mapping[str, object] | None = None, wait_s:
         wait_s: how long to wait for the rendezvous and for the other ranks.
 
     Raises:
-        UserError: for a place that is half said, a missing rendezvous, a port in use, too few GPUs, and ranks that
-            differ in versions or arguments.
+        UserError: for a place that is half said, a missing rendezvous, a port in use, too few GPUs, and ranks
+            that differ in versions or arguments.
     """
     rank, size, local_rank, host, port = _place()
     store = _store(rank, host, port, wait_s)
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
     versions |= {"kairos": __version__, "python": platform.python_version()}
-    agree(store, rank, size, {"ranks": size, "device": kind, **versions, **(said or {})}, wait_s)
+    _agree(store, rank, size, {"ranks": size, "device": kind, **versions, **(said or {})}, wait_s)
     if kind == "cuda":
         check_gpus(local_rank + 1)
         torch.cuda.set_device(local_rank)
@@ -72,7 +80,9 @@ def join(device: str = "auto", said: Mapping[str, object] | None = None, wait_s:
         rank=rank,
         world_size=size,
     )
-    return World(rank, size, store, torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu"))
+    return World(
+        rank, size, store, torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu")
+    )
 
 
 def leave() -> None:
@@ -81,23 +91,21 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def agree(store: dist.Store, rank: int, size: int, said: Mapping[str, object], wait_s: float) -> None:
-    """Refuse ranks that differ from rank 0 in what they `said`, naming the first difference.
-
-    May be called again with other things to say.
-    """
-    store = dist.PrefixStore(",".join(sorted(said)), store)
-    store.set(str(rank), json.dumps(dict(said), default=str))
-    first: dict[str, object] = {}
+def _share(store: dist.Store, rank: int, size: int, name: str, value: Any, wait_s: float) -> list[Any]:
+    store.set(f"{name}/{rank}", json.dumps(value, default=str))
     for other in range(size):
         try:
-            store.wait([str(other)], timedelta(seconds=wait_s))
+            store.wait([f"{name}/{other}"], timedelta(seconds=wait_s))
         except (RuntimeError, dist.DistError) as error:
             raise MachineError(
                 f"rank {other} of {size} did not come within {wait_s:g} s; start all {size} ranks, or fewer"
             ) from error
-        theirs = json.loads(store.get(str(other)))
-        first = first or theirs
+    return [json.loads(store.get(f"{name}/{other}")) for other in range(size)]
+
+
+def _agree(store: dist.Store, rank: int, size: int, said: Mapping[str, object], wait_s: float) -> None:
+    first, *others = _share(store, rank, size, ",".join(said), dict(said), wait_s)
+    for other, theirs in enumerate(others, start=1):
         for name in first:
             if first[name] != theirs[name]:
                 raise UserError(
@@ -126,12 +134,17 @@ def one_voice(store: dist.Store) -> Iterator[None]:
 
 def check_gpus(wanted: int) -> None:
     """Refuse more GPUs than there are."""
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = gpus_here()
     if wanted > there:
         raise UserError(
             f"{wanted} GPUs are asked for and this machine has {there or 'none'}; "
             + (f"take --gpus {there}" if there else "--device cpu runs the same on CPU processes")
         )
+
+
+def gpus_here() -> int:
+    """How many GPUs this machine has for us."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _place() -> tuple[int, int, int, str, int]:

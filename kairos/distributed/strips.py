@@ -26,8 +26,8 @@ ROWS = -2
 class StripParallel:
     """A VAE that encodes and decodes strips on several ranks, until `remove` is called.
 
-    All ranks call it with the same input and get the whole result. Frames with fewer rows of latents than there
-    are ranks are computed whole by every rank.
+    All ranks call it with the same input and get the whole result. Frames with fewer rows of latents than
+    there are ranks are computed whole by every rank.
     """
 
     def __init__(self, vae: AutoencoderKLWan, group: dist.ProcessGroup) -> None:
@@ -47,7 +47,7 @@ class StripParallel:
                 left, right, top, bottom, past, future = module._padding
                 self._take_rows(module, "_padding", (left, right, 0, 0, past, future), top, bottom)
             elif isinstance(module, WanResample) and isinstance(module.resample, nn.Sequential):
-                first, conv = module.resample
+                first, conv = cast(Any, module.resample)
                 if isinstance(first, nn.ZeroPad2d):  # downsampling: one row and one column more
                     left, right, top, bottom = first.padding
                     self._take_rows(first, "padding", (left, right, 0, 0), top, bottom)
