@@ -170,7 +170,7 @@ def test_a_video_of_several_ranks_is_the_video_of_one(kairos: Any, model: Path, 
     assert (status, errors) == (0, "")
     assert said.count("split.mp4: 5 frames") == 1
     one, several = (read_video(name).astype(int) for name in ("one.mp4", "split.mp4"))
-    assert abs(one - several).max() <= 1
+    assert (abs(one - several).max() <= 4, abs(one - several).mean() < 0.01) == (True, True)  # as coded
     one_says, several_say = (read_metadata(name) for name in ("one.mp4", "split.mp4"))
     assert several_say.pop("asked")
     assert several_say == one_says
@@ -211,20 +211,11 @@ def test_more_ranks_than_heads_are_one_line(kairos: Any, model: Path) -> None:
 
 
 def test_the_references_script_makes_the_list_of_examples(model: Path, tmp_path: Path) -> None:
-    names = {
-        entry["output"] for entry in json.loads((ROOT / "examples/kairos/example_list.json").read_text())
-    }
+    requests = "examples/kairos/example_list.json"
+    names = {entry["output"] for entry in json.loads((ROOT / requests).read_text())}
     arguments = [
-        *("tools/inference_multi_gpu.sh", "configs/kairos_tiny/kairos_tiny_config.py", model),
-        *(
-            "examples/kairos/example_list.json",
-            tmp_path / "multi_gpu",
-            *SMALL,
-            "--device",
-            "cpu",
-            "--gpus",
-            2,
-        ),
+        *("tools/inference_multi_gpu.sh", "configs/kairos_tiny/kairos_tiny_config.py", model, requests),
+        *(tmp_path / "multi_gpu", *SMALL, "--device", "cpu", "--gpus", 2),
     ]
     done = subprocess.run(
         [str(argument) for argument in arguments],
@@ -258,3 +249,20 @@ def test_ranks_of_torchrun_make_the_list_and_one_of_them_says_what_failed(
     assert done.stdout.count("few-1.mp4: 5 frames") == 1
     assert done.stderr.count("error: 1 of 2 requests failed: 2; see output/few.report.json") == 1
     assert "Connection" not in done.stderr
+
+
+def test_the_certificate_covers_every_split_and_says_what_it_refused(kairos: Any, model: Path) -> None:
+    status, said, errors = kairos("certify", "--model", model, "--frames", 5, "--steps", 2, "--width", 64)
+    assert (status, errors) == (0, "")
+    lines = said.splitlines()
+    assert sum(line.endswith("same") for line in lines) == 12
+    assert sum("more ranks than heads (3)" in line for line in lines) == 2
+    assert re.search(r"^12 splits, largest difference \S+, below 0\.0001$", lines[-1])
+
+
+def test_a_difference_fails_the_certificate() -> None:
+    from kairos.cli.certify import Finding, worst
+
+    near, far = Finding(2, "cfg", True, 1e-6, 1e-7), Finding(2, "cfg", True, 1e-6, 2e-4)
+    assert [one.passed for one in (near, far, Finding(2, "cfg", True, float("nan")))] == [True, False, False]
+    assert worst([[near], [far]]) == [far]

@@ -54,7 +54,7 @@ PUBLIC = {
 }
 
 
-EXTRAS = ("train",)
+EXTRAS = ("train", "ray")
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
 INSTALLED_WHERE_THERE_IS_A_GPU = {"fla"}
 USED_BY_DIFFUSERS = {"accelerate", "peft"}

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from kairos import __version__
-from kairos.cli import bench, evaluate, generate, models, rollout, show, train
+from kairos.cli import batch, bench, certify, evaluate, generate, models, rollout, show, train
 from kairos.cli.console import out
 
 app = typer.Typer(
@@ -39,5 +39,7 @@ app.command("rollout")(rollout.rollout)
 app.command("show")(show.show)
 app.command("evaluate")(evaluate.evaluate)
 app.command("bench")(bench.bench)
+app.command("batch")(batch.batch)
+app.command("certify")(certify.certify)
 app.command("train")(train.train)
 app.add_typer(models.app, name="models")

@@ -165,10 +165,12 @@ def _make(
         logger.info("%d ranks on %s share by %s", world.size, world.device.type, split)
     outcomes = [Outcome(bad.number, "", "failed", one_line(bad.error)) for bad in refused] if first else []
     for outcome in outcomes:
-        _say_failure(outcome)
+        say_failure(outcome)
     if split == "list":
         outcomes += _take_jobs(world, jobs, pipeline, about, options, clock)
     else:
+        if not first:  # all would warn of the same
+            logging.getLogger("kairos").setLevel(logging.ERROR)
         parallel = parallelize(pipeline.transformer, pipeline.vae, split=split)
         pipeline.branches = parallel.branches or pipeline.branches
         outcomes += _make_together(world, jobs, pipeline, about, options, clock)
@@ -177,7 +179,7 @@ def _make(
     if first:
         if options.verbose:
             err.print(clock.table())
-        _conclude([Outcome(**one) for rank in everyone for one in rank], report)
+        conclude([Outcome(**one) for rank in everyone for one in rank], report)
     leave()
 
 
@@ -217,7 +219,7 @@ def failed(job: Job, error: BaseException) -> Outcome:
     """The outcome of a job that raised `error`, said on stderr."""
     said = str(error) if isinstance(error, KairosError) else f"{type(error).__name__}: {one_line(error)}"
     outcome = Outcome(job.number, str(job.path), "failed", said, isinstance(error, UserError))
-    _say_failure(outcome)
+    say_failure(outcome)
     return outcome
 
 
@@ -287,12 +289,12 @@ def _skipped(job: Job) -> Outcome:
     return Outcome(job.number, str(job.path), "skipped")
 
 
-def _say_failure(outcome: Outcome) -> None:
+def say_failure(outcome: Outcome) -> None:
     named = f"request {outcome.request}, {outcome.output}: " if outcome.output else ""
     say("error", "bold red", named + outcome.error)
 
 
-def _conclude(outcomes: Sequence[Outcome], report: Path | None) -> None:
+def conclude(outcomes: Sequence[Outcome], report: Path | None) -> None:
     """Write the report; raise if a request failed."""
     outcomes = sorted(outcomes, key=lambda outcome: outcome.request)
     if report is not None:

@@ -20,6 +20,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from tqdm import tqdm
+
 from kairos.errors import MachineError, UserError
 
 logger = logging.getLogger(__name__)
@@ -101,6 +103,8 @@ def _run(
     _end_with(multiprocessing.parent_process())
     for fd, voice in voices.items():
         os.dup2(voice.fileno(), fd)
+    # By default tqdm's lock is a semaphore of the system, which is complained of when its process is ended.
+    tqdm.set_lock(threading.RLock())
     os.environ.update({name: str(value) for name, value in place.items()})
     try:
         answer: tuple = ("done", function(*arguments))
@@ -156,6 +160,8 @@ def _results(ranks: Sequence[BaseProcess], ears: Sequence[Connection]) -> list[A
                 failures.append((rank, *answer[1:]))
                 deadline = deadline or time.monotonic() + SETTLE_S
     if not failures:
+        for process in ranks:
+            process.join(END_S)
         return [answers[rank][1] for rank in range(len(ranks))]
     order = {"death": 0, "user": 1, "machine": 1, "bug": 1}
     rank, message, kind = min(failures, key=lambda failure: order[failure[2]])
