@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from kairos.streaming import Rollout
 
 logger = logging.getLogger(__name__)
+
+Branches = Callable[[Sequence[Callable[[], Tensor]], Tensor], list[Tensor]]
+"""Computes the velocities of guidance; see `one_after_the_other`."""
 
 
 @dataclass
@@ -77,6 +81,7 @@ class KairosPipeline(DiffusionPipeline):
         )
         if prompt_template not in TEMPLATES:
             raise UserError(f"prompt_template must be one of {', '.join(TEMPLATES)}, got {prompt_template!r}")
+        self.branches: Branches = one_after_the_other
         self.register_to_config(
             prompt_template=prompt_template, defaults=RELEASED_DEFAULTS | (defaults or {})
         )
@@ -211,6 +216,7 @@ class KairosPipeline(DiffusionPipeline):
                     known=known,
                     generator=generator,
                     after_step=after_step,
+                    branches=self.branches,
                 )
                 known_frames = end
                 if self.interrupt:
@@ -412,12 +418,15 @@ def denoise(
     known: Tensor | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
     after_step: Callable[[Tensor, Tensor], tuple[Tensor, bool]] | None = None,
+    branches: Branches | None = None,
 ) -> Tensor:
     """Noise to latents (B, 16, F, h, w), float32, along the scheduler's timesteps.
 
     The first frames stay as `known` (1 or B, 16, f, h, w), at t = 0; a chunk-causal model sees them as the
-    past. `after_step(timestep, latents)` may change the latents and says whether to stop.
+    past. `after_step(timestep, latents)` may change the latents and says whether to stop. `branches` computes
+    the velocities of guidance, with the prompt first; the default is one after the other.
     """
+    branches = branches or one_after_the_other
     batch, _, frames = latents.shape[:3]
     known_frames = 0 if known is None else known.shape[2]
     chunk_frames = None
@@ -439,7 +448,7 @@ def denoise(
         )
         return output.float()
 
-    guided, plain = PromptMemory(), PromptMemory()
+    prompts = [(prompt, PromptMemory()) for prompt in (positive, negative) if prompt is not None]
     latents = latents.clone()
     for time in scheduler.timesteps:
         if known is not None:
@@ -448,10 +457,11 @@ def denoise(
         if known_frames:
             timestep = time.expand(batch, frames).clone()
             timestep[:, :known_frames] = 0
-        prediction = velocity(positive, guided, latents, timestep)
-        if negative is not None:
-            unguided = velocity(negative, plain, latents, timestep)
-            prediction = unguided + guidance_scale * (prediction - unguided)
+        prediction, *unguided = branches(
+            [partial(velocity, prompt, memory, latents, timestep) for prompt, memory in prompts], latents
+        )
+        for plain in unguided:
+            prediction = plain + guidance_scale * (prediction - plain)
         latents = scheduler.step(prediction, time, latents, generator=generator, return_dict=False)[0]
         if after_step is not None:
             latents, stop = after_step(time, latents)
@@ -460,6 +470,11 @@ def denoise(
     if known is not None:
         latents[:, :, :known_frames] = known
     return latents
+
+
+def one_after_the_other(velocities: Sequence[Callable[[], Tensor]], like: Tensor) -> list[Tensor]:
+    """Each velocity, in the shape of `like`, computed here."""
+    return [velocity() for velocity in velocities]
 
 
 def repeated(branch: tuple[Tensor, Tensor], times: int, device: torch.device) -> tuple[Tensor, Tensor]:

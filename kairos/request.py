@@ -143,6 +143,18 @@ def read_requests(path: str | os.PathLike[str], defaults: Mapping[str, Any] | No
     file. Raises UserError for a file that is missing or not JSON (with line and column) and for the first bad
     request.
     """
+    requests = []
+    for request in read_each_request(path, defaults):
+        if isinstance(request, UserError):
+            raise request
+        requests.append(request)
+    return requests
+
+
+def read_each_request(
+    path: str | os.PathLike[str], defaults: Mapping[str, Any] | None = None
+) -> list[Request | UserError]:
+    """As `read_requests`, with the error of each bad request in its place."""
     path = Path(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_repeats)
@@ -166,15 +178,16 @@ def read_requests(path: str | os.PathLike[str], defaults: Mapping[str, Any] | No
     dictionaries = content if isinstance(content, list) else [content]
     if not dictionaries:
         raise UserError(f"{path} holds no request: the list is empty")
-    requests = []
+    requests: list[Request | UserError] = []
     for number, dictionary in enumerate(dictionaries, start=1):
         where = f"{path}: " if content is not dictionaries else f"{path}, request {number}: "
-        if not isinstance(dictionary, dict):
-            raise UserError(f"{where}a request must be a dictionary, got {_shown(dictionary)}")
         try:
+            if not isinstance(dictionary, dict):
+                raise UserError(f"a request must be a dictionary, got {_shown(dictionary)}")
             request = Request.from_dict(dictionary, defaults)
         except UserError as error:
-            raise UserError(f"{where}{error}") from None
+            requests.append(UserError(f"{where}{error}"))
+            continue
         requests.append(
             replace(
                 request,

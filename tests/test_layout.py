@@ -20,6 +20,7 @@ LAYERS = {
     "ops": 1,
     "conditioning": 2,
     "data": 2,
+    "distributed": 2,
     "models": 2,
     "request": 2,
     "schedulers": 2,
@@ -54,7 +55,7 @@ PUBLIC = {
 }
 
 
-EXTRAS = ("curation", "train")
+EXTRAS = ("curation", "ray", "train")
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "cv2": "opencv_python_headless",

@@ -5,7 +5,19 @@ from typing import Annotated
 import typer
 
 from kairos import __version__
-from kairos.cli import bench, curate, evaluate, generate, models, rollout, show, train, worlds
+from kairos.cli import (
+    batch,
+    bench,
+    certify,
+    curate,
+    evaluate,
+    generate,
+    models,
+    rollout,
+    show,
+    train,
+    worlds,
+)
 from kairos.cli.console import out
 
 app = typer.Typer(
@@ -39,6 +51,8 @@ app.command("rollout")(rollout.rollout)
 app.command("show")(show.show)
 app.command("evaluate")(evaluate.evaluate)
 app.command("bench")(bench.bench)
+app.command("batch")(batch.batch)
+app.command("certify")(certify.certify)
 app.add_typer(train.app, name="train")
 app.add_typer(curate.app, name="curate")
 app.add_typer(models.app, name="models")

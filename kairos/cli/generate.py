@@ -10,8 +10,9 @@ import typer
 from kairos import presets
 from kairos.cli.config import Config, read_config
 from kairos.cli.console import show_log
+from kairos.distributed import is_rank
 from kairos.errors import UserError
-from kairos.request import Request, field_values, read_requests
+from kairos.request import Request, field_values, read_each_request
 
 INPUT, SIZE, SAMPLING, RUN = "What to make", "Size", "Sampling", "How to run"
 
@@ -22,8 +23,18 @@ class Job:
 
     request: Request
     path: Path
+    number: int = 1
+    """Its place in the request file."""
     remarks: dict[str, Any] = field(default_factory=dict)
     """What the video's metadata says besides."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A request that cannot be a job, and why."""
+
+    number: int
+    error: UserError
 
 
 def generate(
@@ -166,6 +177,23 @@ def generate(
             "--tiled", help="Encode and decode frames in tiles, to save memory.", rich_help_panel=RUN
         ),
     ] = False,
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|all",
+            help="Run on N GPUs of this machine; with --device cpu, in N processes.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What the GPUs share: context (a video's tokens), cfg (its two branches) or list (whole "
+            "requests, a finished one is skipped). Default: what keeps most of them busy.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
     free_encoder: Annotated[
         bool,
         typer.Option(
@@ -200,12 +228,13 @@ def generate(
         "tiled": tiled or None,
         "template": template,
     }
+    refused: list[Refused] = []
     if request is None:
         job_list = [prompt_job(said, settings.request, output)]
     else:
         if prompt is not None:
             raise UserError("give a prompt or --request, not both: the prompt stands in the request file")
-        job_list = file_jobs(request, said, settings.request, output)
+        job_list, refused = file_jobs(request, said, settings.request, output)
 
     from kairos.cli.run import RunOptions, run
 
@@ -213,7 +242,18 @@ def generate(
     options |= {"device": device, "dtype": dtype, "scale": scale}
     options = settings.options | {name: value for name, value in options.items() if value is not None}
     options |= {"loras": tuple(lora or ()), "rewrite": rewrite}
-    run(job_list, RunOptions(**options, free_encoder=free_encoder, verbose=verbose))
+    run_options = RunOptions(**options, free_encoder=free_encoder, verbose=verbose)
+    if gpus is None and split is None and not is_rank():
+        if refused:
+            raise refused[0].error
+        run(job_list, run_options)
+    else:
+        from kairos.cli.gpus import run_on_gpus
+
+        report = None
+        if request is not None and len(job_list) + len(refused) > 1:
+            report = Path(output or "output") / f"{request.stem}.report.json"
+        run_on_gpus(job_list, refused, run_options, gpus=gpus, split=split, report=report)
 
 
 def prompt_job(said: dict[str, Any], defaults: dict[str, Any], output: str | None) -> Job:
@@ -231,26 +271,35 @@ def prompt_job(said: dict[str, Any], defaults: dict[str, Any], output: str | Non
     return Job(request, Path(output))
 
 
-def file_jobs(path: Path, said: dict[str, Any], defaults: dict[str, Any], output: str | None) -> list[Job]:
-    """The jobs of a request file: the command wins over the file, the file over the configuration."""
-    requests = read_requests(path, defaults)
-    jobs = []
+def file_jobs(
+    path: Path, said: dict[str, Any], defaults: dict[str, Any], output: str | None
+) -> tuple[list[Job], list[Refused]]:
+    """The jobs of a request file, and what is no job: the command wins over the file, the file over the
+    configuration."""
+    requests = read_each_request(path, defaults)
+    jobs, refused = [], []
     for number, request in enumerate(requests, start=1):
-        request = replace(request, **field_values(said))
         name = path.stem if len(requests) == 1 else f"{path.stem}-{number:0{len(str(len(requests)))}}"
-        jobs.append(Job(request, Path(output or "output") / (request.output or f"{name}.mp4")))
+        try:
+            if isinstance(request, UserError):
+                raise request
+            request = replace(request, **field_values(said))
+        except UserError as error:
+            refused.append(Refused(number, error))
+            continue
+        jobs.append(Job(request, Path(output or "output") / (request.output or f"{name}.mp4"), number))
     if output is not None and output.lower().endswith(".mp4") and not Path(output).is_dir():
-        if len(jobs) > 1:
-            raise UserError(f"--output must be a folder for {len(jobs)} requests, got {output}")
-        return [Job(jobs[0].request, Path(output))]
+        if len(requests) > 1:
+            raise UserError(f"--output must be a folder for {len(requests)} requests, got {output}")
+        return [replace(job, path=Path(output)) for job in jobs], refused
     taken: dict[Path, int] = {}
-    for number, job in enumerate(jobs, start=1):
+    for job in jobs:
         if job.path in taken:
             raise UserError(
-                f"{path}: requests {taken[job.path]} and {number} both write {job.path}; name them apart"
+                f"{path}: requests {taken[job.path]} and {job.number} both write {job.path}; name them apart"
             )
-        taken[job.path] = number
-    return jobs
+        taken[job.path] = job.number
+    return jobs, refused
 
 
 def _slug(text: str) -> str:

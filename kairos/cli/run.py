@@ -60,46 +60,62 @@ def run(jobs: Sequence["Job"], options: RunOptions) -> None:
             prepare_file(job.path)
     with clock.stage("import"):
         quiet_libraries()
-        from kairos.conditioning import TEMPLATES
-        from kairos.weights.lora import apply_loras, parse_lora
-
         device, dtype = device_and_dtype(options)
-    for template in filter(None, (job.request.template for job in jobs)):
-        if template not in TEMPLATES:
-            raise UserError(f"no prompt template {template!r}{did_you_mean(template, TEMPLATES)}")
+    for job in jobs:
+        check_template(job.request)
     if options.rewrite is not None:
         with clock.stage("rewrite"), waiting("rewriting prompts"):
             jobs = [rewritten(job, options.rewrite) for job in jobs]
     with explained_memory():
         with clock.stage("load"), waiting(f"loading {options.model}"):
-            pipeline = presets.load_pipeline(
-                options.model, device=device, dtype=dtype, weights=options.weights
-            )
-            apply_loras(pipeline.transformer, [parse_lora(lora) for lora in options.loras])
-            about = describe(pipeline, options, dtype)
+            pipeline, about = load(options, device, dtype)
         if options.verbose:
             _watch(clock, pipeline)
         for job in jobs:
-            request = resolved(job.request, pipeline)
-            assert request.height and request.width and request.num_frames and request.fps
-            height, width, fps = request.height, request.width, request.fps
-            shown_size(height, width, options.scale)
-            with clock.stage("sample"):
-                after_encoding = ("free" if job is jobs[-1] else "cpu") if options.free_encoder else "keep"
-                frames = make(pipeline, request, after_encoding)
-            made_frames, height, width, _ = frames.shape  # rounded up
-            request = replace(request, height=height, width=width, num_frames=made_frames)
-            if (steps := len(pipeline.scheduler.timesteps)) != request.num_inference_steps:
-                logger.warning("this model samples in %d steps, whatever is asked for", steps)
-                request = replace(request, num_inference_steps=steps)
-            with clock.stage("write"):
-                made_from = {"request": replace(request, output="").to_dict(), "mode": request.mode}
-                said = made_from | about | job.remarks
-                write_video(job.path, frames, fps, said, options.scale)
-            _report(job.path, frames.shape, fps, options.scale)
+            after_encoding = ("free" if job is jobs[-1] else "cpu") if options.free_encoder else "keep"
+            make_job(job, pipeline, about, options, clock, after_encoding)
     if options.verbose:
         err.print(clock.table())
         err.print(f"peak memory: {peak_memory()}", highlight=False)
+
+
+def load(options: RunOptions, device: Any, dtype: Any) -> tuple["KairosPipeline", dict[str, Any]]:
+    """The model with its LoRAs, and what its videos say of it."""
+    from kairos.weights.lora import apply_loras, parse_lora
+
+    pipeline = presets.load_pipeline(options.model, device=device, dtype=dtype, weights=options.weights)
+    apply_loras(pipeline.transformer, [parse_lora(lora) for lora in options.loras])
+    return pipeline, describe(pipeline, options, dtype)
+
+
+def make_job(
+    job: "Job",
+    pipeline: "KairosPipeline",
+    about: dict[str, Any],
+    options: RunOptions,
+    clock: Clock,
+    after_encoding: str = "keep",
+    *,
+    write: bool = True,
+) -> None:
+    """Sample the job's video and write it; one of several ranks that make one video only samples."""
+    request = resolved(job.request, pipeline)
+    assert request.height and request.width and request.num_frames and request.fps
+    shown_size(request.height, request.width, options.scale)
+    with clock.stage("sample"):
+        frames = make(pipeline, request, after_encoding)
+    if not write:
+        return
+    made_frames, height, width, _ = frames.shape  # rounded up
+    request = replace(request, height=height, width=width, num_frames=made_frames)
+    if (steps := len(pipeline.scheduler.timesteps)) != request.num_inference_steps:
+        logger.warning("this model samples in %d steps, whatever is asked for", steps)
+        request = replace(request, num_inference_steps=steps)
+    with clock.stage("write"):
+        made_from = {"request": replace(request, output="").to_dict(), "mode": request.mode}
+        assert request.fps
+        write_video(job.path, frames, request.fps, made_from | about | job.remarks, options.scale)
+    _report(job.path, frames.shape, request.fps, options.scale)
 
 
 def check_inputs(request: Request) -> None:
@@ -108,6 +124,14 @@ def check_inputs(request: Request) -> None:
         read_image(request.input_image)
     if request.input_video:
         read_video(request.input_video, max_frames=1)
+
+
+def check_template(request: Request) -> None:
+    """Refuse a prompt template that there is not."""
+    from kairos.conditioning import TEMPLATES
+
+    if request.template and request.template not in TEMPLATES:
+        raise UserError(f"no prompt template {request.template!r}{did_you_mean(request.template, TEMPLATES)}")
 
 
 def check_model(options: RunOptions) -> None:

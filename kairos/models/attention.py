@@ -64,11 +64,23 @@ class WindowedSelfAttention(nn.Module):
         q = apply_rotary(self.norm_q(self.q(x)).unflatten(-1, heads), rotary)
         k = apply_rotary(self.norm_k(self.k(x)).unflatten(-1, heads), rotary)
         v = self.v(x).unflatten(-1, heads)
-        q, k = q.to(v.dtype), k.to(v.dtype)
+        out, kept = self.mix(q.to(v.dtype), k.to(v.dtype), v, tokens_per_frame, chunk_frames, past)
+        return self.o(out.flatten(2)), kept
+
+    def mix(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tokens_per_frame: int,
+        chunk_frames: Sequence[int] | None,
+        past: AttentionState | None,
+    ) -> tuple[Tensor, AttentionState]:
+        """Attention of q, k, v (B, N, H, head_dim): the part that needs whole sequences, head by head."""
         if past is not None:
             k = torch.cat((past.keys.to(k.dtype), k), dim=1)
             v = torch.cat((past.values.to(v.dtype), v), dim=1)
-        dilated = not self.follow_length or x.shape[1] // tokens_per_frame >= 2 * self.dilation
+        dilated = not self.follow_length or q.shape[1] // tokens_per_frame >= 2 * self.dilation
         out = windowed_attention(
             q,
             k,
@@ -80,7 +92,7 @@ class WindowedSelfAttention(nn.Module):
             chunk_frames=chunk_frames,
         )
         kept = self.window_frames * self.dilation * tokens_per_frame
-        return self.o(out.flatten(2)), AttentionState(k[:, -kept:], v[:, -kept:])
+        return out, AttentionState(k[:, -kept:], v[:, -kept:])
 
 
 class CrossAttention(nn.Module):

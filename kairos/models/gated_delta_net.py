@@ -20,6 +20,10 @@ PRECISE = ("A_log", "dt_bias", "a_proj", "b_proj")
 """Parameters of the gates: float32 in a model of half precision too, since errors in a decay multiply."""
 
 
+Projections = tuple[Tensor, Tensor, Tensor]
+"""Of queries, keys and values."""
+
+
 @dataclass(frozen=True)
 class DeltaState:
     """What the layer keeps: S (B, H, Dk, Dv), float32, and the last inputs of the convolutions (B, C, 3)."""
@@ -63,21 +67,45 @@ class GatedDeltaNet(nn.Module):
 
     def forward(self, x: Tensor, past: DeltaState | None = None) -> tuple[Tensor, DeltaState]:
         """Mix x (B, N, dim) along the tokens; also returns the state after the last."""
-        q, conv_q = short_conv(self.q_proj(x), self.q_conv1d, past.conv_q if past else None)
-        k, conv_k = short_conv(self.k_proj(x), self.k_conv1d, past.conv_k if past else None)
-        v, conv_v = short_conv(self.v_proj(x), self.v_conv1d, past.conv_v if past else None)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in (q, k, v))
         with torch.autocast(x.device.type, enabled=False):
             precise = x.to(self.a_proj.weight.dtype)
             beta = self.b_proj(precise).sigmoid()
             g = -self.A_log.exp() * F.softplus(self.a_proj(precise) + self.dt_bias)
-            q, k = l2_normalise(q) * self.head_dim**-0.5, l2_normalise(k)
+        projections = tuple(
+            proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out, kept = self.mix(projections, g, beta, past)
+        gate = self.g_proj(x).unflatten(-1, (self.heads, -1))
+        out = (self.o_norm(out) * F.silu(gate)).to(out.dtype)
+        return self.o_proj(out.flatten(2)), kept
+
+    def mix(
+        self, projections: Projections, g: Tensor, beta: Tensor, past: DeltaState | None
+    ) -> tuple[Tensor, DeltaState]:
+        """Convolutions and delta rule: the part that needs whole sequences, head by head.
+
+        projections: q, k, v (B, N, H, D); g, beta (B, N, H). Returns the rule's output (B, N, H, Dv).
+        """
+        convs = None if past is None else (past.conv_q, past.conv_k, past.conv_v)
+        (q, k, v), (conv_q, conv_k, conv_v) = self.convolve(projections, convs)
         out, recurrent_state = gated_delta_rule(
             q, k, v, g, beta, initial_state=None if past is None else past.recurrent_state
         )
-        gate = self.g_proj(x).unflatten(-1, (self.heads, -1))
-        out = (self.o_norm(out) * F.silu(gate)).to(v.dtype)
-        return self.o_proj(out.flatten(2)), DeltaState(recurrent_state, conv_q, conv_k, conv_v)
+        return out, DeltaState(recurrent_state, conv_q, conv_k, conv_v)
+
+    def convolve(
+        self, projections: Projections, past: Projections | None, heads: slice = slice(None)
+    ) -> tuple[Projections, Projections]:
+        """q, k, v of the rule, q and k normalised, and the last inputs (B, C, 3); for a part of the heads."""
+        q, k, v = (
+            short_conv(x, conv, None if past is None else past[i], heads)
+            for i, (x, conv) in enumerate(
+                zip(projections, (self.q_conv1d, self.k_conv1d, self.v_conv1d), strict=True)
+            )
+        )
+        with torch.autocast(q[0].device.type, enabled=False):
+            convolved = l2_normalise(q[0]) * self.head_dim**-0.5, l2_normalise(k[0]), v[0]
+        return convolved, (q[1], k[1], v[1])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Moves and casts as every module, except that half precision passes the gates by."""
@@ -91,15 +119,23 @@ class GatedDeltaNet(nn.Module):
         return super()._apply(apply, recurse)
 
 
-def short_conv(x: Tensor, conv: nn.Conv1d, past: Tensor | None) -> tuple[Tensor, Tensor]:
-    """SiLU of the causal depthwise convolution of x (B, N, C), and its last inputs (B, C, kernel - 1)."""
+def short_conv(
+    x: Tensor, conv: nn.Conv1d, past: Tensor | None, heads: slice = slice(None)
+) -> tuple[Tensor, Tensor]:
+    """SiLU of the causal depthwise convolution of x (B, N, H, D), and its last inputs (B, C, kernel - 1).
+
+    With `heads`, x has only those of the convolution's heads.
+    """
     context = conv.kernel_size[0] - 1
-    x = x.mT
+    head_dim = x.shape[-1]
+    weight = conv.weight.unflatten(0, (-1, head_dim))[heads].flatten(0, 1)
+    x = x.flatten(2).mT
     if past is None:
         x = F.pad(x, (context, 0))
     else:
         x = torch.cat((past.to(x.dtype), x), dim=-1)
-    return F.silu(conv(x)).mT, x[..., -context:]
+    out = F.silu(F.conv1d(x, weight, groups=len(weight)))
+    return out.mT.unflatten(-1, (-1, head_dim)), x[..., -context:]
 
 
 def l2_normalise(x: Tensor) -> Tensor:

@@ -1,0 +1,165 @@
+"""`kairos batch`: a list of requests on a Ray cluster, one model a GPU."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kairos import presets
+from kairos.cli import run as single
+from kairos.cli.clock import Clock
+from kairos.cli.config import Config, read_config
+from kairos.cli.console import out, show_log, waiting
+from kairos.cli.generate import Job, file_jobs
+from kairos.cli.gpus import Outcome, attempt, conclude, is_finished, say_failure, with_remark
+from kairos.cli.run import RunOptions
+from kairos.data.files import prepare_file, write_atomically
+from kairos.errors import MachineError, UserError, one_line
+
+
+def batch(
+    request: Annotated[Path, typer.Argument(metavar="LIST.json", help="A list of requests.")],
+    ray: Annotated[
+        str, typer.Option(metavar="ADDRESS|local", help="A Ray cluster, HOST:PORT or auto; local starts one.")
+    ] = "local",
+    output: Annotated[str, typer.Option("--output", "-o", metavar="FOLDER", help="Where to.")] = "output",
+    gpus: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Workers, one a GPU. Default: all; with --device cpu, 1."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME|PATH", help=f"The model. Default: {presets.DEFAULT}.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Another LinearDiT in place of the model's own.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(metavar="FILE.py", help="A configuration.")] = None,
+    device: Annotated[str, typer.Option(metavar="NAME", help="cuda or cpu.")] = "cuda",
+    dtype: Annotated[str | None, typer.Option(metavar="NAME", help="As in generate.")] = None,
+    retries: Annotated[
+        int, typer.Option(metavar="N", help="How often a request is tried again whose machine failed.")
+    ] = 2,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what is going on.")] = False,
+) -> None:
+    """Make the videos of a list on a Ray cluster.
+
+    Finished videos are skipped when the command runs again. The model and the images that requests name must
+    be where the workers can read them; the videos come back here.
+    """
+    show_log(verbose)
+    if device not in ("cuda", "cpu"):
+        raise UserError(f"--device is cuda or cpu here, got {device!r}")
+    if retries < 0 or (gpus is not None and gpus < 1):
+        wrong = ("--retries", 0, retries) if retries < 0 else ("--gpus", 1, gpus)
+        raise UserError("{} must be at least {}, got {}".format(*wrong))
+    settings = read_config(config) if config else Config()
+    given = {"model": model, "weights": weights, "dtype": dtype}
+    options = RunOptions(
+        **settings.options | {name: value for name, value in given.items() if value is not None},
+        **{"device": device},
+    )
+    jobs, refused = file_jobs(request, {}, settings.request, output)
+    if not ray.startswith("local"):
+        from kairos.distributed.fleet import probe
+
+        probe(ray)
+    single.check_model(options)
+    outcomes = [Outcome(bad.number, "", "failed", one_line(bad.error)) for bad in refused]
+    for outcome in outcomes:
+        say_failure(outcome)
+    todo = []
+    for job in jobs:
+        if is_finished(job, options):
+            out.print(f"{job.path}: made before", markup=False, highlight=False)
+            outcomes.append(Outcome(job.number, str(job.path), "skipped"))
+        else:
+            prepare_file(job.path)
+            todo.append(with_remark(job))
+    if todo:
+        workers = gpus or (None if device == "cuda" else 1)
+        outcomes += on_ray(ray, todo, options, workers=workers, retries=retries)
+    conclude(outcomes, Path(output) / f"{request.stem}.report.json")
+
+
+def on_ray(
+    address: str, jobs: Sequence[Job], options: RunOptions, *, workers: int | None, retries: int
+) -> list[Outcome]:
+    """What became of the jobs on the cluster; their videos are written as they come."""
+    from kairos.distributed.fleet import cluster, run_tasks
+
+    on_gpus = options.device != "cpu"
+    needs = {"num_gpus": 1} if on_gpus else {"num_cpus": 1}
+    outcomes = []
+    with cluster(address, workers=workers, on_gpus=on_gpus) as (ray, room):
+        actor = ray.remote(**needs)(VideoWorker)
+        # Absolute, as far as they are paths here: a worker has a working folder of its own.
+        tasks = [asdict(replace(job, request=_absolute(job))) for job in jobs]
+        with waiting(f"{len(jobs)} requests on {room} workers"):
+            for number, answer in run_tasks(
+                ray,
+                lambda: actor.remote(asdict(_at_home(options))),
+                tasks,
+                workers=room,
+                retries=retries,
+                again=lambda answer: answer[0]["status"] == "failed" and not answer[0]["by_input"],
+            ):
+                outcomes.append(_received(jobs[number], answer))
+    return outcomes
+
+
+class VideoWorker:
+    """An actor with a model; it makes a job into the bytes of an mp4."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        single.quiet_libraries()
+        self.options = RunOptions(**options)
+        device, dtype = single.device_and_dtype(self.options)
+        self.pipeline, self.about = single.load(self.options, device, dtype)
+
+    def ready(self) -> bool:
+        """Answers once the model is loaded."""
+        return True
+
+    def run(self, task: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+        """What became of the job, and its video."""
+        from kairos.request import Request
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "video.mp4"
+            job = Job(Request(**task["request"]), path, task["number"], task["remarks"])
+            outcome = attempt(job, self.pipeline, self.about, self.options, Clock())
+            return asdict(outcome), path.read_bytes() if outcome.status == "made" else b""
+
+
+def _received(job: Job, answer: Any) -> Outcome:
+    """Write the video that came, or say what went wrong."""
+    if isinstance(answer, BaseException):
+        reason = str(answer).strip().splitlines()[0][:200]
+        outcome = Outcome(job.number, str(job.path), "failed", f"its worker died: {reason}", by_input=False)
+    else:
+        outcome = replace(Outcome(**answer[0]), output=str(job.path))
+        if outcome.status == "made":
+            try:
+                write_atomically(job.path, answer[1])
+            except MachineError as error:
+                outcome = replace(outcome, status="failed", error=str(error), by_input=False)
+    if outcome.status == "failed":
+        say_failure(outcome)
+    else:
+        out.print(f"{job.path}: made", markup=False, highlight=False)
+    return outcome
+
+
+def _absolute(job: Job) -> Any:
+    paths = {"input_image": job.request.input_image, "input_video": job.request.input_video}
+    return replace(job.request, **{name: str(Path(p).resolve()) if p else "" for name, p in paths.items()})
+
+
+def _at_home(options: RunOptions) -> RunOptions:
+    """The options with the folders that they name in full; a model's name is not a folder."""
+    found = {name: getattr(options, name) for name in ("model", "weights")}
+    full = {name: str(Path(p).resolve()) for name, p in found.items() if p and Path(p).exists()}
+    return replace(options, **full)

@@ -1,0 +1,319 @@
+"""`kairos generate` on several GPUs: one video over all of them, or a list of videos shared out.
+
+Every rank comes through `make_on_rank`, whether this command or torchrun started it.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kairos.cli import run as single
+from kairos.cli.clock import Clock
+from kairos.cli.console import err, out, say, show_log, waiting
+from kairos.cli.generate import Job, Refused
+from kairos.cli.run import RunOptions
+from kairos.data.files import prepare_file, write_atomically
+from kairos.data.media import read_metadata
+from kairos.distributed import is_rank
+from kairos.errors import KairosError, MachineError, UserError, one_line
+from kairos.request import did_you_mean
+
+if TYPE_CHECKING:
+    from kairos.distributed.ranks import World
+    from kairos.pipeline import KairosPipeline
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("context", "cfg", "list")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a request: "made", "skipped" (it was there) or "failed", by input or by machine."""
+
+    request: int
+    output: str
+    status: str
+    error: str = ""
+    by_input: bool = True
+
+
+def run_on_gpus(
+    jobs: Sequence[Job],
+    refused: Sequence[Refused],
+    options: RunOptions,
+    *,
+    gpus: str | None,
+    split: str | None,
+    report: Path | None = None,
+) -> None:
+    """Make every job's video on `gpus` GPUs of this machine, or on the ranks that torchrun started.
+
+    report: a file that says what became of each request.
+    """
+    if split is not None and split not in SPLITS:
+        raise UserError(f"no split {split!r}{did_you_mean(split, SPLITS)}")
+    kind = device_kind(options.device)
+    if is_rank():
+        from kairos.distributed.ranks import join, one_voice
+
+        if gpus is not None:
+            raise UserError("torchrun has started the ranks: leave --gpus out")
+        if options.rewrite is not None:
+            raise UserError("--rewrite is for one machine: use --gpus N, not torchrun")
+        world = join(kind, said_by(jobs, options, split))
+        with one_voice(world.store):
+            _make(world, jobs, refused, options, split, report)
+        return
+    if gpus is None:
+        raise UserError(f"--split {split} says what several GPUs share; add --gpus N")
+    size = count_gpus(gpus, kind)
+    single.check_model(options)
+    if not report:
+        for job in jobs:
+            single.check_inputs(job.request)
+            prepare_file(job.path)
+    jobs = [with_remark(job) for job in jobs]
+    if options.rewrite is not None:
+        with waiting("rewriting prompts"):
+            unmade = [job for job in jobs if not is_finished(job, options)]
+            jobs = [single.rewritten(job, options.rewrite) if job in unmade else job for job in jobs]
+    from kairos.distributed.launch import launch
+
+    launch(make_on_rank, (jobs, refused, options, kind, split, report), size=size)
+
+
+def make_on_rank(
+    jobs: Sequence[Job],
+    refused: Sequence[Refused],
+    options: RunOptions,
+    kind: str,
+    split: str | None,
+    report: Path | None,
+) -> None:
+    """What each of the ranks that `launch` starts does."""
+    from kairos.distributed.ranks import join
+
+    show_log(options.verbose)
+    _make(join(kind, said_by(jobs, options, split)), jobs, refused, options, split, report)
+
+
+def device_kind(device: str) -> str:
+    """ "auto", "cuda" or "cpu": a rank's number says which GPU is its own."""
+    if device not in ("auto", "cuda", "cpu"):
+        raise UserError(f"with several GPUs --device is auto, cuda or cpu, got {device!r}")
+    return device
+
+
+def count_gpus(gpus: str, kind: str) -> int:
+    """How many ranks `--gpus` asks for."""
+    from kairos.distributed.ranks import check_gpus, gpus_here
+
+    if gpus == "all":
+        if kind == "cpu":
+            raise UserError("--gpus all counts GPUs; with --device cpu say how many processes: --gpus N")
+        check_gpus(1)
+        return gpus_here()
+    if not gpus.isdecimal() or not 1 <= int(gpus) <= 1024:
+        raise UserError(f"--gpus must be a whole number from 1 to 1024, or all, got {gpus!r}")
+    if kind != "cpu":
+        check_gpus(int(gpus))
+    return int(gpus)
+
+
+def said_by(jobs: Sequence[Job], options: RunOptions, split: str | None) -> dict[str, object]:
+    """What all ranks must have been told alike."""
+    requests = json.dumps([[job.request.to_dict(), str(job.path)] for job in jobs], sort_keys=True)
+    digest = hashlib.sha256(requests.encode()).hexdigest()[:12]
+    return {f"--{name}": value for name, value in asdict(options).items()} | {
+        "--split": split,
+        "requests": digest,
+    }
+
+
+def _make(
+    world: "World",
+    jobs: Sequence[Job],
+    refused: Sequence[Refused],
+    options: RunOptions,
+    split: str | None,
+    report: Path | None,
+) -> None:
+    """Load the model on this rank and make what is its part."""
+    import torch
+
+    from kairos.distributed.parallel import choose_split, parallelize
+    from kairos.distributed.ranks import leave
+
+    single.quiet_libraries()
+    first = world.rank == 0
+    clock = Clock()
+    dtype = torch.float32 if world.device.type == "cpu" else torch.bfloat16
+    if options.dtype != "auto":
+        dtype = getattr(torch, options.dtype)
+    with single.explained_memory(), clock.stage("load"):
+        pipeline, about = single.load(options, world.device, dtype)
+    world.agree({"weights": about["model"]["hash"]})
+    guided = all(_is_guided(job, pipeline) for job in jobs)
+    heads = pipeline.transformer.config.num_attention_heads
+    split = split or choose_split(len(jobs), world.size, guided, heads)
+    if first:
+        logger.info("%d ranks on %s share by %s", world.size, world.device.type, split)
+    outcomes = [Outcome(bad.number, "", "failed", one_line(bad.error)) for bad in refused] if first else []
+    for outcome in outcomes:
+        say_failure(outcome)
+    if split == "list":
+        outcomes += _take_jobs(world, jobs, pipeline, about, options, clock)
+    else:
+        if not first:  # all would warn of the same
+            logging.getLogger("kairos").setLevel(logging.ERROR)
+        parallel = parallelize(pipeline.transformer, pipeline.vae, split=split)
+        pipeline.branches = parallel.branches or pipeline.branches
+        outcomes += _make_together(world, jobs, pipeline, about, options, clock)
+        logger.info("rank %d sent %s bytes", world.rank, dict(parallel.sent))
+    everyone = world.share("outcomes", [asdict(outcome) for outcome in outcomes])
+    if first:
+        if options.verbose:
+            err.print(clock.table())
+        conclude([Outcome(**one) for rank in everyone for one in rank], report)
+    leave()
+
+
+def _take_jobs(
+    world: "World",
+    jobs: Sequence[Job],
+    pipeline: "KairosPipeline",
+    about: dict[str, Any],
+    options: RunOptions,
+    clock: Clock,
+) -> list[Outcome]:
+    """Whole videos, from the queue, until it is empty."""
+    from kairos.distributed.queue import WorkQueue
+
+    return [
+        attempt(jobs[number], pipeline, about, options, clock) for number in WorkQueue(world.store, len(jobs))
+    ]
+
+
+def attempt(
+    job: Job, pipeline: "KairosPipeline", about: dict[str, Any], options: RunOptions, clock: Clock
+) -> Outcome:
+    """Make one job of a list, unless it is made; its failure is an outcome too."""
+    if is_finished(job, options):
+        return _skipped(job)
+    try:
+        _check(job)
+        with single.explained_memory():
+            single.make_job(job, pipeline, about, options, clock, "cpu" if options.free_encoder else "keep")
+    except Exception as error:
+        logger.debug("request %d failed", job.number, exc_info=True)
+        return failed(job, error)
+    return Outcome(job.number, str(job.path), "made")
+
+
+def failed(job: Job, error: BaseException) -> Outcome:
+    """The outcome of a job that raised `error`, said on stderr."""
+    said = str(error) if isinstance(error, KairosError) else f"{type(error).__name__}: {one_line(error)}"
+    outcome = Outcome(job.number, str(job.path), "failed", said, isinstance(error, UserError))
+    say_failure(outcome)
+    return outcome
+
+
+def _make_together(
+    world: "World",
+    jobs: Sequence[Job],
+    pipeline: "KairosPipeline",
+    about: dict[str, Any],
+    options: RunOptions,
+    clock: Clock,
+) -> list[Outcome]:
+    """Each video on all ranks. What a rank finds wrong before it begins, all know before they begin."""
+    outcomes = []
+    first = world.rank == 0
+    for job in jobs:
+        error: KairosError | None = None
+        finished = is_finished(job, options)
+        try:
+            _check(job)
+        except KairosError as caught:
+            error = caught
+        said = [str(error) if error else "", isinstance(error, UserError), finished]
+        told = world.share(f"request {job.number}", said)
+        if told[0][2] and len(jobs) > 1:
+            outcomes.append(_skipped(job) if first else None)
+            continue
+        if wrong := next((one for one in told if one[0]), None):
+            problem = (UserError if wrong[1] else MachineError)(wrong[0])
+            if len(jobs) == 1:
+                raise problem
+            outcomes.append(failed(job, problem) if first else None)
+            continue
+        after_encoding = ("free" if job is jobs[-1] else "cpu") if options.free_encoder else "keep"
+        with single.explained_memory():
+            single.make_job(job, pipeline, about, options, clock, after_encoding, write=first)
+        outcomes.append(Outcome(job.number, str(job.path), "made") if first else None)
+    return [outcome for outcome in outcomes if outcome is not None]
+
+
+def _check(job: Job) -> None:
+    single.check_inputs(job.request)
+    single.check_template(job.request)
+    prepare_file(job.path)
+
+
+def with_remark(job: Job) -> Job:
+    """The job whose video remembers what was asked for, before anything was rounded or rewritten."""
+    asked = replace(job.request, output="").to_dict()
+    return replace(job, remarks=job.remarks | {"asked": asked})
+
+
+def is_finished(job: Job, options: RunOptions) -> bool:
+    """Whether the job's file is there, and is what this job asks of this model."""
+    if not job.path.is_file():
+        return False
+    try:
+        metadata = read_metadata(job.path)
+    except KairosError:
+        return False
+    same_model = (metadata.get("model") or {}).get("name") == options.model
+    same_weights = metadata.get("weights") == options.weights
+    return same_model and same_weights and metadata.get("asked") == with_remark(job).remarks["asked"]
+
+
+def _skipped(job: Job) -> Outcome:
+    out.print(f"{job.path}: made before", markup=False, highlight=False)
+    return Outcome(job.number, str(job.path), "skipped")
+
+
+def say_failure(outcome: Outcome) -> None:
+    named = f"request {outcome.request}, {outcome.output}: " if outcome.output else ""
+    say("error", "bold red", named + outcome.error)
+
+
+def conclude(outcomes: Sequence[Outcome], report: Path | None) -> None:
+    """Write the report; raise if a request failed."""
+    outcomes = sorted(outcomes, key=lambda outcome: outcome.request)
+    if report is not None:
+        entries = [
+            {name: value for name, value in asdict(outcome).items() if value != "" and name != "by_input"}
+            for outcome in outcomes
+        ]
+        prepare_file(report)
+        write_atomically(report, json.dumps(entries, indent=2, ensure_ascii=False).encode() + b"\n")
+    bad = [outcome for outcome in outcomes if outcome.status == "failed"]
+    if bad:
+        numbers = ", ".join(str(outcome.request) for outcome in bad)
+        message = f"{len(bad)} of {len(outcomes)} requests failed: {numbers}"
+        message += f"; see {report}" if report else ""
+        raise (UserError if all(outcome.by_input for outcome in bad) else MachineError)(message)
+
+
+def _is_guided(job: Job, pipeline: "KairosPipeline") -> bool:
+    from kairos.schedulers import FewStepScheduler
+
+    guidance = single.resolved(job.request, pipeline).guidance_scale or 0
+    return guidance > 1 and not isinstance(pipeline.scheduler, FewStepScheduler)

@@ -1,0 +1,178 @@
+"""What splitting a video costs: the bytes that ranks send, and from them how long a step should take.
+
+The bytes are exact: tests hold them against what is sent. The seconds are computed, from work, bytes and
+published speeds; no such machine has measured them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kairos.distributed.exchange import spread
+from kairos.sizes import Shape
+
+CONV_CONTEXT = 3
+"""Tokens that the gated delta layers' convolutions look back."""
+
+
+def delta_bytes(
+    way: str, tokens: Sequence[int], heads: Sequence[int], dim_k: int, dim_v: int, width: int, batch: int = 1
+) -> list[int]:
+    """Bytes that each rank sends for one gated delta layer, by heads or by tokens.
+
+    tokens, heads: the ranks' shares; dim_k, dim_v: channels of a head; width: bytes of an element. Gates,
+    transitions and states are float32.
+    """
+    ranks, all_tokens, all_heads = len(tokens), sum(tokens), sum(heads)
+    if way == "heads":
+        there = (2 * dim_k + dim_v) * width + 2 * 4
+        return [
+            batch * (n * (all_heads - h) * there + (all_tokens - n) * h * dim_v * width)
+            for n, h in zip(tokens, heads, strict=True)
+        ]
+    states = 4 * dim_k * (dim_k + dim_v) * all_heads * (ranks - 1)
+    tail = CONV_CONTEXT * all_heads * (2 * dim_k + dim_v) * width
+    return [batch * (states + tail * (rank + 1 < ranks)) for rank in range(ranks)]
+
+
+def attention_bytes(
+    tokens: Sequence[int], heads: Sequence[int], head_dim: int, width: int, batch: int = 1
+) -> list[int]:
+    """Bytes that each rank sends for one windowed attention layer: q, k, v to heads, the result back."""
+    all_tokens, all_heads = sum(tokens), sum(heads)
+    return [
+        batch * head_dim * width * (3 * n * (all_heads - h) + (all_tokens - n) * h)
+        for n, h in zip(tokens, heads, strict=True)
+    ]
+
+
+def delta_route(tokens: Sequence[int], heads: Sequence[int], dim_k: int, dim_v: int, width: int) -> str:
+    """ "heads" or "tokens": where the rank that sends most sends less. Too few tokens have to go to heads."""
+    if min(tokens) < CONV_CONTEXT:  # a convolution would reach two ranks back
+        return "heads"
+    return min(("heads", "tokens"), key=lambda way: max(delta_bytes(way, tokens, heads, dim_k, dim_v, width)))
+
+
+def forward_bytes(
+    config: Mapping[str, Any], tokens: int, ranks: int, width: int = 2, batch: int = 1, route: str = "auto"
+) -> list[int]:
+    """Bytes that each rank sends in one forward of the LinearDiT with its tokens over `ranks` ranks.
+
+    route: of the gated delta layers, see `ContextParallel`.
+    """
+    shares, heads = spread(tokens, ranks), spread(config["num_attention_heads"], ranks)
+    if ranks == 1 or min(shares) == 0:
+        return [0] * ranks
+    head_dim = config["hidden_size"] // config["num_attention_heads"]
+    dim_k = config["gated_delta_head_dim"]
+    dim_v = dim_k * config["gated_delta_expand_v"]
+    by_bytes = delta_route(shares, heads, dim_k, dim_v, width)
+    way = by_bytes if route == "auto" or min(shares) < CONV_CONTEXT else route
+    delta = delta_bytes(way, shares, heads, dim_k, dim_v, width, batch)
+    attention = attention_bytes(shares, heads, head_dim, width, batch)
+    patch = config["patch_size"][1] * config["patch_size"][2]
+    gathered = batch * max(shares) * config["out_channels"] * patch * width * (ranks - 1)
+    gated = kinds(config).count("G")
+    ungated = config["num_layers"] - gated
+    return [gated * d + ungated * a + gathered for d, a in zip(delta, attention, strict=True)]
+
+
+def broadcast_bytes(config: Mapping[str, Any], tokens: int, ranks: int, width: int = 2) -> list[int]:
+    """The same were every rank given the whole sequence: the keys and values of all tokens in every layer."""
+    dim_k = config["num_attention_heads"] * config["gated_delta_head_dim"]
+    gated = kinds(config).count("G")
+    elements = gated * dim_k * (1 + config["gated_delta_expand_v"])
+    elements += (config["num_layers"] - gated) * 2 * config["hidden_size"]
+    return [n * elements * width * (ranks - 1) for n in spread(tokens, ranks)]
+
+
+def forward_flops(config: Mapping[str, Any], shape: Shape, text_tokens: int = 512) -> dict[str, float]:
+    """Floating point operations of one forward by part, a multiply-add being two.
+
+    "shared" is what any split over tokens divides evenly, "heads" what is divided by whole heads, and "delta"
+    the gated delta rule, which a split over tokens widens by dim_k columns. The prompt's own keys and values
+    are left out: they are computed once a video.
+    """
+    n, dim, heads = shape.tokens, config["hidden_size"], config["num_attention_heads"]
+    dim_k = heads * config["gated_delta_head_dim"]
+    dim_v = dim_k * config["gated_delta_expand_v"]
+    head_k, head_v, chunk = dim_k // heads, dim_v // heads, 64
+    flops = {"shared": 0.0, "heads": 0.0, "delta": 0.0}
+    for kind in kinds(config):
+        flops["shared"] += 2 * n * 2 * dim * config["ffn_dim"]
+        flops["shared"] += 2 * n * 2 * dim * dim + 2 * n * 2 * text_tokens * dim  # cross-attention
+        if kind == "G":
+            flops["shared"] += 2 * n * dim * (2 * dim_k + 3 * dim_v)
+            inside = chunk * (2 * head_k + head_k + 2 * head_v) + 3 * head_k * head_v
+            flops["delta"] += 2 * n * heads * inside
+        else:
+            step = config["dilation"] if kind == "D" else 1
+            seen = mean_seen_frames(shape.latent_frames, config["window_frames"], step)
+            flops["shared"] += 2 * n * 4 * dim * dim
+            flops["heads"] += 2 * n * 2 * seen * shape.tokens_per_frame * dim
+    return flops
+
+
+def mean_seen_frames(frames: int, window: int, dilation: int) -> float:
+    """Frames that a query's window holds on average; at the clip's ends there are fewer."""
+    total = 0.0
+    for frame in range(frames):
+        for step in range(-window, window + 1):
+            if 0 <= frame + step * dilation < frames:
+                total += 0.5 if abs(step) == window else 1.0
+    return total / frames
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a step's time is computed from.
+
+    flops: operations a second of a GPU at the efficiency that is assumed; link_bytes_s: what a GPU sends a
+    second to the others; exchange_s: the least that one exchange takes.
+    """
+
+    flops: float
+    link_bytes_s: float
+    exchange_s: float
+
+
+H100 = Machine(flops=989.4e12 * 0.4, link_bytes_s=450e9 * 0.8, exchange_s=30e-6)
+"""H100 SXM: 989.4 TFLOP/s dense in bfloat16 and NVLink 4 at 450 GB/s each way (NVIDIA's data sheet), of which
+40 % and 80 % are assumed; 30 us for an exchange is assumed too."""
+
+
+def step_seconds(
+    config: Mapping[str, Any], shape: Shape, ranks: int, *, split: str = "context", machine: Machine = H100
+) -> float:
+    """Seconds of one denoising step with guidance, two forwards, in bfloat16: computed, not measured.
+
+    Nothing is assumed to overlap: work, then bytes, then the exchanges' own time.
+    """
+    halves = 2 if split == "cfg" else 1
+    each = ranks // halves
+    shares, heads = spread(shape.tokens, each), spread(config["num_attention_heads"], each)
+    flops = forward_flops(config, shape)
+    token_share, head_share = max(shares) / shape.tokens, max(heads) / sum(heads)
+    dim_k = config["gated_delta_head_dim"]
+    dim_v = dim_k * config["gated_delta_expand_v"]
+    way = delta_route(shares, heads, dim_k, dim_v, 2) if each > 1 else "heads"
+    delta = head_share if way == "heads" else token_share * (1 + dim_k / dim_v)
+    work = flops["shared"] * token_share + flops["heads"] * head_share + flops["delta"] * delta
+    seconds = work / machine.flops
+    if each > 1:
+        seconds += max(forward_bytes(config, shape.tokens, each)) / machine.link_bytes_s
+        seconds += (2 * config["num_layers"] + 1) * machine.exchange_s
+    seconds *= 2 / halves
+    velocity = shape.tokens * config["out_channels"] * config["patch_size"][1] * config["patch_size"][2] * 4
+    if halves == 2:
+        seconds += 2 * velocity / machine.link_bytes_s  # a pipelined broadcast of each branch
+        seconds += 2 * machine.exchange_s
+    return seconds
+
+
+def kinds(config: Mapping[str, Any]) -> str:
+    """The kind of every block: S, D or G."""
+    pattern = config["layer_pattern"]
+    return (pattern * config["num_layers"])[: config["num_layers"]]

@@ -1,0 +1,123 @@
+"""A list of tasks on a Ray cluster: an actor for each GPU, each with its own model, and retries when one dies."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from kairos.errors import MachineError, UserError, one_line
+
+logger = logging.getLogger(__name__)
+
+PROBE_S = 5.0
+"""Ray itself tries an address where nothing answers for minutes."""
+
+
+@contextmanager
+def cluster(address: str, *, workers: int | None, on_gpus: bool) -> Iterator[tuple[Any, int]]:
+    """Ray connected to `address` ("local" starts one here, until the end), and how many workers it has room for.
+
+    workers: how many to have; None is one for each GPU.
+
+    Raises:
+        UserError: where Ray is not installed, nobody is at the address, or it has too few GPUs.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise UserError('kairos batch needs Ray: pip install "kairos-world[ray]"') from None
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address == "local":
+        options |= {"include_dashboard": False} | (
+            {} if on_gpus else {"num_cpus": workers or 1, "num_gpus": 0}
+        )
+    else:
+        probe(address)
+        options["address"] = address
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(f"no Ray at {address} ({one_line(error)}); start one, or take --ray local") from error
+    try:
+        kind = "GPU" if on_gpus else "CPU"
+        there = int(ray.cluster_resources().get(kind, 0))
+        wanted = workers or there
+        if not 1 <= wanted <= there:
+            fix = "take --gpus " + str(there) if there else "--device cpu --gpus N runs on CPUs"
+            raise UserError(f"{workers or 'all'} {kind}s are asked for and Ray has {there or 'none'}; {fix}")
+        yield ray, wanted
+    finally:
+        ray.shutdown()
+
+
+def probe(address: str) -> None:
+    """Refuse an address that is none, or where nobody answers."""
+    if address == "auto":
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UserError(f"--ray must be local, auto, HOST:PORT or ray://HOST:PORT, got {address!r}")
+    try:
+        socket.create_connection((host, int(port)), timeout=PROBE_S).close()
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise UserError(f"no Ray at {address} ({reason}); start one, or take --ray local") from error
+
+
+def run_tasks(
+    ray: Any,
+    start_worker: Callable[[], Any],
+    tasks: Sequence[Any],
+    *,
+    workers: int,
+    retries: int,
+    again: Callable[[Any], bool] = lambda answer: False,
+) -> Iterator[tuple[int, Any]]:
+    """The number of each task and its answer, `worker.run.remote(task)`, as they come.
+
+    A task whose worker dies goes to another, up to `retries` times, and so does one whose answer is to be had
+    `again`. What fails to the end has its exception as answer.
+
+    Raises:
+        MachineError: when a worker cannot start.
+    """
+    waiting = deque(range(len(tasks)))
+    failures = [0] * len(tasks)
+    running: dict[Any, tuple[int, Any]] = {}
+    idle = [_started(ray, start_worker()) for _ in range(min(workers, len(tasks)))]
+    while waiting or running:
+        while waiting and idle:
+            number, worker = waiting.popleft(), idle.pop()
+            running[worker.run.remote(tasks[number])] = number, worker
+        (done, *_), _ = ray.wait(list(running), num_returns=1)
+        number, worker = running.pop(done)
+        try:
+            answer = ray.get(done)
+            failed_here = again(answer)
+            idle.append(worker)
+        except ray.exceptions.RayError as error:
+            answer, failed_here = error, True
+            if isinstance(error, ray.exceptions.RayActorError):
+                idle.append(_started(ray, start_worker()))
+            else:
+                idle.append(worker)
+        failures[number] += failed_here
+        if failed_here and failures[number] <= retries:
+            logger.warning("request %d of %d is tried again", number + 1, len(tasks))
+            waiting.append(number)
+        else:
+            yield number, answer
+
+
+def _started(ray: Any, worker: Any) -> Any:
+    """The worker, once it has its model."""
+    try:
+        ray.get(worker.ready.remote())
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().splitlines()[-1][:200]
+        raise MachineError(f"a worker cannot start: {reason}") from error
+    return worker

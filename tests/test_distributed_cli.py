@@ -1,0 +1,268 @@
+"""`kairos generate`, `certify` and `batch` on several ranks, as a user types them; gloo on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import random_pipeline
+from PIL import Image
+
+from kairos.cli import main
+from kairos.data.media import read_metadata, read_video
+
+ROOT = Path(__file__).parent.parent
+SMALL = ("--frames", 5, "--height", 32, "--width", 32, "--steps", 2)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a saved pipeline with three heads."""
+    folder = tmp_path_factory.mktemp("model")
+    random_pipeline(hidden_size=36, num_attention_heads=3).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def kairos(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run the command in an empty folder: (exit status, stdout, stderr), the ranks' words too."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as left:
+            main([str(argument) for argument in arguments])
+        printed = capfd.readouterr()
+        assert isinstance(left.value.code, int)
+        return left.value.code, printed.out, printed.err
+
+    return run
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "kairos", *(str(argument) for argument in arguments)]
+
+
+def environment() -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+
+
+def twelve_requests(folder: Path) -> Path:
+    """Ten that are good, one with a number that cannot be, one whose image is not there."""
+    requests: list[dict[str, Any]] = [{"prompt": f"a ball, number {n}", "seed": n} for n in range(12)]
+    requests[3]["num_frames"] = 80
+    requests[7]["input_image"] = "missing.png"
+    path = folder / "list.json"
+    path.write_text(json.dumps(requests))
+    return path
+
+
+def is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return "Z (zombie)" not in Path(f"/proc/{process}/status").read_text()
+
+
+def ranks_of(process: int) -> list[int]:
+    """The processes that descend from this one."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            parent = re.search(r"PPid:\t(\d+)", status.read_text())
+        except OSError:
+            continue
+        if parent and int(parent[1]) == process:
+            child = int(status.parent.name)
+            found += [child, *ranks_of(child)]
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks processes up in /proc")
+def test_a_list_that_is_killed_halfway_goes_on_where_it_was_and_names_what_failed(
+    kairos: Any, model: Path, tmp_path: Path
+) -> None:
+    arguments = (
+        "generate",
+        "--request",
+        twelve_requests(tmp_path),
+        "--model",
+        model,
+        "-o",
+        "out",
+        *SMALL[2:],
+    )
+    arguments = (*arguments, "--gpus", 2, "--device", "cpu", "--steps", 40)
+    first = subprocess.Popen(
+        command(*arguments), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    folder = tmp_path / "out"
+    while first.poll() is None and len(list(folder.glob("*.mp4"))) < 3:
+        time.sleep(0.02)
+    ranks = ranks_of(first.pid)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    deadline = time.monotonic() + 30
+    while any(is_alive(rank) for rank in ranks) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(is_alive(rank) for rank in ranks)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.mp4")}
+    assert 3 <= len(before) < 10
+
+    status, said, errors = kairos(*arguments)
+    after = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.mp4")}
+    assert len(after) == 10
+    assert {name: after[name] for name in before} == before
+    assert said.count("made before") == len(before)
+    report = json.loads((folder / "list.report.json").read_text())
+    assert [entry["request"] for entry in report] == list(range(1, 13))
+    failed = {entry["request"]: entry["error"] for entry in report if entry["status"] == "failed"}
+    assert "num_frames must be 4n + 1, got 80" in failed.pop(4)
+    assert "missing.png" in failed.pop(8)
+    assert failed == {}
+    assert status == 2
+    assert errors.count("error:") == 3
+    assert "2 of 12 requests failed: 4, 8; see out/list.report.json" in errors
+    assert sum(entry["status"] == "skipped" for entry in report) == len(before)
+    assert not list(folder.glob(".*"))
+
+    again = kairos(*arguments)
+    assert again[1].count("made before") == 10
+
+
+def test_another_model_or_request_is_not_taken_for_one_that_is_made(tmp_path: Path) -> None:
+    import numpy as np
+
+    from kairos.cli.generate import Job
+    from kairos.cli.gpus import is_finished, with_remark
+    from kairos.cli.run import RunOptions
+    from kairos.data.media import write_video
+    from kairos.request import Request
+
+    job = Job(Request("a ball", height=30), tmp_path / "a.mp4")
+    options = RunOptions(model="one")
+    assert not is_finished(job, options)
+    said = {"model": {"name": "one"}, **with_remark(job).remarks}
+    write_video(job.path, np.zeros((1, 32, 32, 3), np.uint8), 16, said)
+    assert is_finished(job, options)
+    assert not is_finished(job, RunOptions(model="other"))
+    assert not is_finished(Job(Request("a ball", height=30, seed=1), job.path), options)
+    job.path.write_bytes(b"half a video")
+    assert not is_finished(job, options)
+
+
+@pytest.mark.parametrize("split", [("--gpus", 2), ("--gpus", 3, "--split", "context")])
+def test_a_video_of_several_ranks_is_the_video_of_one(kairos: Any, model: Path, split: tuple) -> None:
+    Image.new("RGB", (32, 32), "red").save("red.png")
+    arguments = ("generate", "a ball", "--image", "red.png", "--model", model, *SMALL)
+    assert kairos(*arguments, "-o", "one.mp4")[0] == 0
+    status, said, errors = kairos(*arguments, "-o", "split.mp4", "--device", "cpu", *split)
+    assert (status, errors) == (0, "")
+    assert said.count("split.mp4: 5 frames") == 1
+    one, several = (read_video(name).astype(int) for name in ("one.mp4", "split.mp4"))
+    assert (abs(one - several).max() <= 4, abs(one - several).mean() < 0.01) == (True, True)  # as coded
+    one_says, several_say = (read_metadata(name) for name in ("one.mp4", "split.mp4"))
+    assert several_say.pop("asked")
+    assert several_say == one_says
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--gpus", "0"), "--gpus must be a whole number from 1 to 1024, or all, got '0'"),
+        (("--gpus", "two"), "got 'two'"),
+        (("--gpus", "all", "--device", "cpu"), "say how many processes: --gpus N"),
+        (("--split", "cfg"), "add --gpus N"),
+        (("--gpus", "2", "--split", "cgf"), "no split 'cgf'; did you mean 'cfg'?"),
+        (("--gpus", "2", "--device", "cuda:1"), "--device is auto, cuda or cpu, got 'cuda:1'"),
+    ],
+)
+def test_options_that_cannot_be_are_one_line_before_anything_starts(
+    kairos: Any, options: tuple[str, ...], message: str
+) -> None:
+    status, said, errors = kairos("generate", "a ball", *options)
+    assert (status, said, errors.count("\n")) == (2, "", 1)
+    assert message in errors
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs here")
+@pytest.mark.parametrize("gpus", ["2", "all"])
+def test_gpus_that_are_not_there_are_one_line(kairos: Any, gpus: str) -> None:
+    status, _, errors = kairos("generate", "a ball", "--gpus", gpus)
+    assert (status, errors.count("\n")) == (2, 1)
+    assert "this machine has none; --device cpu runs the same on CPU processes" in errors
+
+
+def test_more_ranks_than_heads_are_one_line(kairos: Any, model: Path) -> None:
+    arguments = ("generate", "a ball", "--model", model, *SMALL, "--device", "cpu")
+    status, _, errors = kairos(*arguments, "--gpus", 4, "--split", "context")
+    assert (status, errors.count("\n")) == (2, 1)
+    assert "at most as many ranks as the model has heads, 3, got 4" in errors
+
+
+def test_the_references_script_makes_the_list_of_examples(model: Path, tmp_path: Path) -> None:
+    requests = "examples/kairos/example_list.json"
+    names = {entry["output"] for entry in json.loads((ROOT / requests).read_text())}
+    arguments = [
+        *("tools/inference_multi_gpu.sh", "configs/kairos_tiny/kairos_tiny_config.py", model, requests),
+        *(tmp_path / "multi_gpu", *SMALL, "--device", "cpu", "--gpus", 2),
+    ]
+    done = subprocess.run(
+        [str(argument) for argument in arguments],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {path.name for path in (tmp_path / "multi_gpu").glob("*.mp4")} == names
+
+
+def test_ranks_of_torchrun_make_the_list_and_one_of_them_says_what_failed(
+    model: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "few.json"
+    path.write_text(json.dumps([{"prompt": "a"}, {"prompt": "b", "input_image": "missing.png"}]))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+            *command("generate", "--request", path, "--model", model, "--device", "cpu", *SMALL)[1:],
+        ],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stdout.count("few-1.mp4: 5 frames") == 1
+    assert done.stderr.count("error: 1 of 2 requests failed: 2; see output/few.report.json") == 1
+    assert "Connection" not in done.stderr
+
+
+def test_the_certificate_covers_every_split_and_says_what_it_refused(kairos: Any, model: Path) -> None:
+    status, said, errors = kairos("certify", "--model", model, "--frames", 5, "--steps", 2, "--width", 64)
+    assert (status, errors) == (0, "")
+    lines = said.splitlines()
+    assert sum(line.endswith("same") for line in lines) == 12
+    assert sum("more ranks than heads (3)" in line for line in lines) == 2
+    assert re.search(r"^12 splits, largest difference \S+, below 0\.0001$", lines[-1])
+
+
+def test_a_difference_fails_the_certificate() -> None:
+    from kairos.cli.certify import Finding, worst
+
+    near, far = Finding(2, "cfg", True, 1e-6, 1e-7), Finding(2, "cfg", True, 1e-6, 2e-4)
+    assert [one.passed for one in (near, far, Finding(2, "cfg", True, float("nan")))] == [True, False, False]
+    assert worst([[near], [far]]) == [far]
