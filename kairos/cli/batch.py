@@ -155,11 +155,14 @@ def _received(job: Job, answer: Any) -> Outcome:
 
 def _absolute(job: Job) -> Any:
     paths = {"input_image": job.request.input_image, "input_video": job.request.input_video}
-    return replace(job.request, **{name: str(Path(p).resolve()) if p else "" for name, p in paths.items()})
+    full: dict[str, Any] = {name: str(Path(p).resolve()) if p else "" for name, p in paths.items()}
+    return replace(job.request, **full)
 
 
 def _at_home(options: RunOptions) -> RunOptions:
     """The options with the folders that they name in full; a model's name is not a folder."""
     found = {name: getattr(options, name) for name in ("model", "weights")}
-    full = {name: str(Path(p).resolve()) for name, p in found.items() if p and Path(p).exists()}
+    full: dict[str, Any] = {
+        name: str(Path(p).resolve()) for name, p in found.items() if p and Path(p).exists()
+    }
     return replace(options, **full)

@@ -1,4 +1,4 @@
-"""A list of tasks on a Ray cluster: an actor for each GPU, each with its own model, and retries when one dies."""
+"""A list of tasks on a Ray cluster: an actor for each GPU with its own model, and retries when one dies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROBE_S = 5.0
 
 @contextmanager
 def cluster(address: str, *, workers: int | None, on_gpus: bool) -> Iterator[tuple[Any, int]]:
-    """Ray connected to `address` ("local" starts one here, until the end), and how many workers it has room for.
+    """Ray connected to `address` ("local" starts one here, until the end), and how many workers it can hold.
 
     workers: how many to have; None is one for each GPU.
 
