@@ -56,11 +56,9 @@ def batch(
         wrong = ("--retries", 0, retries) if retries < 0 else ("--gpus", 1, gpus)
         raise UserError("{} must be at least {}, got {}".format(*wrong))
     settings = read_config(config) if config else Config()
-    given = {"model": model, "weights": weights, "dtype": dtype}
-    options = RunOptions(
-        **settings.options | {name: value for name, value in given.items() if value is not None},
-        **{"device": device},
-    )
+    given: dict[str, Any] = {"model": model, "weights": weights, "dtype": dtype}
+    given = {name: value for name, value in given.items() if value is not None} | {"device": device}
+    options = RunOptions(**settings.options | given)
     jobs, refused = file_jobs(request, {}, settings.request, output)
     if not ray.startswith("local"):
         from kairos.distributed.fleet import probe
