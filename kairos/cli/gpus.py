@@ -17,7 +17,6 @@ from kairos.cli.console import err, out, say, show_log, waiting
 from kairos.cli.generate import Job, Refused
 from kairos.cli.run import RunOptions
 from kairos.data.files import prepare_file, write_atomically
-from kairos.data.media import read_metadata
 from kairos.distributed import is_rank
 from kairos.errors import KairosError, MachineError, UserError, one_line
 from kairos.request import did_you_mean
@@ -273,6 +272,8 @@ def with_remark(job: Job) -> Job:
 
 def is_finished(job: Job, options: RunOptions) -> bool:
     """Whether the job's file is there, and is what this job asks of this model."""
+    from kairos.data.media import read_metadata
+
     if not job.path.is_file():
         return False
     try:

@@ -14,7 +14,6 @@ from kairos import __version__, presets
 from kairos.cli.clock import Clock
 from kairos.cli.console import err, out, waiting
 from kairos.data.files import prepare_file
-from kairos.data.media import read_image, read_video, shown_size, write_video
 from kairos.errors import MachineError, UserError
 from kairos.request import Request, did_you_mean
 
@@ -99,6 +98,8 @@ def make_job(
     write: bool = True,
 ) -> None:
     """Sample the job's video and write it; one of several ranks that make one video only samples."""
+    from kairos.data.media import shown_size, write_video
+
     request = resolved(job.request, pipeline)
     assert request.height and request.width and request.num_frames and request.fps
     shown_size(request.height, request.width, options.scale)
@@ -120,6 +121,8 @@ def make_job(
 
 def check_inputs(request: Request) -> None:
     """Read the request's image or the video's first frame, to fail now and not after the model is loaded."""
+    from kairos.data.media import read_image, read_video
+
     if request.input_image:
         read_image(request.input_image)
     if request.input_video:
@@ -179,6 +182,8 @@ def make(pipeline: "KairosPipeline", request: Request, after_encoding: str = "ke
     """The request's frames, (F, H, W, 3) uint8. For `after_encoding` see KairosPipeline."""
     import torch
 
+    from kairos.data.media import read_image
+
     own_template = pipeline.config.prompt_template
     pipeline.set_progress_bar_config(desc="denoising", leave=False, disable=not err.is_terminal)
     if request.template:
@@ -209,6 +214,8 @@ def start_of_video(request: Request) -> Any:
 
     As many as asked for; else as many as the file has, up to half of the result.
     """
+    from kairos.data.media import read_video
+
     assert request.num_frames is not None
     wanted = request.input_frames or (request.num_frames + 1) // 2
     frames = read_video(request.input_video, fps=request.fps, max_frames=wanted)
@@ -296,6 +303,8 @@ def quiet_libraries() -> None:
 
 
 def _report(path: Path, shape: tuple[int, ...], fps: float, scale: int | None) -> None:
+    from kairos.data.media import shown_size
+
     frames, height, width, _ = shape
     shown_height, shown_width = shown_size(height, width, scale)
     shown = f", shown at {shown_width} x {shown_height}" if shown_height > height else ""
