@@ -126,7 +126,7 @@ class VideoWorker:
         """What became of the job, and its video."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "video.mp4"
-            job = Job(Request(**task["request"]), path, task["number"], task["remarks"])
+            job = Job(Request(**task["request"]), path, task["remarks"], task["number"])
             outcome = attempt(job, self.pipeline, self.about, self.options, Clock())
             return asdict(outcome), path.read_bytes() if outcome.status == "made" else b""
 

@@ -146,7 +146,7 @@ H100 = Machine(flops=989.4e12 * 0.4, link_bytes_s=450e9 * 0.8, exchange_s=30e-6)
 def step_bytes(
     config: Mapping[str, Any], tokens: int, ranks: int, *, split: str = "context", width: int = 2
 ) -> int:
-    """The most that a rank sends in a denoising step with guidance: two forwards; in "cfg" a velocity, too."""
+    """The most that a rank sends in a step with guidance: two forwards, or in "cfg" one and a velocity."""
     if split == "context":
         return 2 * max(forward_bytes(config, tokens, ranks, width))
     each = ranks // 2
