@@ -310,6 +310,15 @@ def test_a_place_that_cannot_be_is_refused(place: Any, changed: dict[str, Any], 
         ranks.join("cpu", wait_s=1)
 
 
+def test_of_ranks_that_fail_together_the_first_one_speaks() -> None:
+    store = dist.HashStore()
+    with pytest.raises(UserError, match="a port"), ranks.one_voice(store):
+        raise UserError("a port")
+    with pytest.raises(SystemExit) as left, ranks.one_voice(store):
+        raise RuntimeError("Connection closed by peer")
+    assert left.value.code == 1
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs here")
 def test_gpus_that_are_not_there_are_refused() -> None:
     with pytest.raises(UserError, match="2 GPUs are asked for and this machine has none; --device cpu"):
@@ -351,6 +360,7 @@ def test_more_ranks_are_computed_to_be_faster_but_never_by_more_than_their_numbe
 
 def test_the_split_keeps_the_ranks_busy() -> None:
     assert choose_split(requests=12, ranks=4, guided=True, heads=20) == "list"
+    assert choose_split(requests=2, ranks=1, guided=True, heads=20) == "list"
     assert choose_split(requests=1, ranks=4, guided=True, heads=20) == "cfg"
     assert choose_split(requests=1, ranks=3, guided=True, heads=20) == "context"
     assert choose_split(requests=1, ranks=4, guided=False, heads=20) == "context"

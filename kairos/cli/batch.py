@@ -18,6 +18,7 @@ from kairos.cli.gpus import Outcome, attempt, conclude, is_finished, say_failure
 from kairos.cli.run import RunOptions
 from kairos.data.files import prepare_file, write_atomically
 from kairos.errors import MachineError, UserError, one_line
+from kairos.request import Request
 
 
 def batch(
@@ -56,11 +57,11 @@ def batch(
         wrong = ("--retries", 0, retries) if retries < 0 else ("--gpus", 1, gpus)
         raise UserError("{} must be at least {}, got {}".format(*wrong))
     settings = read_config(config) if config else Config()
-    given: dict[str, Any] = {"model": model, "weights": weights, "dtype": dtype}
-    given = {name: value for name, value in given.items() if value is not None} | {"device": device}
-    options = RunOptions(**settings.options | given)
+    given = {"model": model, "weights": weights, "dtype": dtype}
+    said = {name: value for name, value in given.items() if value is not None} | {"device": device}
+    options = _at_home(RunOptions(**settings.options | said))
     jobs, refused = file_jobs(request, {}, settings.request, output)
-    if not ray.startswith("local"):
+    if ray != "local":
         from kairos.distributed.fleet import probe
 
         probe(ray)
@@ -98,7 +99,7 @@ def on_ray(
         with waiting(f"{len(jobs)} requests on {room} workers"):
             for number, answer in run_tasks(
                 ray,
-                lambda: actor.remote(asdict(_at_home(options))),
+                lambda: actor.remote(asdict(options)),
                 tasks,
                 workers=room,
                 retries=retries,
@@ -123,11 +124,9 @@ class VideoWorker:
 
     def run(self, task: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
         """What became of the job, and its video."""
-        from kairos.request import Request
-
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "video.mp4"
-            job = Job(Request(**task["request"]), path, task["number"], task["remarks"])
+            job = Job(Request(**task["request"]), path, task["remarks"], task["number"])
             outcome = attempt(job, self.pipeline, self.about, self.options, Clock())
             return asdict(outcome), path.read_bytes() if outcome.status == "made" else b""
 
@@ -151,16 +150,18 @@ def _received(job: Job, answer: Any) -> Outcome:
     return outcome
 
 
-def _absolute(job: Job) -> Any:
-    paths = {"input_image": job.request.input_image, "input_video": job.request.input_video}
-    full: dict[str, Any] = {name: str(Path(p).resolve()) if p else "" for name, p in paths.items()}
-    return replace(job.request, **full)
+def _absolute(job: Job) -> Request:
+    """The request with the files that it names in full."""
+    paths = (job.request.input_image, job.request.input_video)
+    image, video = (str(Path(path).resolve()) if path else "" for path in paths)
+    return replace(job.request, input_image=image, input_video=video)
 
 
 def _at_home(options: RunOptions) -> RunOptions:
     """The options with the folders that they name in full; a model's name is not a folder."""
-    found = {name: getattr(options, name) for name in ("model", "weights")}
-    full: dict[str, Any] = {
-        name: str(Path(p).resolve()) for name, p in found.items() if p and Path(p).exists()
-    }
-    return replace(options, **full)
+    model, weights = (
+        str(Path(path).resolve()) if path and Path(path).exists() else path
+        for path in (options.model, options.weights)
+    )
+    assert model is not None
+    return replace(options, model=model, weights=weights)

@@ -23,10 +23,10 @@ class Job:
 
     request: Request
     path: Path
-    number: int = 1
-    """Its place in the request file."""
     remarks: dict[str, Any] = field(default_factory=dict)
     """What the video's metadata says besides."""
+    number: int = 1
+    """Its place in the request file."""
 
 
 @dataclass(frozen=True)
@@ -287,7 +287,8 @@ def file_jobs(
         except UserError as error:
             refused.append(Refused(number, error))
             continue
-        jobs.append(Job(request, Path(output or "output") / (request.output or f"{name}.mp4"), number))
+        target = Path(output or "output") / (request.output or f"{name}.mp4")
+        jobs.append(Job(request, target, number=number))
     if output is not None and output.lower().endswith(".mp4") and not Path(output).is_dir():
         if len(requests) > 1:
             raise UserError(f"--output must be a folder for {len(requests)} requests, got {output}")

@@ -143,6 +143,21 @@ H100 = Machine(flops=989.4e12 * 0.4, link_bytes_s=450e9 * 0.8, exchange_s=30e-6)
 40 % and 80 % are assumed; 30 us for an exchange is assumed too."""
 
 
+def step_bytes(
+    config: Mapping[str, Any], tokens: int, ranks: int, *, split: str = "context", width: int = 2
+) -> int:
+    """The most that a rank sends in a step with guidance: two forwards, or in "cfg" one and a velocity."""
+    if split == "context":
+        return 2 * max(forward_bytes(config, tokens, ranks, width))
+    each = ranks // 2
+    return max(forward_bytes(config, tokens, each, width)) + velocity_bytes(config, tokens) * (ranks - 1)
+
+
+def velocity_bytes(config: Mapping[str, Any], tokens: int) -> int:
+    """Bytes of one branch's velocity, float32."""
+    return 4 * tokens * config["out_channels"] * config["patch_size"][1] * config["patch_size"][2]
+
+
 def step_seconds(
     config: Mapping[str, Any], shape: Shape, ranks: int, *, split: str = "context", machine: Machine = H100
 ) -> float:
@@ -160,16 +175,10 @@ def step_seconds(
     way = delta_route(shares, heads, dim_k, dim_v, 2) if each > 1 else "heads"
     delta = head_share if way == "heads" else token_share * (1 + dim_k / dim_v)
     work = flops["shared"] * token_share + flops["heads"] * head_share + flops["delta"] * delta
-    seconds = work / machine.flops
-    if each > 1:
-        seconds += max(forward_bytes(config, shape.tokens, each)) / machine.link_bytes_s
-        seconds += (2 * config["num_layers"] + 1) * machine.exchange_s
-    seconds *= 2 / halves
-    velocity = shape.tokens * config["out_channels"] * config["patch_size"][1] * config["patch_size"][2] * 4
-    if halves == 2:
-        seconds += 2 * velocity / machine.link_bytes_s  # a pipelined broadcast of each branch
-        seconds += 2 * machine.exchange_s
-    return seconds
+    forwards = 2 / halves
+    exchanges = forwards * (2 * config["num_layers"] + 1) * (each > 1) + 2 * (halves == 2)
+    sent = step_bytes(config, shape.tokens, ranks, split=split) if ranks > 1 else 0
+    return forwards * work / machine.flops + sent / machine.link_bytes_s + exchanges * machine.exchange_s
 
 
 def kinds(config: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""A list of tasks on a Ray cluster: an actor for each GPU with its own model, and retries when one dies."""
+"""A list of tasks on a Ray cluster: an actor with its own model for each GPU, and retries when one dies."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ PROBE_S = 5.0
 
 @contextmanager
 def cluster(address: str, *, workers: int | None, on_gpus: bool) -> Iterator[tuple[Any, int]]:
-    """Ray connected to `address` ("local" starts one here, until the end), and how many workers it can hold.
+    """Ray, connected to `address`, and how many workers it has room for.
 
-    workers: how many to have; None is one for each GPU.
+    address: "local" starts one here, for as long as it is needed. workers: how many to have; None is one for
+    each GPU.
 
     Raises:
         UserError: where Ray is not installed, nobody is at the address, or it has too few GPUs.
@@ -32,15 +33,16 @@ def cluster(address: str, *, workers: int | None, on_gpus: bool) -> Iterator[tup
         raise UserError('kairos batch needs Ray: pip install "kairos-world[ray]"') from None
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address == "local":
-        options |= {"include_dashboard": False} | (
-            {} if on_gpus else {"num_cpus": workers or 1, "num_gpus": 0}
-        )
+        options["include_dashboard"] = False
+        options |= {} if on_gpus else {"num_cpus": workers or 1, "num_gpus": 0}
     else:
         probe(address)
         options["address"] = address
     try:
         ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises bare ones, too
+        if address == "local":
+            raise MachineError(f"Ray does not start on this machine: {one_line(error)}") from error
         raise UserError(f"no Ray at {address} ({one_line(error)}); start one, or take --ray local") from error
     try:
         kind = "GPU" if on_gpus else "CPU"

@@ -111,7 +111,7 @@ def _run(
     except KeyboardInterrupt:
         sys.exit(130)
     except SystemExit as error:
-        answer = ("error", f"a rank left with status {error.code}", "machine")
+        answer = ("error", f"left with status {error.code}", "left")  # it had nothing to say
     except BaseException as error:
         kind = (
             "user"
@@ -163,12 +163,12 @@ def _results(ranks: Sequence[BaseProcess], ears: Sequence[Connection]) -> list[A
         for process in ranks:
             process.join(END_S)
         return [answers[rank][1] for rank in range(len(ranks))]
-    order = {"death": 0, "user": 1, "machine": 1, "bug": 1}
+    order = {"death": 0, "user": 1, "machine": 1, "bug": 1, "left": 2}
     rank, message, kind = min(failures, key=lambda failure: order[failure[2]])
     where = f"rank {rank} of {len(ranks)}"
     if kind == "user":
         raise UserError(message)
-    if kind == "death":
+    if kind in ("death", "left"):
         raise MachineError(f"{where} {message}; the other ranks are ended")
     if kind == "machine":
         raise MachineError(f"{where}: {message}")

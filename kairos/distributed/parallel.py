@@ -107,6 +107,6 @@ def choose_split(requests: int, ranks: int, guided: bool, heads: int) -> str:
 
     Between one video's splits, two branches that hardly talk come before one sequence that does.
     """
-    if requests >= ranks > 1:
+    if requests > 1 and requests >= ranks:
         return "list"
     return "cfg" if guided and ranks > 1 and (ranks % 2 == 0 or ranks > heads) else "context"

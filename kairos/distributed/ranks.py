@@ -67,9 +67,11 @@ def join(
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
     versions |= {"kairos": __version__, "python": platform.python_version()}
-    _agree(store, rank, size, {"ranks": size, "device": kind, **versions, **(said or {})}, wait_s)
+    with one_voice(store):
+        _agree(store, rank, size, {"ranks": size, "device": kind, **versions, **(said or {})}, wait_s)
+        if kind == "cuda":
+            check_gpus(local_rank + 1)
     if kind == "cuda":
-        check_gpus(local_rank + 1)
         torch.cuda.set_device(local_rank)
     else:
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
@@ -116,10 +118,7 @@ def _agree(store: dist.Store, rank: int, size: int, said: Mapping[str, object], 
 
 @contextmanager
 def one_voice(store: dist.Store) -> Iterator[None]:
-    """Of ranks that fail together the first one speaks; the others leave with status 1 and say nothing.
-
-    For ranks that torchrun started: `launch` has its own ear for errors.
-    """
+    """Of ranks that fail together the first one speaks; the others leave with status 1 and say nothing."""
     try:
         yield
     except Exception:

@@ -1,0 +1,148 @@
+"""`kairos batch`: what is tried again and what is given up, with a Ray that is played, and once with Ray."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import random_pipeline
+
+from kairos.cli import main
+from kairos.distributed.fleet import run_tasks
+from kairos.errors import MachineError
+
+
+class RayError(Exception):
+    pass
+
+
+class RayActorError(RayError):
+    pass
+
+
+class PlayedRay:
+    """Actors in this process. `act(task)` answers or raises; what raises RayActorError has died."""
+
+    exceptions = SimpleNamespace(RayError=RayError, RayActorError=RayActorError)
+
+    def __init__(self, act: Callable[[Any], Any], starts: bool = True) -> None:
+        self.act, self.starts, self.started = act, starts, 0
+
+    def start(self) -> Any:
+        self.started += 1
+        ready = self._later(lambda: True if self.starts else self._fail())
+        return SimpleNamespace(
+            ready=SimpleNamespace(remote=lambda: ready),
+            run=SimpleNamespace(remote=lambda task: self._later(lambda: self.act(task))),
+        )
+
+    def get(self, reference: Any) -> Any:
+        return reference()
+
+    def wait(self, references: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
+        return references[-1:], references[:-1]
+
+    @staticmethod
+    def _fail() -> None:
+        raise RayActorError("loading\nno such model")
+
+    @staticmethod
+    def _later(what: Callable[[], Any]) -> Callable[[], Any]:
+        return lambda: what()
+
+
+def test_every_task_is_answered_by_no_more_workers_than_there_is_room_for() -> None:
+    ray = PlayedRay(lambda task: task * 10)
+    answers = dict(run_tasks(ray, ray.start, list(range(7)), workers=3, retries=0))
+    assert answers == {number: number * 10 for number in range(7)}
+    assert ray.started == 3
+
+
+def test_a_task_whose_worker_died_goes_to_a_new_one_and_is_given_up_after_its_retries() -> None:
+    tries: dict[str, int] = {}
+
+    def act(task: str) -> str:
+        tries[task] = tries.get(task, 0) + 1
+        if task == "always" or (task == "once" and tries[task] == 1):
+            raise RayActorError("the worker died")
+        return "made"
+
+    ray = PlayedRay(act)
+    answers = dict(run_tasks(ray, ray.start, ["good", "once", "always"], workers=2, retries=2))
+    assert answers[0] == answers[1] == "made"
+    assert isinstance(answers[2], RayActorError)
+    assert tries == {"good": 1, "once": 2, "always": 3}
+    assert ray.started == 2 + 1 + 3
+
+
+def test_an_answer_that_is_to_be_had_again_is_asked_for_again() -> None:
+    said = iter(["no memory", "made"])
+    ray = PlayedRay(lambda task: next(said))
+    answers = list(
+        run_tasks(ray, ray.start, ["one"], workers=1, retries=1, again=lambda answer: answer != "made")
+    )
+    assert answers == [(0, "made")]
+
+
+def test_a_worker_that_cannot_start_ends_the_run_with_its_reason() -> None:
+    ray = PlayedRay(lambda task: task, starts=False)
+    with pytest.raises(MachineError, match="a worker cannot start: no such model"):
+        list(run_tasks(ray, ray.start, ["one"], workers=1, retries=5))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--ray", "somewhere"), "--ray must be local, auto, HOST:PORT or ray://HOST:PORT, got 'somewhere'"),
+        (("--ray", "127.0.0.1:1"), "no Ray at 127.0.0.1:1 (connection refused); start one"),
+        (("--retries", "-1"), "--retries must be at least 0, got -1"),
+        (("--gpus", "0"), "--gpus must be at least 1, got 0"),
+        (("--device", "tpu"), "--device is cuda or cpu here, got 'tpu'"),
+    ],
+)
+def test_what_cannot_be_is_one_line(
+    options: tuple[str, ...],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: Any,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("list.json").write_text('[{"prompt": "a"}]')
+    with pytest.raises(SystemExit) as left:
+        main(["batch", "list.json", *options])
+    errors = capsys.readouterr().err
+    assert (left.value.code, errors.count("\n")) == (2, 1)
+    assert message in errors
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason='needs pip install "kairos-world[ray]"')
+def test_a_list_is_made_by_rays_actors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "240")  # on a busy machine
+    random_pipeline().save_pretrained("model")
+    size = {"num_frames": 5, "num_inference_steps": 2}
+    requests = [{"prompt": "a", **size}, {"prompt": "b", "input_image": "missing.png"}, {"num_frames": 4}]
+    Path("list.json").write_text(json.dumps(requests))
+    arguments = ["batch", "list.json", "--ray", "local", "--model", "model", "--device", "cpu"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own
+        for said in ("output/list-1.mp4: made\n", "output/list-1.mp4: made before"):
+            with pytest.raises(SystemExit) as left:
+                main(arguments)
+            assert left.value.code == 2
+            printed = capfd.readouterr()
+            assert said in printed.out
+            assert "2 of 3 requests failed: 2, 3; see output/list.report.json" in printed.err
+    report = json.loads(Path("output/list.report.json").read_text())
+    assert [entry["status"] for entry in report] == ["skipped", "failed", "failed"]
+    assert "missing.png" in report[1]["error"]
