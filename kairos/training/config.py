@@ -61,6 +61,8 @@ def convert(kind: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in inner:
             return None
+        if bool in inner and isinstance(value, bool):
+            return value
         return convert(next(part for part in inner if part is not type(None)), value, where)
     if is_dataclass(kind):
         return build(kind, value, where)  # type: ignore[arg-type]

@@ -42,7 +42,7 @@ class Recipe:
         model: the LinearDiT's configuration; beside `base`, what is different from it.
         stages: of the LinearDiT, in order.
         defaults: of the finished pipeline: height, width, num_frames, fps, num_inference_steps,
-            guidance_scale.
+            guidance_scale, guide_continuation.
         seed: of everything; a stage's own is added to it.
         threads: of the CPU.
     """
@@ -56,7 +56,7 @@ class Recipe:
     data: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     stages: tuple[Stage, ...] = ()
-    defaults: dict[str, float] = field(default_factory=dict)
+    defaults: dict[str, float | bool] = field(default_factory=dict)
     seed: int = 0
     threads: int | None = None
 
