@@ -141,6 +141,22 @@ def test_only_the_named_parts_are_trained(clips, tmp_path):
         stage_run.train_only(model, replace(stage, train=("block.9",)))
 
 
+@pytest.mark.parametrize(
+    ("task", "guide_continuation", "guided"),
+    [("t2v", False, True), ("ti2v", False, False), ("ti2v", True, True)],
+)
+def test_the_student_learns_from_a_teacher_that_is_guided_as_it_is_sampled(
+    clips, task, guide_continuation, guided
+):
+    options = Distillation(guidance_scale=3.0, guide_continuation=guide_continuation)
+    stage = small_stage(objective="distillation", distillation=options, mix={task: 1.0}, precision="float32")
+    model = stirred()
+    objective = DistillationObjective(model, [clips], stage, options)
+    batch = objective.batch(model, 0, 0)
+    plain = objective.velocity(objective.teacher, batch, batch.noise, 0.7)
+    assert torch.equal(objective.guided(batch, batch.noise, 0.7), plain) is not guided
+
+
 @pytest.mark.parametrize("causal", ["chunk", "none"])
 def test_distillation_goes_on_to_the_bit_and_reports_motion(clips, tmp_path, causal):
     mix = {"t2v": 0.5, "ti2v": 0.5}

@@ -19,7 +19,7 @@ from kairos.training.batches import Batch, seed_of
 from kairos.training.cache import ClipSet
 from kairos.training.checkpoint import copy_into, load_optimizer
 from kairos.training.flow import FlowMatching, predict
-from kairos.training.parallel import ALONE, Processes, shard
+from kairos.training.parallel import ALONE, Processes, prepare
 from kairos.training.samples import motion, sample_latents
 from kairos.training.stage import Distillation, Stage
 
@@ -42,7 +42,7 @@ class DistillationObjective(FlowMatching):
         self.teacher = copy.deepcopy(student).requires_grad_(False).eval()
         self.fake_score = copy.deepcopy(student).requires_grad_(True)
         for network in (self.teacher, self.fake_score):
-            shard(network, here, precision=stage.precision)
+            prepare(network, here, checkpointing=False, compiled=stage.compile, precision=stage.precision)
         self.fake_optimizer = torch.optim.AdamW(
             self.fake_score.parameters(), lr=options.fake_score_lr, betas=(0.0, 0.999), weight_decay=0.0
         )
@@ -129,7 +129,7 @@ class DistillationObjective(FlowMatching):
         """The teacher's velocity under guidance."""
         wanted = self.velocity(self.teacher, batch, noisy, sigma)
         scale = self.options.guidance_scale
-        if scale == 1:
+        if scale == 1 or (batch.cut.past and not self.options.guide_continuation):
             return wanted
         embeds, mask = self.sets[0].embeddings([""] * len(batch))
         empty = embeds.to(noisy.device), mask.to(noisy.device)
@@ -194,6 +194,7 @@ class DistillationObjective(FlowMatching):
                     rows,
                     steps=self.options.teacher_steps,
                     guidance_scale=self.options.guidance_scale,
+                    guide_continuation=self.options.guide_continuation,
                     few_step=few_step,
                     known_frames=given,
                     device=self.processes.device,

@@ -60,6 +60,7 @@ def run_stage(recipe: Recipe, number: int, here: Processes) -> None:
             few_step=few_step,
             steps=int(recipe.defaults.get("num_inference_steps", 20)),
             guidance_scale=recipe.defaults.get("guidance_scale", 3.0),
+            guide_continuation=bool(recipe.defaults.get("guide_continuation", True)),
             fps=recipe.defaults.get("fps", 16),
         )
     train(model, objective, stage, output, here=here, make_samples=make_samples)

@@ -27,12 +27,16 @@ def sample_latents(
     *,
     steps: int,
     guidance_scale: float,
+    guide_continuation: bool = True,
     few_step: FewStepScheduler | None = None,
     known_frames: int = 0,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Latents (B, 16, F, h, w) for the captions of `rows`, the first `known_frames` given."""
+    """Latents (B, 16, F, h, w) for the captions of `rows`, the first `known_frames` given.
+
+    `guide_continuation`: whether guidance leads what follows frames that are there, too.
+    """
     truth = clips.latents(rows)
     scheduler = few_step or FlowMatchScheduler()
     embeds, mask = clips.embeddings([clips.captions[row] for row in rows])
@@ -54,7 +58,7 @@ def sample_latents(
             scheduler,
             latents[:, :, :end],
             positive=positive,
-            negative=negative,
+            negative=negative if known is None or guide_continuation else None,
             guidance_scale=guidance_scale,
             known=known,
             generator=generator,
@@ -85,6 +89,7 @@ class SampleVideos:
         count: int = 4,
         steps: int = 20,
         guidance_scale: float = 3.0,
+        guide_continuation: bool = True,
         fps: float = 16,
     ) -> None:
         self.clips, self.encoders, self.here, self.fps = clips, encoders, here, fps
@@ -92,6 +97,7 @@ class SampleVideos:
         self.options: dict[str, Any] = {
             "steps": steps,
             "guidance_scale": guidance_scale,
+            "guide_continuation": guide_continuation,
             "few_step": few_step,
         }
 

@@ -34,6 +34,8 @@ class Distillation:
     """
 
     guidance_scale: float = 5.0
+    guide_continuation: bool = True
+    """Whether the teacher is guided behind given frames too; where it samples without, the student should."""
     sampling_times: tuple[float, ...] = (1000, 800, 500, 100)
     shift: float = 5.0
     consistency: float = 1.0
