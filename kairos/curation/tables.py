@@ -100,11 +100,11 @@ def _write_parquet(path: Path, rows: Iterable[Row], columns: Mapping[str, str]) 
 
     kinds = {"string": pa.string(), "double": pa.float64(), "int64": pa.int64(), "bool": pa.bool_()}
     schema = pa.schema([(name, kinds[kind]) for name, kind in columns.items()])
-    waiting = iter(rows)
+    # Cut down one by one: what is hidden, such as a strip of pictures, is most of a row.
+    waiting = ({name: _cell(row.get(name), kind) for name, kind in columns.items()} for row in rows)
     with whole_file(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         while group := list(islice(waiting, _GROUP)):
-            plain = [{name: _cell(row.get(name), kind) for name, kind in columns.items()} for row in group]
-            writer.write_table(pa.Table.from_pylist(plain, schema=schema))
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
 
 
 def _cell(value: Any, kind: str) -> Any:
