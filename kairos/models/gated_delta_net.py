@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kairos.models.norm import RMSNorm
+from kairos.models.tiles import in_tiles
 from kairos.ops.gated_delta import gated_delta_rule
 
 PRECISE = ("A_log", "dt_bias", "a_proj", "b_proj")
@@ -36,6 +37,9 @@ class DeltaState:
 
 class GatedDeltaNet(nn.Module):
     """q, k, v through short convolutions, the gated delta rule, and a gated norm on the way out."""
+
+    in_segments = True
+    """Whether a long sequence may pass a tile at a time, each from the state of the one before."""
 
     def __init__(
         self, dim: int, heads: int, head_dim: int, expand_v: int = 2, conv_size: int = 4, eps: float = 1e-6
@@ -67,6 +71,19 @@ class GatedDeltaNet(nn.Module):
 
     def forward(self, x: Tensor, past: DeltaState | None = None) -> tuple[Tensor, DeltaState]:
         """Mix x (B, N, dim) along the tokens; also returns the state after the last."""
+        kept = past
+
+        def segment(tokens: slice, rows: slice) -> tuple[Tensor]:
+            nonlocal kept
+            out, kept = self.pass_over(x[:, tokens], kept)
+            return (out,)
+
+        (out,) = in_tiles(segment, x) if self.in_segments else segment(slice(None), slice(None))
+        assert kept is not None
+        return out, kept
+
+    def pass_over(self, x: Tensor, past: DeltaState | None) -> tuple[Tensor, DeltaState]:
+        """All of the layer, for tokens that follow one another."""
         with torch.autocast(x.device.type, enabled=False):
             precise = x.to(self.a_proj.weight.dtype)
             beta = self.b_proj(precise).sigmoid()

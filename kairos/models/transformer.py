@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from kairos.errors import UserError
 from kairos.models.attention import AttentionState, CrossAttention, KeysValues, WindowedSelfAttention
 from kairos.models.gated_delta_net import PRECISE, DeltaState, GatedDeltaNet
+from kairos.models.tiles import in_tiles
 from kairos.ops.rotary import rotary_table
 
 
@@ -340,7 +341,12 @@ class KairosBlock(nn.Module):
         scale_mix, shift_mix, gate_mix, scale_ffn, shift_ffn, gate_ffn = (
             self.modulation + modulation
         ).unbind(2)
-        y = modulate(x, scale_mix, shift_mix, self.eps)
+        times = gate_mix.shape[1]
+
+        def normed(tokens: slice, rows: slice) -> tuple[Tensor]:
+            return (modulate(x[:, tokens], scale_mix[:, rows], shift_mix[:, rows], self.eps),)
+
+        (y,) = in_tiles(normed, x, times)
         if torch.is_autocast_enabled(y.device.type):  # once here, not once for each product
             y = y.to(torch.get_autocast_dtype(y.device.type))
         kept: AttentionState | DeltaState
@@ -348,11 +354,16 @@ class KairosBlock(nn.Module):
             y, kept = self.gated_delta(y, past)
         else:
             y, kept = self.self_attn(y, rotary, tokens_per_frame, chunk_frames, past)
-        x = add_gated(x, gate_mix, y)
-        looked_up, prompt = self.cross_attn(self.cross_attn_norm(x), text, mask)
-        x = x + looked_up
-        y = self.ffn(modulate(x, scale_ffn, shift_ffn, self.eps))
-        return add_gated(x, gate_ffn, y), kept, prompt
+        prompt = self.cross_attn.keys_values(text)
+
+        def after_mixing(tokens: slice, rows: slice) -> tuple[Tensor]:
+            part = add_gated(x[:, tokens], gate_mix[:, rows], y[:, tokens])
+            part = part + self.cross_attn(self.cross_attn_norm(part), prompt, mask)
+            fed = self.ffn(modulate(part, scale_ffn[:, rows], shift_ffn[:, rows], self.eps))
+            return (add_gated(part, gate_ffn[:, rows], fed),)
+
+        (x,) = in_tiles(after_mixing, x, times)
+        return x, kept, prompt
 
     def init_branches(self) -> None:
         """Gates of one over last products of zero."""
