@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 TILE = 512
-"""Tokens. Fewer cost more calls, more leave the cache: at width 192 a tile inside the feed-forward is 1.5 MB."""
+"""Tokens. Fewer cost more calls, more leave the cache: at width 192 the feed-forward's inside is 1.5 MB."""
 
 
 def in_tiles(
