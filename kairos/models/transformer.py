@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from kairos.errors import UserError
 from kairos.models.attention import AttentionState, CrossAttention, KeysValues, WindowedSelfAttention
 from kairos.models.gated_delta_net import PRECISE, DeltaState, GatedDeltaNet
+from kairos.models.step_cache import StepCache
 from kairos.models.tiles import in_tiles
 from kairos.ops.rotary import rotary_table
 
@@ -130,6 +131,7 @@ class KairosTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         state: TransformerState | None = None,
         return_state: bool = False,
         prompt_memory: PromptMemory | None = None,
+        step_cache: StepCache | None = None,
         return_dict: bool = True,
     ) -> KairosTransformerOutput | tuple:
         """Predict the velocity.
@@ -146,6 +148,8 @@ class KairosTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             return_state: also return the state after these frames.
             prompt_memory: one for each prompt and video; what a prompt is to the blocks does not change from
                 step to step, so it is computed at the first.
+            step_cache: one for each prompt and video, to leave out all blocks but the first at steps that
+                are like the one before. Not with `return_state`: there would be none.
 
         Returns:
             The velocity (B, out_channels, F, H, W) as `.sample` (and `.state`), or as a tuple.
@@ -175,8 +179,17 @@ class KairosTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()[:, None, None, :]
         x = rearrange(self.patch_embedding(hidden_states), "b d f h w -> b (f h w) d")
 
+        assert step_cache is None or not return_state
         layers, remembered = [], list[KeysValues]()
+        before = after_first = x
+        skips = False
         for index, (block, text) in enumerate(zip(self.blocks, prompts, strict=True)):
+            if index == 1 and step_cache is not None:
+                after_first, skips = x, step_cache.skips(x - before)
+                if skips:
+                    assert step_cache.later is not None
+                    x = x + step_cache.later
+                    break
             past = state.layers[index] if state else None
             arguments = (x, modulation, text, mask, rotary, tokens_per_frame, chunk_frames, past)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -186,8 +199,10 @@ class KairosTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             layers.append(kept if return_state else None)
             if prompt_memory is not None:
                 remembered.append(prompt)
-        if prompt_memory is not None:
+        if prompt_memory is not None and not skips:
             prompt_memory.layers = remembered
+        if step_cache is not None and not skips:
+            step_cache.later = x - after_first
 
         x = self.head(x, time)
         unpatchify = "b (f h w) (p q c) -> b c f (h p) (w q)"
