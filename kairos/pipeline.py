@@ -436,6 +436,7 @@ def denoise(
     threshold of a cache for each of them.
     """
     branches = branches or one_after_the_other
+    dtype = transformer.dtype  # it asks every parameter: not at every step
     batch, _, frames = latents.shape[:3]
     known_frames = 0 if known is None else known.shape[2]
     chunk_frames = None
@@ -451,9 +452,9 @@ def denoise(
     ) -> Tensor:
         embeds, mask = prompt
         (output,) = transformer(
-            latents.to(transformer.dtype),
+            latents.to(dtype),
             timestep,
-            embeds.to(transformer.dtype),
+            embeds.to(dtype),
             encoder_attention_mask=mask,
             chunk_frames=chunk_frames,
             prompt_memory=memory,

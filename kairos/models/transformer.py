@@ -225,9 +225,10 @@ class KairosTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             by_frame = timestep.unflatten(1, (frames, tokens_per_frame))
             if (by_frame == by_frame[..., :1]).all():
                 timestep = by_frame[..., 0]
-        if self.dtype == torch.bfloat16:
+        dtype = self.patch_embedding.weight.dtype  # self.dtype asks every parameter, which takes 2 ms
+        if dtype == torch.bfloat16:
             timestep = timestep.to(torch.bfloat16)
-        time = self.time_embedding(sinusoidal(timestep, self.config.freq_dim).to(self.dtype))
+        time = self.time_embedding(sinusoidal(timestep, self.config.freq_dim).to(dtype))
         return time, self.time_projection(time).unflatten(-1, (6, -1))
 
     def _check_input(

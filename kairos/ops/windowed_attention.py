@@ -128,11 +128,20 @@ def _chunk_of_frames(frames: int, key_frames: int, chunk_frames: Sequence[int] |
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """The reference: every query against every key, under one mask."""
-    query = torch.arange(q.shape[1], device=q.device) + layout.first * layout.tokens
-    key = torch.arange(k.shape[1], device=q.device)
-    mask = layout.sees(query[:, None], key[None, :], torch.tensor(layout.chunks, device=q.device))
+    mask = _kept_mask(layout, q.device) if k.shape[1] <= DENSE_TOKENS else _mask(layout, q.device)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return attend(q, k, v, mask).transpose(1, 2)
+
+
+@torch.inference_mode(False)
+def _mask(layout: Layout, device: torch.device) -> Tensor:
+    query = torch.arange(layout.frames * layout.tokens, device=device) + layout.first * layout.tokens
+    key = torch.arange(len(layout.chunks) * layout.tokens, device=device)
+    return layout.sees(query[:, None], key[None, :], torch.tensor(layout.chunks, device=device))
+
+
+_kept_mask = lru_cache(maxsize=32)(_mask)
+"""Small ones are kept: making one takes as long as the product."""
 
 
 # The blocked route: a frame of queries against the 2 * window + 1 frames around it, all frames as one batch.
