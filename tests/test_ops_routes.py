@@ -27,7 +27,7 @@ def route(name: str, *, slow: float = 0.0, off: float = 0.0, fails: bool = False
 @pytest.fixture(autouse=True)
 def forget(monkeypatch, caplog):
     monkeypatch.setattr(routes, "_CHOSEN", {})
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="kairos.ops.routes")
     calls.clear()
 
 

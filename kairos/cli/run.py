@@ -40,12 +40,15 @@ class RunOptions:
     rewrite: str | None = None
     free_encoder: bool = False
     compiled: bool = False
+    vae_dtype: str | None = None
     step_cache: float | None = None
     verbose: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.vae_dtype not in (None, *DTYPES[1:]):
+            raise UserError(f"vae_dtype must be one of {', '.join(DTYPES[1:])}, got {self.vae_dtype!r}")
         if self.scale is not None and not 1 <= self.scale <= MAX_SCALE:
             raise UserError(f"scale must be a whole number from 1 to {MAX_SCALE}, got {self.scale}")
         if self.step_cache is not None and not self.step_cache > 0:
@@ -84,13 +87,19 @@ def run(jobs: Sequence["Job"], options: RunOptions) -> None:
 
 def load(options: RunOptions, device: Any, dtype: Any) -> tuple["KairosPipeline", dict[str, Any]]:
     """The model with its LoRAs, and what its videos say of it."""
-    from kairos.models.compiled import compile_blocks
+    import torch
+
+    from kairos.models.compiled import compile_blocks, compile_decoder
     from kairos.weights.lora import apply_loras, parse_lora
 
     pipeline = presets.load_pipeline(options.model, device=device, dtype=dtype, weights=options.weights)
     apply_loras(pipeline.transformer, [parse_lora(lora) for lora in options.loras])
     if options.compiled:
         compile_blocks(pipeline.transformer)
+        if pipeline.device.type == "cuda":
+            compile_decoder(pipeline.vae)
+    if options.vae_dtype is not None:
+        pipeline.vae.to(dtype=getattr(torch, options.vae_dtype))
     return pipeline, describe(pipeline, options, dtype)
 
 
@@ -254,6 +263,7 @@ def describe(pipeline: "KairosPipeline", options: RunOptions, dtype: Any) -> dic
         "scale": options.scale,
     }
     said |= {"step_cache": options.step_cache, "compiled": options.compiled or None}
+    said |= {"vae_dtype": options.vae_dtype}
     return {
         "model": {"name": options.model, "hash": fingerprint(modules)},
         "dtype": str(dtype).removeprefix("torch."),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 import torch
+from diffusers import AutoencoderKLWan
 
 from kairos.errors import MachineError
 from kairos.models.transformer import KairosTransformer3DModel
@@ -24,6 +25,15 @@ def compile_blocks(transformer: KairosTransformer3DModel, backend: str = "induct
     # One program for each kind of block, with and without a past, for one frame and for more.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     transformer.compile_repeated_blocks(dynamic=True, backend=backend)
+
+
+def compile_decoder(vae: AutoencoderKLWan) -> None:
+    """Compile the VAE's decoder in place, with channels last as a GPU's convolutions want them.
+
+    Not checked on a GPU. On a CPU oneDNN's convolutions are as quick as they are.
+    """
+    vae.to(memory_format=torch.channels_last_3d)
+    vae.decoder.compile()
 
 
 def check_compiler(device: str) -> None:
