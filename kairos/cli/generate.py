@@ -214,7 +214,7 @@ def generate(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Precision of encoding and decoding frames; bfloat16 is quicker on a CPU. Default: the VAE's.",
+            help="Precision of the frames' VAE; bfloat16 is quicker on a CPU. Default: its own.",
             rich_help_panel=RUN,
         ),
     ] = None,
