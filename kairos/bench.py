@@ -8,12 +8,13 @@ then the median and the spread of several runs, device events waited for.
 from __future__ import annotations
 
 import json
+import math
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,8 @@ class Run:
         kind: "stages" for the whole model, "hybrid" for its LinearDiT, "full" for the same with full
             attention in every block, or "diffusers:NAME".
         latent_frames: of the clip; height and width are in pixels.
+        clock: "wall", or "cpu" for processor time, which other work on the machine does not touch.
+        compiled: whether the LinearDiT's blocks are compiled first, which the warm-ups take.
     """
 
     kind: str
@@ -68,6 +71,8 @@ class Run:
     dtype: str = "float32"
     threads: int | None = None
     runs: int = 7
+    clock: str = "wall"
+    compiled: bool = False
 
 
 def measure(run: Run) -> dict[str, Any]:
@@ -105,6 +110,8 @@ def _forward(run: Run) -> dict[str, Any]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+    from kairos.models.compiled import compile_blocks
+
     dtype = getattr(torch, run.dtype)
     foreign = DIFFUSERS.get(run.kind.removeprefix("diffusers:"), {})
     with torch.device(run.device):
@@ -113,6 +120,8 @@ def _forward(run: Run) -> dict[str, Any]:
         else:
             model = _own(run.model, full=run.kind == "full")
     model = model.to(dtype).eval()
+    if run.compiled and not foreign:
+        compile_blocks(model)
     config, spatial = model.config, foreign.get("spatial", 8)
     size = (1, config.in_channels, run.latent_frames, run.height // spatial, run.width // spatial)
     width = config.caption_channels if "caption_channels" in config else config.text_dim
@@ -128,7 +137,7 @@ def _forward(run: Run) -> dict[str, Any]:
         model(**inputs)
     found = _timed(lambda: model(**inputs), run)
     flops = counter.get_total_flops()
-    peak = matmul_flops(run.device, dtype)
+    peak = matmul_flops(run.device, dtype, clock=run.clock)
     return found | {
         "parameters": sum(p.numel() for p in model.parameters()),
         "tflop": flops / 1e12,
@@ -167,34 +176,108 @@ def _stages(run: Run) -> dict[str, Any]:
     return {"stages": {name: _timed(part, run) for name, part in parts.items()}, "weights": "the model's"}
 
 
+PROMPTS = (
+    "a red ball rolls to the right",
+    "a blue ball falls and bounces",
+    "a green ball and a yellow ball collide",
+)
+
+
+def calibrate_step_cache(
+    model: str, thresholds: Sequence[float], *, device: str, dtype: str, clock: str = "wall", videos: int = 3
+) -> list[dict[str, float]]:
+    """What a step cache saves and costs at each threshold, against the same videos without it.
+
+    Returns a row for each threshold: "threshold", "speed" (of the sampling, 1 without), and of the worst
+    video "error" (of the latents, root mean square relative to theirs) and "psnr" (of the frames, dB).
+    """
+    import torch
+
+    from kairos.presets import load_pipeline
+
+    pipeline = load_pipeline(model, device=device, dtype=getattr(torch, dtype))
+    pipeline.set_progress_bar_config(disable=True)
+    nothing = pipeline.encode_prompt([""])
+    encoded = [(pipeline.encode_prompt([prompt]), nothing) for prompt in PROMPTS[:videos]]
+    now = clocks()[clock]
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+
+    def sample(number: int, threshold: float | None) -> tuple[Tensor, float]:
+        positive, negative = encoded[number]
+        wait()
+        since = now()
+        made: Any = pipeline(
+            prompt_embeds=positive,
+            negative_prompt_embeds=negative,
+            generator=torch.Generator().manual_seed(number),
+            step_cache=threshold,
+            output_type="latent",
+        )
+        wait()
+        return made.frames, now() - since
+
+    @torch.no_grad()
+    def frames_of(latents: Tensor) -> Tensor:
+        return torch.as_tensor(pipeline._decode(latents, "np", False))
+
+    sample(0, None)  # a warm-up
+    plain = [sample(number, None) for number in range(len(encoded))]
+    expected = [frames_of(latents) for latents, _ in plain]
+    rows = []
+    for threshold in thresholds:
+        made = [sample(number, threshold) for number in range(len(encoded))]
+        pairs = list(zip(made, plain, strict=True))
+        errors = [((a - b).square().mean() / b.square().mean()).sqrt().item() for (a, _), (b, _) in pairs]
+        squares = [
+            (frames_of(latents) - frames).square().mean().item()
+            for (latents, _), frames in zip(made, expected, strict=True)
+        ]
+        rows.append(
+            {
+                "threshold": threshold,
+                "speed": sum(took for _, took in plain) / sum(took for _, took in made),
+                "error": max(errors),
+                "psnr": -10 * math.log10(max(max(squares), 1e-12)),
+            }
+        )
+    return rows
+
+
 def _timed(work: Callable[[], object], run: Run) -> dict[str, float]:
     """Median and spread in seconds, after the warm-ups."""
     import torch
 
     wait = torch.cuda.synchronize if run.device.startswith("cuda") else lambda: None
+    now = clocks()[run.clock]
     times = []
     for _ in range(WARM_UPS + run.runs):
         wait()
-        since = time.perf_counter()
+        since = now()
         work()
         wait()
-        times.append(time.perf_counter() - since)
+        times.append(now() - since)
     times = times[WARM_UPS:]
     return {"seconds": statistics.median(times), "spread_s": max(times) - min(times)}
 
 
-def matmul_flops(device: str, dtype: torch.dtype, size: int = 2048) -> float:
+def clocks() -> dict[str, Callable[[], float]]:
+    """Clocks by name, in seconds."""
+    return {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def matmul_flops(device: str, dtype: torch.dtype, size: int = 2048, clock: str = "wall") -> float:
     """What the device reaches in large products of this precision, in FLOP/s: the best of ten."""
     import torch
 
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     best = float("inf")
+    now = clocks()[clock]
     for _ in range(10):
-        since = time.perf_counter()
+        since = now()
         product = a @ b
         if product.is_cuda:
             torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - since)
+        best = min(best, now() - since)
     return 2 * size**3 / best
 
 

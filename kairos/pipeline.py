@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGenera
 from kairos.conditioning import TEMPLATES, PromptTemplate, encode_prompts
 from kairos.errors import UserError
 from kairos.models import vae as video_vae
+from kairos.models.step_cache import StepCache
 from kairos.models.transformer import KairosTransformer3DModel, PromptMemory
 from kairos.models.vae import SPATIAL, TEMPORAL
 from kairos.models.vae_layers import quicken
@@ -107,6 +108,7 @@ class KairosPipeline(DiffusionPipeline):
         output_type: str = "np",
         tiled: bool = False,
         after_encoding: str = "keep",
+        step_cache: float | None = None,
         callback_on_step_end: Callable[[KairosPipeline, int, Tensor, dict], dict | None] | None = None,
         return_dict: bool = True,
     ) -> KairosPipelineOutput | tuple:
@@ -129,6 +131,8 @@ class KairosPipeline(DiffusionPipeline):
             tiled: encode and decode in tiles, for frames too large for the memory.
             after_encoding: what becomes of the text encoder: "keep", "cpu" (moved off the device), "free"
                 (dropped).
+            step_cache: leave out most of a step that is like the one before, up to this change of the first
+                block (see `kairos.models.step_cache`). None, the default, computes every step in full.
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}); it may return new
                 latents. `pipeline.interrupt = True` in it ends the sampling there, with the latents as they
                 are.
@@ -148,6 +152,8 @@ class KairosPipeline(DiffusionPipeline):
             raise UserError(f'output_type must be "np", "pt", "pil" or "latent", got {output_type!r}')
         if after_encoding not in ("keep", "cpu", "free"):
             raise UserError(f'after_encoding must be "keep", "cpu" or "free", got {after_encoding!r}')
+        if step_cache is not None and not step_cache > 0:
+            raise UserError(f"step_cache must be above 0, such as 0.1, got {step_cache}")
         for warning in far_from(defaults, height=height, width=width, num_frames=num_frames):
             logger.warning(warning)
         given = self._given_frames(image, video, num_frames)
@@ -217,6 +223,7 @@ class KairosPipeline(DiffusionPipeline):
                     generator=generator,
                     after_step=after_step,
                     branches=self.branches,
+                    step_cache=step_cache,
                 )
                 known_frames = end
                 if self.interrupt:
@@ -419,14 +426,17 @@ def denoise(
     generator: torch.Generator | list[torch.Generator] | None = None,
     after_step: Callable[[Tensor, Tensor], tuple[Tensor, bool]] | None = None,
     branches: Branches | None = None,
+    step_cache: float | None = None,
 ) -> Tensor:
     """Noise to latents (B, 16, F, h, w), float32, along the scheduler's timesteps.
 
     The first frames stay as `known` (1 or B, 16, f, h, w), at t = 0; a chunk-causal model sees them as the
     past. `after_step(timestep, latents)` may change the latents and says whether to stop. `branches` computes
-    the velocities of guidance, with the prompt first; the default is one after the other.
+    the velocities of guidance, with the prompt first; the default is one after the other. `step_cache` is the
+    threshold of a cache for each of them.
     """
     branches = branches or one_after_the_other
+    dtype = transformer.dtype  # it asks every parameter: not at every step
     batch, _, frames = latents.shape[:3]
     known_frames = 0 if known is None else known.shape[2]
     chunk_frames = None
@@ -434,21 +444,30 @@ def denoise(
         chunk_frames = (known_frames, frames - known_frames)
 
     def velocity(
-        prompt: tuple[Tensor, Tensor], memory: PromptMemory, latents: Tensor, timestep: Tensor
+        prompt: tuple[Tensor, Tensor],
+        memory: PromptMemory,
+        cache: StepCache | None,
+        latents: Tensor,
+        timestep: Tensor,
     ) -> Tensor:
         embeds, mask = prompt
         (output,) = transformer(
-            latents.to(transformer.dtype),
+            latents.to(dtype),
             timestep,
-            embeds.to(transformer.dtype),
+            embeds.to(dtype),
             encoder_attention_mask=mask,
             chunk_frames=chunk_frames,
             prompt_memory=memory,
+            step_cache=cache,
             return_dict=False,
         )
         return output.float()
 
-    prompts = [(prompt, PromptMemory()) for prompt in (positive, negative) if prompt is not None]
+    prompts = [
+        (prompt, PromptMemory(), None if step_cache is None else StepCache(step_cache))
+        for prompt in (positive, negative)
+        if prompt is not None
+    ]
     latents = latents.clone()
     for time in scheduler.timesteps:
         if known is not None:
@@ -458,7 +477,7 @@ def denoise(
             timestep = time.expand(batch, frames).clone()
             timestep[:, :known_frames] = 0
         prediction, *unguided = branches(
-            [partial(velocity, prompt, memory, latents, timestep) for prompt, memory in prompts], latents
+            [partial(velocity, *prompt, latents, timestep) for prompt in prompts], latents
         )
         for plain in unguided:
             prediction = plain + guidance_scale * (prediction - plain)
@@ -467,6 +486,9 @@ def denoise(
             latents, stop = after_step(time, latents)
             if stop:
                 break
+    for _, _, cache in prompts:
+        if cache is not None:
+            logger.info("step cache: %d of %d steps left out", cache.skipped, cache.skipped + cache.computed)
     if known is not None:
         latents[:, :, :known_frames] = known
     return latents

@@ -78,6 +78,21 @@ def test_later_tokens_do_not_change_earlier_ones_by_a_bit():
     assert torch.equal(before[:, :70], after[:, :70])
 
 
+@pytest.mark.parametrize("tokens", [40, 700])
+def test_bfloat16_is_as_near_to_the_truth_as_the_references_own_bfloat16(tokens):
+    *inputs, _ = random_inputs(tokens)
+    truth, true_state = gated_delta_rule(*(x.double() for x in inputs), backend="reference")
+    rounded = [x.bfloat16() for x in inputs[:3]] + list(inputs[3:])
+    errors = {}
+    for backend in ("reference", "chunked"):
+        out, state = gated_delta_rule(*rounded, backend=backend)
+        assert out.dtype == torch.bfloat16
+        errors[backend] = (out - truth).abs().max().item(), (state - true_state).abs().max().item()
+    assert errors["reference"][0] > 1e-4  # bfloat16 does cost something
+    for ours, theirs in zip(errors["chunked"], errors["reference"], strict=True):
+        assert ours <= 1.05 * theirs + 1e-6
+
+
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 def test_the_recurrence_is_float32_under_bfloat16_and_autocast(backend):
     *inputs, _ = random_inputs(80)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import flex_attention
 
 from kairos import UserError
 from kairos.ops import attention
 from kairos.ops.attention import attend
 from kairos.ops.windowed_attention import windowed_attention
+
+module = importlib.import_module("kairos.ops.windowed_attention")
 
 
 def random_qkv(frames: int, tokens: int, past: int = 0, batch: int = 2, seed: int = 0) -> list[torch.Tensor]:
@@ -59,7 +64,7 @@ def test_the_blocked_route_and_its_gradients_equal_the_reference(layout, batch):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("backend", ["reference", "blocked"])
+@pytest.mark.parametrize("backend", ["reference", "blocked", "merged"])
 def test_a_query_sees_the_tokens_within_three_frames_lengths_and_no_other(backend):
     tokens, frames = 4, 12
     q, k, v = (x.detach() for x in random_qkv(frames, tokens, batch=1))
@@ -71,7 +76,7 @@ def test_a_query_sees_the_tokens_within_three_frames_lengths_and_no_other(backen
         torch.testing.assert_close(out[0, i], expected, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("backend", ["reference", "blocked"])
+@pytest.mark.parametrize("backend", ["reference", "blocked", "merged"])
 @pytest.mark.parametrize("frames", [8, 10, 3])
 def test_a_dilated_layer_is_the_window_on_each_phase_alone(backend, frames):
     tokens = 3
@@ -96,7 +101,7 @@ def test_padding_adds_unmasked_zeros_and_a_whole_dilation_to_an_exact_multiple(f
     torch.testing.assert_close(padded, expected[:, : frames * tokens], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("backend", ["reference", "blocked"])
+@pytest.mark.parametrize("backend", ["reference", "blocked", "merged"])
 def test_queries_after_a_past_see_what_they_see_in_the_whole(backend):
     tokens, frames, past = 3, 9, 5
     q, k, v = random_qkv(frames, tokens)
@@ -106,7 +111,7 @@ def test_queries_after_a_past_see_what_they_see_in_the_whole(backend):
     torch.testing.assert_close(tail, whole[:, past * tokens :], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("backend", ["reference", "blocked"])
+@pytest.mark.parametrize("backend", ["reference", "blocked", "merged"])
 def test_a_later_chunk_does_not_change_an_earlier_one_by_a_bit(backend):
     tokens, frames = 4, 20
     q, k, v = (x.detach() for x in random_qkv(frames, tokens))
@@ -152,5 +157,73 @@ def test_chunks_that_do_not_make_up_the_frames_are_refused(chunk_frames):
 
 
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(UserError, match="reference, blocked, flex"):
-        windowed_attention(*random_qkv(2, 2), tokens_per_frame=2, backend="flash")
+    with pytest.raises(UserError, match="reference, blocked, merged, flex, flash"):
+        windowed_attention(*random_qkv(2, 2), tokens_per_frame=2, backend="dense")
+
+
+@given(layout=layouts(), batch=st.integers(1, 2))
+@settings(max_examples=60, deadline=None)
+@torch.no_grad()
+def test_whole_frames_and_triangles_merged_equal_the_reference(layout, batch):
+    layout = dict(layout)
+    qkv = random_qkv(layout.pop("frames"), layout["tokens_per_frame"], layout.pop("past"), batch)
+    expected = windowed_attention(*qkv, **layout, backend="reference")
+    found = windowed_attention(*qkv, **layout, backend="merged")
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_merging_meets_no_mask_where_frames_see_alike(monkeypatch):
+    masked = []
+    monkeypatch.setattr(module, "attend", lambda q, k, v, mask: masked.append(len(q)) or q)
+    windowed_attention(*random_qkv(40, 4), tokens_per_frame=4, backend="merged")
+    assert sum(masked) == 6  # three frames at each end
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("pad_dilated", [False, True])
+@torch.no_grad()
+def test_flex_attention_equals_the_reference(monkeypatch, pad_dilated):
+    eager = torch.compile(flex_attention, backend="eager")  # inductor's compiler takes most of a minute
+    monkeypatch.setattr(module, "_compiled_flex", lambda: eager)
+    layout = {"tokens_per_frame": 4, "dilation": 2, "pad_dilated": pad_dilated, "chunk_frames": (3, 5)}
+    qkv = [x.detach() for x in random_qkv(8, 4)]
+    expected = windowed_attention(*qkv, **layout, backend="reference")
+    found = windowed_attention(*qkv, **layout, backend="flex")
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_flex_attention_past_its_limit_of_compilations_fails_rather_than_turn_dense(monkeypatch):
+    torch._dynamo.reset()
+    eager = torch.compile(flex_attention, backend="eager", dynamic=False)
+    monkeypatch.setattr(module, "_compiled_flex", lambda: eager)
+    monkeypatch.setattr(module, "RECOMPILE_LIMIT", 2)
+    with pytest.raises(Exception, match="recompile_limit"):
+        for frames in range(3, 9):
+            qkv = (x.detach() for x in random_qkv(frames, 4))
+            windowed_attention(*qkv, tokens_per_frame=4, backend="flex")
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dilation", [1, 2, 5])
+@pytest.mark.parametrize("past", [0, 3])
+@torch.no_grad()
+def test_flash_attention_is_asked_for_the_same_windows(monkeypatch, dilation, past):
+    """It runs on CUDA only: here its call is answered by its definition, ends lined up."""
+
+    def answer(q, k, v, *unused, window_size_left, window_size_right):
+        place = torch.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1]
+        distance = torch.arange(k.shape[1]) - place
+        seen = (distance >= -window_size_left) & (distance <= window_size_right)
+        out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), seen)
+        return (out.transpose(1, 2),)
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", answer)
+    for pad_dilated in (False, past == 0):
+        layout = {"tokens_per_frame": 3, "dilation": dilation, "window_frames": 2, "pad_dilated": pad_dilated}
+        qkv = random_qkv(11, 3, past)
+        expected = windowed_attention(*qkv, **layout, backend="reference")
+        found = windowed_attention(*qkv, **layout, backend="flash")
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

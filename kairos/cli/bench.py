@@ -10,6 +10,7 @@ import typer
 
 from kairos.cli.console import err, out, show_log, waiting
 from kairos.errors import UserError
+from kairos.request import did_you_mean
 
 
 def bench(
@@ -40,6 +41,22 @@ def bench(
     dtype: Annotated[str, typer.Option(metavar="NAME", help="auto, float32 or bfloat16.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="On a CPU. Default: torch's own.")] = None,
     runs: Annotated[int, typer.Option(min=1, help="Timed runs, after two warm-ups.")] = 7,
+    clock: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="wall, or cpu: processor time, for a machine that does other work too."
+        ),
+    ] = "wall",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the LinearDiT's blocks first.")
+    ] = False,
+    step_cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="X,X",
+            help="Instead: what a step cache with each threshold saves, and its error, on whole videos.",
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE.json", help="Write the results, and a plot beside."),
@@ -47,13 +64,16 @@ def bench(
 ) -> None:
     """Time a model's stages; with --lengths or --against, its LinearDiT alone, with random weights."""
     show_log(verbose=False)
-    from kairos.bench import Run, check_kind, measure
-    from kairos.cli.run import RunOptions, device_and_dtype
+    from kairos.bench import Run, calibrate_step_cache, check_kind, clocks, measure
+    from kairos.cli.run import RunOptions, device_and_dtype, quiet_libraries
     from kairos.data.files import prepare_file, write_atomically
     from kairos.model_info import info
 
     for kind in against or []:
         check_kind(kind)
+    if clock not in clocks():
+        raise UserError(f"--clock takes wall or cpu, got {clock!r}{did_you_mean(clock, clocks())}")
+    thresholds = [] if step_cache is None else [threshold_of(text) for text in step_cache.split(",")]
     sizes = [] if lengths is None else [length_of(text) for text in lengths.split(",")]
     if output is not None:
         prepare_file(output)
@@ -79,10 +99,23 @@ def bench(
                     dtype=str(precision).removeprefix("torch."),
                     threads=threads,
                     runs=runs,
+                    clock=clock,
+                    compiled=compiled,
                 )
             )
 
-    if sizes or against:
+    if thresholds:
+        quiet_libraries()
+        with waiting("making videos"):
+            results = calibrate_step_cache(
+                model,
+                thresholds,
+                device=str(chosen),
+                dtype=str(precision).removeprefix("torch."),
+                clock=clock,
+            )
+        print_step_cache(results, model)
+    elif sizes or against:
         kinds = ["hybrid", *(against or [])]
         results = [run(kind, length) for length in sizes or [latent_frames] for kind in kinds]
         print_curve(results)
@@ -103,6 +136,28 @@ def length_of(text: str) -> int:
     if not text.strip().isdigit() or int(text) < 1:
         raise UserError(f"--lengths takes latent frames such as 21,41,81, got {text!r}")
     return int(text)
+
+
+def threshold_of(text: str) -> float:
+    try:
+        threshold = float(text)
+    except ValueError:
+        threshold = 0.0
+    if not 0 < threshold < float("inf"):
+        raise UserError(f"--step-cache takes thresholds above 0 such as 0.05,0.1, got {text!r}")
+    return threshold
+
+
+def print_step_cache(rows: list[dict[str, Any]], model: str) -> None:
+    from rich.table import Table
+
+    table = Table("threshold", "speed", "error", "PSNR, dB", title=f"{model}, against no step cache")
+    for row in rows:
+        table.add_row(
+            f"{row['threshold']:g}", f"{row['speed']:.2f}", f"{row['error']:.2%}", f"{row['psnr']:.1f}"
+        )
+    out.print(table)
+    out.print("speed: of the sampling; error: of the latents, of the worst video; PSNR: of its frames")
 
 
 def print_stages(result: dict[str, Any]) -> None:

@@ -202,6 +202,30 @@ def generate(
             rich_help_panel=RUN,
         ),
     ] = False,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Compile the LinearDiT's blocks first: minutes once, then each step is quicker.",
+            rich_help_panel=RUN,
+        ),
+    ] = False,
+    vae_dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Precision of the frames' VAE; bfloat16 is quicker on a CPU. Default: its own.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
+    step_cache: Annotated[
+        float | None,
+        typer.Option(
+            metavar="THRESHOLD",
+            help="Leave out most of a step that is like the one before; see kairos bench --step-cache.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Say where the time went.", rich_help_panel=RUN)
     ] = False,
@@ -242,7 +266,10 @@ def generate(
     options |= {"device": device, "dtype": dtype, "scale": scale}
     options = settings.options | {name: value for name, value in options.items() if value is not None}
     options |= {"loras": tuple(lora or ()), "rewrite": rewrite}
+    options |= {"compiled": compiled, "step_cache": step_cache, "vae_dtype": vae_dtype}
     run_options = RunOptions(**options, free_encoder=free_encoder, verbose=verbose)
+    if (gpus is not None or split is not None) and (compiled or step_cache is not None):
+        raise UserError("--compile and --step-cache are for one device; leave out --gpus and --split")
     if gpus is None and split is None and not is_rank():
         if refused:
             raise refused[0].error

@@ -81,6 +81,7 @@ def roll(plan: Plan, options: RunOptions) -> None:
     if plan.save_state is not None:
         prepare_file(plan.save_state)
     quiet_libraries()
+    from kairos.models.compiled import compile_blocks
     from kairos.streaming import WorldState
 
     world = WorldState.load(plan.from_state) if plan.from_state is not None else None
@@ -88,6 +89,8 @@ def roll(plan: Plan, options: RunOptions) -> None:
     with explained_memory():
         with waiting(f"loading {options.model}"):
             pipeline = load_pipeline(options.model, device=device, dtype=dtype)
+            if options.compiled:
+                compile_blocks(pipeline.transformer)
             about = describe(pipeline, options, dtype)
         pipeline.set_progress_bar_config(disable=True)
         fps = pipeline.config.defaults["fps"]

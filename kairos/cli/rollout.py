@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -135,6 +135,14 @@ def rollout(
             rich_help_panel=RUN,
         ),
     ] = "auto",
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Compile the LinearDiT's blocks first: minutes once, then each step is quicker.",
+            rich_help_panel=RUN,
+        ),
+    ] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="A line for each chunk.", rich_help_panel=RUN)
     ] = False,
@@ -191,7 +199,8 @@ def rollout(
         from_state=from_state,
         stop_on_drift=stop_on_drift,
     )
-    roll(plan, RunOptions(model=model, device=device, dtype=dtype, scale=scale, verbose=verbose))
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "scale": scale, "compiled": compiled}
+    roll(plan, RunOptions(model=model, **options, verbose=verbose))
 
 
 def prompt_change(text: str) -> tuple[float, str]:

@@ -39,13 +39,20 @@ class RunOptions:
     scale: int | None = None
     rewrite: str | None = None
     free_encoder: bool = False
+    compiled: bool = False
+    vae_dtype: str | None = None
+    step_cache: float | None = None
     verbose: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.vae_dtype not in (None, *DTYPES[1:]):
+            raise UserError(f"vae_dtype must be one of {', '.join(DTYPES[1:])}, got {self.vae_dtype!r}")
         if self.scale is not None and not 1 <= self.scale <= MAX_SCALE:
             raise UserError(f"scale must be a whole number from 1 to {MAX_SCALE}, got {self.scale}")
+        if self.step_cache is not None and not self.step_cache > 0:
+            raise UserError(f"step_cache must be above 0, such as 0.1, got {self.step_cache}")
 
 
 def run(jobs: Sequence["Job"], options: RunOptions) -> None:
@@ -80,10 +87,19 @@ def run(jobs: Sequence["Job"], options: RunOptions) -> None:
 
 def load(options: RunOptions, device: Any, dtype: Any) -> tuple["KairosPipeline", dict[str, Any]]:
     """The model with its LoRAs, and what its videos say of it."""
+    import torch
+
+    from kairos.models.compiled import compile_blocks, compile_decoder
     from kairos.weights.lora import apply_loras, parse_lora
 
     pipeline = presets.load_pipeline(options.model, device=device, dtype=dtype, weights=options.weights)
     apply_loras(pipeline.transformer, [parse_lora(lora) for lora in options.loras])
+    if options.compiled:
+        compile_blocks(pipeline.transformer)
+        if pipeline.device.type == "cuda":
+            compile_decoder(pipeline.vae)
+    if options.vae_dtype is not None:
+        pipeline.vae.to(dtype=getattr(torch, options.vae_dtype))
     return pipeline, describe(pipeline, options, dtype)
 
 
@@ -104,7 +120,7 @@ def make_job(
     assert request.height and request.width and request.num_frames and request.fps
     shown_size(request.height, request.width, options.scale)
     with clock.stage("sample"):
-        frames = make(pipeline, request, after_encoding)
+        frames = make(pipeline, request, after_encoding, options.step_cache)
     if not write:
         return
     made_frames, height, width, _ = frames.shape  # rounded up
@@ -178,8 +194,13 @@ def resolved(request: Request, pipeline: "KairosPipeline") -> Request:
     )
 
 
-def make(pipeline: "KairosPipeline", request: Request, after_encoding: str = "keep") -> Any:
-    """The request's frames, (F, H, W, 3) uint8. For `after_encoding` see KairosPipeline."""
+def make(
+    pipeline: "KairosPipeline",
+    request: Request,
+    after_encoding: str = "keep",
+    step_cache: float | None = None,
+) -> Any:
+    """The request's frames, (F, H, W, 3) uint8. For the last two see KairosPipeline."""
     import torch
 
     from kairos.data.media import read_image
@@ -202,6 +223,7 @@ def make(pipeline: "KairosPipeline", request: Request, after_encoding: str = "ke
             generator=torch.Generator("cpu").manual_seed(request.seed),
             tiled=request.tiled,
             after_encoding=after_encoding,
+            step_cache=step_cache,
             output_type="np",
         )
     finally:
@@ -235,7 +257,13 @@ def describe(pipeline: "KairosPipeline", options: RunOptions, dtype: Any) -> dic
         "text_encoder": pipeline.text_encoder,
     }
     libraries = ("torch", "diffusers", "transformers")
-    said = {"weights": options.weights, "loras": options.loras or None, "scale": options.scale}
+    said: dict[str, Any] = {
+        "weights": options.weights,
+        "loras": options.loras or None,
+        "scale": options.scale,
+    }
+    said |= {"step_cache": options.step_cache, "compiled": options.compiled or None}
+    said |= {"vae_dtype": options.vae_dtype}
     return {
         "model": {"name": options.model, "hash": fingerprint(modules)},
         "dtype": str(dtype).removeprefix("torch."),
@@ -319,6 +347,9 @@ def explained_memory() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            reason = (str(error).splitlines() or ["no reason given"])[0]
+            raise MachineError(f"compiling failed: {reason}; leave out --compile") from error
         if type(error).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator" not in str(error):
             raise
         reason = "not enough memory on the device"

@@ -191,6 +191,7 @@ class SplitDeltaNet(GatedDeltaNet):
     """The gated delta rule over whole sequences for a share of the heads, or over a share of the tokens."""
 
     context: ContextParallel
+    in_segments = False  # the ranks exchange once, not for each segment
 
     def mix(
         self, projections: Projections, g: Tensor, beta: Tensor, past: DeltaState | None

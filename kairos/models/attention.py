@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kairos.models.norm import RMSNorm
+from kairos.models.tiles import in_tiles
 from kairos.ops.attention import attend
 from kairos.ops.rotary import apply_rotary
 from kairos.ops.windowed_attention import windowed_attention
@@ -61,11 +62,19 @@ class WindowedSelfAttention(nn.Module):
     ) -> tuple[Tensor, AttentionState]:
         """Mix x (B, N, dim) inside the window; also returns what the frames that follow need."""
         heads = (self.heads, -1)
-        q = apply_rotary(self.norm_q(self.q(x)).unflatten(-1, heads), rotary)
-        k = apply_rotary(self.norm_k(self.k(x)).unflatten(-1, heads), rotary)
-        v = self.v(x).unflatten(-1, heads)
-        out, kept = self.mix(q.to(v.dtype), k.to(v.dtype), v, tokens_per_frame, chunk_frames, past)
-        return self.o(out.flatten(2)), kept
+        cos, sin = rotary
+
+        def project(tokens: slice, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+            part, table = x[:, tokens], (cos[tokens], sin[tokens])
+            v = self.v(part).unflatten(-1, heads)
+            q = apply_rotary(self.norm_q(self.q(part)).unflatten(-1, heads), table)
+            k = apply_rotary(self.norm_k(self.k(part)).unflatten(-1, heads), table)
+            return q.to(v.dtype), k.to(v.dtype), v
+
+        q, k, v = in_tiles(project, x)
+        mixed, kept = self.mix(q, k, v, tokens_per_frame, chunk_frames, past)
+        (out,) = in_tiles(lambda tokens, rows: (self.o(mixed[:, tokens].flatten(2)),), mixed)
+        return out, kept
 
     def mix(
         self,
@@ -104,19 +113,16 @@ class CrossAttention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
 
-    def forward(
-        self, x: Tensor, text: Tensor | KeysValues, mask: Tensor | None = None
-    ) -> tuple[Tensor, KeysValues]:
-        """Look x (B, N, dim) up in the prompt; also returns the prompt's keys and values, to be given again.
+    def keys_values(self, text: Tensor | KeysValues) -> KeysValues:
+        """The prompt's keys and values (B, T, H, head_dim), of the prompt (B, T, dim); or they themselves."""
+        if not isinstance(text, Tensor):
+            return text
+        v = self.v(text).unflatten(-1, (self.heads, -1))
+        return self.norm_k(self.k(text)).to(v.dtype).unflatten(-1, (self.heads, -1)), v
 
-        text: the prompt (B, T, dim), or its keys and values (B, T, H, head_dim) from an earlier call. mask:
-        (B, 1, 1, T), true where a prompt token is real.
-        """
-        heads = (self.heads, -1)
-        if isinstance(text, Tensor):
-            v = self.v(text).unflatten(-1, heads)
-            text = self.norm_k(self.k(text)).to(v.dtype).unflatten(-1, heads), v
-        k, v = text
-        q = self.norm_q(self.q(x)).to(v.dtype).unflatten(-1, heads)
+    def forward(self, x: Tensor, prompt: KeysValues, mask: Tensor | None = None) -> Tensor:
+        """Look x (B, N, dim) up in a prompt's keys and values; mask (B, 1, 1, T): true where one is real."""
+        k, v = prompt
+        q = self.norm_q(self.q(x)).to(v.dtype).unflatten(-1, (self.heads, -1))
         out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
-        return self.o(out.transpose(1, 2).flatten(2)), text
+        return self.o(out.transpose(1, 2).flatten(2))

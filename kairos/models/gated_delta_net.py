@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kairos.models.norm import RMSNorm
+from kairos.models.tiles import in_tiles
 from kairos.ops.gated_delta import gated_delta_rule
 
 PRECISE = ("A_log", "dt_bias", "a_proj", "b_proj")
@@ -36,6 +37,9 @@ class DeltaState:
 
 class GatedDeltaNet(nn.Module):
     """q, k, v through short convolutions, the gated delta rule, and a gated norm on the way out."""
+
+    in_segments = True
+    """Whether a long sequence may pass a tile at a time, each from the state of the one before."""
 
     def __init__(
         self, dim: int, heads: int, head_dim: int, expand_v: int = 2, conv_size: int = 4, eps: float = 1e-6
@@ -67,6 +71,19 @@ class GatedDeltaNet(nn.Module):
 
     def forward(self, x: Tensor, past: DeltaState | None = None) -> tuple[Tensor, DeltaState]:
         """Mix x (B, N, dim) along the tokens; also returns the state after the last."""
+        kept = past
+
+        def segment(tokens: slice, rows: slice) -> tuple[Tensor]:
+            nonlocal kept
+            out, kept = self.pass_over(x[:, tokens], kept)
+            return (out,)
+
+        (out,) = in_tiles(segment, x) if self.in_segments else segment(slice(None), slice(None))
+        assert kept is not None
+        return out, kept
+
+    def pass_over(self, x: Tensor, past: DeltaState | None) -> tuple[Tensor, DeltaState]:
+        """All of the layer, for tokens that follow one another."""
         with torch.autocast(x.device.type, enabled=False):
             precise = x.to(self.a_proj.weight.dtype)
             beta = self.b_proj(precise).sigmoid()
@@ -126,16 +143,22 @@ def short_conv(
 
     With `heads`, x has only those of the convolution's heads.
     """
-    context = conv.kernel_size[0] - 1
+    size = conv.kernel_size[0]
     head_dim = x.shape[-1]
     weight = conv.weight.unflatten(0, (-1, head_dim))[heads].flatten(0, 1)
-    x = x.flatten(2).mT
-    if past is None:
-        x = F.pad(x, (context, 0))
+    x = x.flatten(2)
+    before = x.new_zeros(x.shape[0], size - 1, x.shape[2]) if past is None else past.mT.to(x.dtype)
+    x = torch.cat((before, x), dim=1)
+    if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled():
+        count = x.shape[1] - size + 1  # channels stay last, as the rule wants them
+        taps = weight[:, 0].mT.contiguous()
+        out = x[:, :count] * taps[0]
+        for tap in range(1, size):
+            out.addcmul_(x[:, tap : tap + count], taps[tap])
+        out = F.silu(out, inplace=True)
     else:
-        x = torch.cat((past.to(x.dtype), x), dim=-1)
-    out = F.silu(F.conv1d(x, weight, groups=len(weight)))
-    return out.mT.unflatten(-1, (-1, head_dim)), x[..., -context:]
+        out = F.silu(F.conv1d(x.mT, weight, groups=len(weight))).mT
+    return out.unflatten(-1, (-1, head_dim)), x[:, 1 - size :].mT
 
 
 def l2_normalise(x: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from kairos.errors import UserError
 from kairos.models.attention import AttentionState, CrossAttention, KeysValues, WindowedSelfAttention
 from kairos.models.gated_delta_net import PRECISE, DeltaState, GatedDeltaNet
+from kairos.models.step_cache import StepCache
+from kairos.models.tiles import in_tiles
 from kairos.ops.rotary import rotary_table
 
 
@@ -129,6 +131,7 @@ class KairosTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         state: TransformerState | None = None,
         return_state: bool = False,
         prompt_memory: PromptMemory | None = None,
+        step_cache: StepCache | None = None,
         return_dict: bool = True,
     ) -> KairosTransformerOutput | tuple:
         """Predict the velocity.
@@ -145,6 +148,8 @@ class KairosTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             return_state: also return the state after these frames.
             prompt_memory: one for each prompt and video; what a prompt is to the blocks does not change from
                 step to step, so it is computed at the first.
+            step_cache: one for each prompt and video, to leave out all blocks but the first at steps that
+                are like the one before. Not with `return_state`: there would be none.
 
         Returns:
             The velocity (B, out_channels, F, H, W) as `.sample` (and `.state`), or as a tuple.
@@ -174,8 +179,17 @@ class KairosTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()[:, None, None, :]
         x = rearrange(self.patch_embedding(hidden_states), "b d f h w -> b (f h w) d")
 
+        assert step_cache is None or not return_state
         layers, remembered = [], list[KeysValues]()
+        before = after_first = x
+        skips = False
         for index, (block, text) in enumerate(zip(self.blocks, prompts, strict=True)):
+            if index == 1 and step_cache is not None:
+                after_first, skips = x, step_cache.skips(x - before)
+                if skips:
+                    assert step_cache.later is not None
+                    x = x + step_cache.later
+                    break
             past = state.layers[index] if state else None
             arguments = (x, modulation, text, mask, rotary, tokens_per_frame, chunk_frames, past)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -185,8 +199,10 @@ class KairosTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             layers.append(kept if return_state else None)
             if prompt_memory is not None:
                 remembered.append(prompt)
-        if prompt_memory is not None:
+        if prompt_memory is not None and not skips:
             prompt_memory.layers = remembered
+        if step_cache is not None and not skips:
+            step_cache.later = x - after_first
 
         x = self.head(x, time)
         unpatchify = "b (f h w) (p q c) -> b c f (h p) (w q)"
@@ -209,9 +225,10 @@ class KairosTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             by_frame = timestep.unflatten(1, (frames, tokens_per_frame))
             if (by_frame == by_frame[..., :1]).all():
                 timestep = by_frame[..., 0]
-        if self.dtype == torch.bfloat16:
+        dtype = self.patch_embedding.weight.dtype  # self.dtype asks every parameter, which takes 2 ms
+        if dtype == torch.bfloat16:
             timestep = timestep.to(torch.bfloat16)
-        time = self.time_embedding(sinusoidal(timestep, self.config.freq_dim).to(self.dtype))
+        time = self.time_embedding(sinusoidal(timestep, self.config.freq_dim).to(dtype))
         return time, self.time_projection(time).unflatten(-1, (6, -1))
 
     def _check_input(
@@ -340,7 +357,12 @@ class KairosBlock(nn.Module):
         scale_mix, shift_mix, gate_mix, scale_ffn, shift_ffn, gate_ffn = (
             self.modulation + modulation
         ).unbind(2)
-        y = modulate(x, scale_mix, shift_mix, self.eps)
+        times = gate_mix.shape[1]
+
+        def normed(tokens: slice, rows: slice) -> tuple[Tensor]:
+            return (modulate(x[:, tokens], scale_mix[:, rows], shift_mix[:, rows], self.eps),)
+
+        (y,) = in_tiles(normed, x, times)
         if torch.is_autocast_enabled(y.device.type):  # once here, not once for each product
             y = y.to(torch.get_autocast_dtype(y.device.type))
         kept: AttentionState | DeltaState
@@ -348,11 +370,16 @@ class KairosBlock(nn.Module):
             y, kept = self.gated_delta(y, past)
         else:
             y, kept = self.self_attn(y, rotary, tokens_per_frame, chunk_frames, past)
-        x = add_gated(x, gate_mix, y)
-        looked_up, prompt = self.cross_attn(self.cross_attn_norm(x), text, mask)
-        x = x + looked_up
-        y = self.ffn(modulate(x, scale_ffn, shift_ffn, self.eps))
-        return add_gated(x, gate_ffn, y), kept, prompt
+        prompt = self.cross_attn.keys_values(text)
+
+        def after_mixing(tokens: slice, rows: slice) -> tuple[Tensor]:
+            part = add_gated(x[:, tokens], gate_mix[:, rows], y[:, tokens])
+            part = part + self.cross_attn(self.cross_attn_norm(part), prompt, mask)
+            fed = self.ffn(modulate(part, scale_ffn[:, rows], shift_ffn[:, rows], self.eps))
+            return (add_gated(part, gate_ffn[:, rows], fed),)
+
+        (x,) = in_tiles(after_mixing, x, times)
+        return x, kept, prompt
 
     def init_branches(self) -> None:
         """Gates of one over last products of zero."""

@@ -118,15 +118,18 @@ def _segment(
         (dim_v, dim_k), dim=-1
     )
     scores = (q @ k.mT) * decay
-    q_state, k_left, kept = q * grown, k * left, total[..., -1, None, None].exp()
+    q_state, k_left, kept = q * grown, (k * left).mT, total[..., -1, None, None].exp()
 
+    # One product after the other, so each is one call: heads as one batch, sums inside the products.
+    walk = (x.flatten(0, 1).unbind(1) for x in (u_free, u_state, q_state, scores, k_left, kept))
+    shape, state = state.shape, state.flatten(0, 1)
     outputs = []
-    for c in range(chunks):
-        u = u_free[:, :, c] - u_state[:, :, c] @ state
-        outputs.append(q_state[:, :, c] @ state + scores[:, :, c] @ u)
-        state = kept[:, :, c] * state + k_left[:, :, c].mT @ u
-    out = torch.cat(outputs, dim=2)[:, :, :tokens]
-    return out.transpose(1, 2), state
+    for free, by_state, query, score, key, keep in zip(*walk, strict=True):
+        u = torch.baddbmm(free, by_state, state, alpha=-1)
+        outputs.append(torch.baddbmm(score @ u, query, state))
+        state = torch.baddbmm(keep * state, key, u)
+    out = torch.cat(outputs, dim=1).unflatten(0, shape[:2])[:, :, :tokens]
+    return out.transpose(1, 2), state.unflatten(0, shape[:2])
 
 
 def _split(x: Tensor, chunks: int, size: int) -> Tensor:

@@ -11,9 +11,9 @@ Queries may be the last frames of the keys: what lies before them is the past th
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from importlib.util import find_spec
 from itertools import groupby
 from typing import Any
@@ -24,8 +24,8 @@ from einops import rearrange
 from torch import Tensor
 
 from kairos.errors import UserError
-from kairos.ops.attention import attend
-from kairos.ops.routes import say_once
+from kairos.ops.attention import attend, attend_and_sum
+from kairos.ops.routes import quickest, say_once
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +33,12 @@ DENSE_TOKENS = 256
 """Up to so many keys, one product with one small mask is faster than a product for each frame."""
 MASK_ELEMENTS = 1 << 21
 """Frames whose masks differ are taken together up to this size of their masks."""
-BACKENDS = ("auto", "reference", "blocked", "flex")
+RECOMPILE_LIMIT = 64
+"""Shapes that FlexAttention is compiled for."""
+BACKENDS = ("auto", "reference", "blocked", "merged", "flex", "flash")
 
 
+@torch.compiler.disable  # its loops follow the shapes: a compiler would unroll and specialise them
 def windowed_attention(
     q: Tensor,
     k: Tensor,
@@ -60,7 +63,9 @@ def windowed_attention(
             already. They are not masked: their score is 0 and so is their value. The released models were
             trained so.
         chunk_frames: sizes of consecutive chunks of the F query frames; the past lies in earlier chunks.
-        backend: "auto", "reference" (one dense mask), "blocked" or "flex".
+        backend: "auto", "reference" (one dense mask), "blocked" (a frame of queries against its window, under
+            a small mask), "merged" (the same without a mask, for inference), "flex" (FlexAttention) or
+            "flash" (torch's own FlashAttention-2, CUDA and half precision only).
 
     Returns:
         (B, F * L, H, D) in q's dtype.
@@ -78,12 +83,11 @@ def windowed_attention(
     layout = Layout(tokens_per_frame, window_frames, dilation, frames, key_frames - frames, tuple(chunks))
 
     if backend == "auto":
-        if q.is_cuda and _flex_is_possible():
-            backend = "flex"
-        else:
-            backend = "reference" if k.shape[1] <= DENSE_TOKENS else "blocked"
+        if q.is_cuda:
+            return quickest(f"windowed attention of {layout}", _on_cuda(q, k, v, layout), (q, k, v))
+        backend = "reference" if k.shape[1] <= DENSE_TOKENS else "blocked"
     say_once(logger, f"windowed attention on {q.device.type}: {backend}")
-    return {"reference": _dense, "blocked": _blocked, "flex": _flex}[backend](q, k, v, layout)
+    return ROUTES[backend](q, k, v, layout)
 
 
 @dataclass(frozen=True)
@@ -124,25 +128,38 @@ def _chunk_of_frames(frames: int, key_frames: int, chunk_frames: Sequence[int] |
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """The reference: every query against every key, under one mask."""
-    query = torch.arange(q.shape[1], device=q.device) + layout.first * layout.tokens
-    key = torch.arange(k.shape[1], device=q.device)
-    mask = layout.sees(query[:, None], key[None, :], torch.tensor(layout.chunks, device=q.device))
+    mask = _kept_mask(layout, q.device) if k.shape[1] <= DENSE_TOKENS else _mask(layout, q.device)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return attend(q, k, v, mask).transpose(1, 2)
+
+
+@torch.inference_mode(False)
+def _mask(layout: Layout, device: torch.device) -> Tensor:
+    query = torch.arange(layout.frames * layout.tokens, device=device) + layout.first * layout.tokens
+    key = torch.arange(len(layout.chunks) * layout.tokens, device=device)
+    return layout.sees(query[:, None], key[None, :], torch.tensor(layout.chunks, device=device))
+
+
+_kept_mask = lru_cache(maxsize=32)(_mask)
+"""Small ones are kept: making one takes as long as the product."""
 
 
 # The blocked route: a frame of queries against the 2 * window + 1 frames around it, all frames as one batch.
 # Keys and values are strided views, and a mask is put together from four tiles of L x L.
 
+Kinds = Sequence[Sequence[int]]
+Product = Callable[[Tensor, Tensor, Tensor, Kinds], Tensor]
+
 NONE, WHOLE, EARLIEST, LATEST = range(4)
 """How a query frame sees a key frame: not, wholly, or (at the window's two ends) as far as it reaches."""
 
 
-def _blocked(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """Phase by phase; each is an undilated sequence."""
+def _blocked(q: Tensor, k: Tensor, v: Tensor, layout: Layout, product: Product | None = None) -> Tensor:
+    """Phase by phase; each is an undilated sequence. `product` is of a frame with its window."""
+    product = product or _masked
     q, k, v = (rearrange(x, "b (f l) h d -> b f l h d", l=layout.tokens) for x in (q, k, v))
     if layout.dilation == 1:
-        return _blocked_sequence(q, k, v, layout.window, layout.first, layout.chunks).flatten(1, 2)
+        return _blocked_sequence(q, k, v, layout.window, layout.first, layout.chunks, product).flatten(1, 2)
     out = torch.empty_like(q)
     for phase in range(layout.dilation):
         past = len(range(phase, layout.first, layout.dilation))
@@ -150,13 +167,13 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
         if q[:, mine].shape[1]:
             keys = slice(phase, None, layout.dilation)
             out[:, mine] = _blocked_sequence(
-                q[:, mine], k[:, keys], v[:, keys], layout.window, past, layout.chunks[keys]
+                q[:, mine], k[:, keys], v[:, keys], layout.window, past, layout.chunks[keys], product
             )
     return out.flatten(1, 2)
 
 
 def _blocked_sequence(
-    q: Tensor, k: Tensor, v: Tensor, window: int, first: int, chunks: Sequence[int]
+    q: Tensor, k: Tensor, v: Tensor, window: int, first: int, chunks: Sequence[int], product: Product
 ) -> Tensor:
     """q (B, F, L, H, D) against k, v (B, key frames, L, H, D), from key frame `first` on."""
     batch, frames, tokens = q.shape[:3]
@@ -166,18 +183,43 @@ def _blocked_sequence(
         rearrange(rearrange(x, "b f l h d -> f l (b h) d").unfold(0, size, 1), "f l h d w -> f h w l d")
         for x in (k, v)
     )
-    ones = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device)
-    tiles = torch.stack((~ones, ones, ones.triu(), ones.tril()))
-
     outputs = []
     for begin, end, starts, kinds in _slabs(first, frames, k.shape[0], size, window, chunks, tokens):
-        seen = [any(column) for column in zip(*kinds, strict=True)]
-        near = slice(seen.index(True), size - seen[::-1].index(True))
-        mask = rearrange(tiles[torch.tensor(kinds, device=q.device)[:, near]], "f w q k -> f 1 q (w k)")
-        keys, values = (x[starts, :, near].flatten(2, 3).expand(end - begin, -1, -1, -1) for x in (k, v))
-        outputs.append(attend(q[begin:end], keys, values, mask))
+        keys, values = (x[starts].expand(end - begin, -1, -1, -1, -1) for x in (k, v))
+        outputs.append(product(q[begin:end], keys, values, kinds))
     out = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
     return rearrange(out, "f (b h) l d -> b f l h d", b=batch)
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, kinds: Kinds) -> Tensor:
+    """q (F, H, L, D) against k, v (F, H, W, L, D) of its window, seen as `kinds` says: (F or 1, W)."""
+    tokens = q.shape[2]
+    seen = [any(column) for column in zip(*kinds, strict=True)]
+    near = slice(seen.index(True), len(seen) - seen[::-1].index(True))
+    ones = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device)
+    tiles = torch.stack((~ones, ones, ones.triu(), ones.tril()))
+    mask = rearrange(tiles[torch.tensor(kinds, device=q.device)[:, near]], "f w q k -> f 1 q (w k)")
+    return attend(q, k[:, :, near].flatten(2, 3), v[:, :, near].flatten(2, 3), mask)
+
+
+def _unmasked(q: Tensor, k: Tensor, v: Tensor, kinds: Kinds) -> Tensor:
+    """The same without a mask, where the frames see alike: the whole frames, then the parts of the window's
+    two ends, which are triangles, merged by their sums (the log-sum-exp of FlashAttention, arXiv 2205.14135).
+    """
+    whole = [place for place, kind in enumerate(kinds[0]) if kind == WHOLE]
+    if len(kinds) > 1 or whole != list(range(whole[0], whole[-1] + 1)):
+        return _masked(q, k, v, kinds)
+    inside = slice(whole[0], whole[-1] + 1)
+    parts = [attend_and_sum(q, k[:, :, inside].flatten(2, 3), v[:, :, inside].flatten(2, 3))]
+    for place, kind in enumerate(kinds[0]):
+        if kind == LATEST:  # of the last frame what is not past the query's own place
+            parts.append(attend_and_sum(q, k[:, :, place], v[:, :, place], causal=True))
+        elif kind == EARLIEST:  # of the first what is not before it: the same, seen from the end
+            backwards = (x.flip(2) for x in (q, k[:, :, place], v[:, :, place]))
+            out, total = attend_and_sum(*backwards, causal=True)
+            parts.append((out.flip(2), total.flip(2)))
+    outputs, sums = (torch.stack(each) for each in zip(*parts, strict=True))
+    return (outputs.float() * sums.softmax(0)).sum(0).to(v.dtype)
 
 
 def _slabs(
@@ -217,23 +259,62 @@ def _kind(query: int, key: int, window: int, chunks: Sequence[int]) -> int:
     return EARLIEST if distance == -window else LATEST if distance == window else WHOLE
 
 
-# The CUDA route.
+# The routes of CUDA.
 
 
-@torch.compiler.disable
+def _on_cuda(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> dict[str, Route]:
+    """The routes that may be quickest, the one that always runs first."""
+    names = ["blocked"]
+    if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+        names.append("merged")
+    if find_spec("triton") is not None:
+        names.append("flex")
+    if q.dtype in (torch.float16, torch.bfloat16) and len(set(layout.chunks[layout.first :])) == 1:
+        names.append("flash")
+    return {name: partial(ROUTES[name], layout=layout) for name in names}
+
+
+def _merged(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    return _blocked(q, k, v, layout, _unmasked)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """FlashAttention-2 with a window of tokens, phase by phase; for queries that are one chunk."""
+    q, k, v = (rearrange(x, "b (f l) h d -> b f l h d", l=layout.tokens) for x in (q, k, v))
+    reach = layout.window * layout.tokens
+    # It lines the two ends up, so the queries get frames behind their last where the keys are padded.
+    missing = k.shape[1] - layout.first - layout.frames
+    q = F.pad(q, (0, 0, 0, 0, 0, 0, 0, missing))
+    out = torch.empty_like(q)
+    for phase in range(min(layout.dilation, k.shape[1])):
+        past = len(range(phase, layout.first, layout.dilation))
+        mine = slice(phase + past * layout.dilation - layout.first, None, layout.dilation)
+        queries, keys, values = (
+            x.flatten(1, 2).contiguous()
+            for x in (q[:, mine], k[:, phase :: layout.dilation], v[:, phase :: layout.dilation])
+        )
+        if queries.shape[1]:
+            made = torch.ops.aten._flash_attention_forward(
+                *(queries, keys, values, None, None, queries.shape[1], keys.shape[1], 0.0, False, False),
+                window_size_left=reach,
+                window_size_right=reach,
+            )[0]
+            out[:, mine] = made.unflatten(1, (-1, layout.tokens))
+    return out[:, : layout.frames].flatten(1, 2)
+
+
 def _flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """FlexAttention with a block mask: blocks that no query sees are not computed."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return _compiled_flex()(q, k, v, block_mask=_block_mask(layout, q.device)).transpose(1, 2)
+    # Past its limit of recompilations torch would take a dense product without a word: rather fail.
+    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, fail_on_recompile_limit_hit=True):
+        return _compiled_flex()(q, k, v, block_mask=_block_mask(layout, q.device)).transpose(1, 2)
 
 
 @cache
 def _compiled_flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # Past its limit of recompilations torch would fall back to a dense product without a word.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
     return torch.compile(flex_attention)
 
 
@@ -250,10 +331,15 @@ def _block_mask(layout: Layout, device: torch.device) -> Any:
         Q_LEN=layout.frames * layout.tokens,
         KV_LEN=len(layout.chunks) * layout.tokens,
         device=device,
-        _compile=True,
+        _compile=device.type == "cuda",
     )
 
 
-@cache
-def _flex_is_possible() -> bool:
-    return find_spec("triton") is not None
+Route = Callable[..., Tensor]
+ROUTES: dict[str, Route] = {
+    "reference": _dense,
+    "blocked": _blocked,
+    "merged": _merged,
+    "flex": _flex,
+    "flash": _flash,
+}

@@ -226,10 +226,11 @@ def run(
     """Latents (B, 16, F, h, w) at one time, after the past: each branch's velocity, and the new past."""
     model = pipeline.transformer
     embeds, mask = state.prompt
+    dtype = model.patch_embedding.weight.dtype  # model.dtype asks every parameter
     velocity, after = model(
-        latents.repeat(state.settings.branches, 1, 1, 1, 1).to(model.dtype),
+        latents.repeat(state.settings.branches, 1, 1, 1, 1).to(dtype),
         time.to(latents.device).expand(len(embeds)),
-        embeds.to(model.dtype),
+        embeds.to(dtype),
         encoder_attention_mask=mask,
         state=state.transformer,
         return_state=True,

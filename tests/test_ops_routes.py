@@ -1,0 +1,82 @@
+"""The quickest route is found by measuring, once for each shape, and only among those that are right."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from kairos.ops import routes
+from kairos.ops.routes import quickest
+
+calls: list[str] = []
+
+
+def route(name: str, *, slow: float = 0.0, off: float = 0.0, fails: bool = False):
+    def run(x: torch.Tensor) -> torch.Tensor:
+        calls.append(name)
+        if fails:
+            raise RuntimeError(f"{name} is not for this machine\nand more lines")
+        time.sleep(slow)
+        return x + 1 + off
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def forget(monkeypatch, caplog):
+    monkeypatch.setattr(routes, "_CHOSEN", {})
+    caplog.set_level("INFO", logger="kairos.ops.routes")
+    calls.clear()
+
+
+def test_the_quickest_route_is_taken_and_said_with_its_times(caplog):
+    found = {"safe": route("safe", slow=0.2), "quick": route("quick"), "slow": route("slow", slow=0.3)}
+    x = torch.randn(3)
+    assert torch.equal(quickest("product", found, (x,)), x + 1)
+    assert calls[-1] == "quick"
+    assert "product on cpu: quick (safe 2" in caplog.text
+
+
+def test_a_shape_is_measured_once_and_another_shape_again():
+    found = {"safe": route("safe"), "other": route("other", slow=0.01)}
+    quickest("product", found, (torch.randn(3),))
+    measured = len(calls)
+    quickest("product", found, (torch.randn(3),))
+    assert len(calls) == measured + 1
+    quickest("product", found, (torch.randn(4),))
+    assert len(calls) > measured + 4
+
+
+def test_a_quick_route_with_other_results_is_left_out_and_said(caplog):
+    found = {"safe": route("safe", slow=0.01), "wrong": route("wrong", off=1e-3)}
+    x = torch.randn(3)
+    assert torch.equal(quickest("product", found, (x,)), x + 1)
+    assert "wrong is off by 1.0e-03, and left out" in caplog.text
+
+
+def test_results_that_are_not_numbers_are_wrong():
+    found = {"safe": route("safe", slow=0.01), "wrong": route("wrong", off=float("nan"))}
+    assert quickest("product", found, (torch.zeros(3),)).isfinite().all()
+
+
+def test_a_route_that_does_not_run_is_left_out_with_its_reason_in_one_line(caplog):
+    found = {"safe": route("safe"), "broken": route("broken", fails=True)}
+    quickest("product", found, (torch.randn(3),))
+    assert calls[-1] == "safe"
+    assert "broken does not run here: broken is not for this machine" in caplog.text
+    assert "more lines" not in caplog.text
+
+
+def test_the_trusted_route_may_not_fail():
+    with pytest.raises(RuntimeError, match="not for this machine"):
+        quickest("product", {"safe": route("safe", fails=True), "other": route("other")}, (torch.randn(3),))
+
+
+def test_training_is_measured_apart_from_inference():
+    found = {"safe": route("safe"), "other": route("other", slow=0.01)}
+    quickest("product", found, (torch.randn(3),))
+    measured = len(calls)
+    assert quickest("product", found, (torch.randn(3, requires_grad=True),)).requires_grad
+    assert len(calls) > measured + 4

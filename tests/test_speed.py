@@ -1,0 +1,179 @@
+"""What makes the LinearDiT quick leaves its results as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_transformer import CAUSAL, random_inputs, random_model, velocity
+
+from kairos import UserError
+from kairos.cli import main
+from kairos.errors import MachineError
+from kairos.models import compiled, tiles
+from kairos.models.compiled import check_compiler, compile_blocks
+from kairos.models.gated_delta_net import short_conv
+from kairos.models.step_cache import StepCache
+from kairos.models.transformer import PromptMemory
+from kairos.presets import load_pipeline
+
+
+@pytest.mark.parametrize("config", [{}, {"dilation": 2, **CAUSAL}])
+@pytest.mark.parametrize("times", ["clip", "frame", "token"])
+def test_tiles_of_tokens_give_what_one_tile_gives(monkeypatch, config, times):
+    model = random_model(**config)
+    latents, timestep, text = random_inputs(7, batch=2)
+    if times == "clip":
+        timestep = timestep[:, 0]
+    if times == "token":
+        timestep = timestep.repeat_interleave(6, 1) + torch.rand(2, 42)
+    whole = velocity(model, latents, timestep, text)
+    for tile in (1, 4, 6, 13, 30):
+        monkeypatch.setattr(tiles, "TILE", tile)
+        torch.testing.assert_close(velocity(model, latents, timestep, text), whole, atol=1e-5, rtol=0)
+
+
+def test_a_state_is_the_same_whatever_the_tiles(monkeypatch):
+    model = random_model(dilation=2, **CAUSAL)
+    inputs = random_inputs(7)
+    with torch.no_grad():
+        whole = model(*inputs, return_state=True).state
+        monkeypatch.setattr(tiles, "TILE", 8)
+        tiled = model(*inputs, return_state=True).state
+    for ours, theirs in zip(tiled.layers, whole.layers, strict=True):
+        for name, value in vars(ours).items():
+            torch.testing.assert_close(value, getattr(theirs, name), atol=1e-5, rtol=0)
+
+
+def test_a_tile_holds_whole_frames_and_while_training_there_is_one(monkeypatch):
+    monkeypatch.setattr(tiles, "TILE", 10)
+    x = torch.randn(1, 24, 3)
+    seen: list[tuple[slice, slice]] = []
+
+    def work(tokens: slice, rows: slice) -> tuple[torch.Tensor]:
+        seen.append((tokens, rows))
+        return (x[:, tokens],)
+
+    with torch.no_grad():
+        (out,) = tiles.in_tiles(work, x, times=6)  # four tokens share a time
+    assert torch.equal(out, x)
+    assert [(t.start, t.stop, r.start, r.stop) for t, r in seen] == [
+        (0, 8, 0, 2),
+        (8, 16, 2, 4),
+        (16, 24, 4, 6),
+    ]
+    seen.clear()
+    tiles.in_tiles(work, x, times=6)
+    assert seen == [(slice(None), slice(None))]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 9])
+@pytest.mark.parametrize("with_past", [False, True])
+def test_the_short_convolution_on_a_cpu_equals_torchs(tokens, with_past):
+    conv = torch.nn.Conv1d(12, 12, 4, groups=12, bias=False)
+    x, past = torch.randn(2, tokens, 3, 4), torch.randn(2, 12, 3) if with_past else None
+    expected, expected_kept = short_conv(x, conv, past)
+    with torch.no_grad():
+        found, kept = short_conv(x, conv, past)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    assert torch.equal(kept, expected_kept)
+
+
+def test_compiled_blocks_give_the_same_velocity_at_every_length():
+    model = random_model()
+    inputs = [random_inputs(frames) for frames in (4, 6)]
+    expected = [velocity(model, *each) for each in inputs]
+    compile_blocks(model, backend="eager")
+    try:
+        for each, plain in zip(inputs, expected, strict=True):
+            torch.testing.assert_close(velocity(model, *each), plain, atol=1e-5, rtol=0)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    finally:
+        torch._dynamo.reset()
+
+
+def test_without_a_compiler_compiling_is_refused_in_one_line(monkeypatch):
+    from torch._inductor import cpp_builder, exc
+
+    def missing() -> str:
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
+    with pytest.raises(MachineError, match="needs a C\\+\\+ compiler such as g\\+\\+"):
+        compile_blocks(random_model())
+    monkeypatch.setattr(compiled, "find_spec", lambda name: None)
+    with pytest.raises(MachineError, match="needs triton"):
+        check_compiler("cuda")
+
+
+def test_a_step_like_the_one_before_leaves_later_blocks_out_and_another_does_not(monkeypatch):
+    model = random_model()
+    latents, timestep, text = random_inputs()
+    cache, calls = StepCache(0.05), []
+    model.blocks[-1].register_forward_hook(lambda *_: calls.append(1))
+    first = velocity(model, latents, timestep, text, step_cache=cache)
+    assert torch.equal(first, velocity(model, latents, timestep, text))
+    calls.clear()
+    torch.testing.assert_close(velocity(model, latents, timestep, text, step_cache=cache), first)
+    assert not calls
+    near = velocity(model, latents + 0.001 * torch.randn_like(latents), timestep, text, step_cache=cache)
+    assert not calls and not torch.equal(near, first)
+    other = torch.randn_like(latents)
+    far = velocity(model, other, timestep, text, step_cache=cache)
+    assert calls and torch.equal(far, velocity(model, other, timestep, text))
+    assert (cache.computed, cache.skipped) == (2, 2)
+
+
+def test_a_prompt_stays_remembered_over_steps_that_are_left_out():
+    model = random_model()
+    inputs, memory, cache = random_inputs(), PromptMemory(), StepCache(0.05)
+    for _ in range(3):
+        velocity(model, *inputs, prompt_memory=memory, step_cache=cache)
+    assert cache.skipped == 2 and len(memory.layers) == len(model.blocks)
+
+
+@torch.no_grad()
+def test_a_video_is_the_same_under_a_cache_that_never_skips_and_another_under_one_that_does():
+    pipeline = load_pipeline("kairos-tiny")
+    pipeline.set_progress_bar_config(disable=True)
+
+    def sampled(step_cache: float | None) -> torch.Tensor:
+        made: Any = pipeline(
+            "a red ball rolls to the right",
+            num_frames=33,
+            height=64,
+            width=64,
+            num_inference_steps=4,
+            generator=torch.Generator().manual_seed(0),
+            step_cache=step_cache,
+            output_type="latent",
+        )
+        return made.frames
+
+    plain = sampled(None)
+    assert torch.equal(sampled(1e-9), plain)
+    assert not torch.equal(sampled(10.0), plain)
+    with pytest.raises(UserError, match="step_cache must be above 0"):
+        sampled(0.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "a ball", "--step-cache", "0"], "step_cache must be above 0"),
+        (["generate", "a ball", "--gpus", "2", "--compile"], "leave out --gpus and --split"),
+        (
+            ["generate", "a ball", "--vae-dtype", "int8"],
+            "vae_dtype must be one of float32, bf",
+        ),
+        (["bench", "--step-cache", "0.1,x"], "--step-cache takes thresholds above 0"),
+        (["bench", "--clock", "sun"], "--clock takes wall or cpu, got 'sun'"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(arguments: list[str], message: str, capsys: Any):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and message in said and said.count("\n") == 1
