@@ -15,9 +15,11 @@ from kairos.cli.clock import Clock
 from kairos.cli.console import err, out, waiting
 from kairos.data.files import prepare_file
 from kairos.errors import MachineError, UserError
+from kairos.memory import QUANTIZED
 from kairos.request import Request, did_you_mean
 
 if TYPE_CHECKING:
+    from kairos.memory import Plan
     from kairos.cli.generate import Job
     from kairos.pipeline import KairosPipeline
 
@@ -39,11 +41,22 @@ class RunOptions:
     scale: int | None = None
     rewrite: str | None = None
     free_encoder: bool = False
+    memory: str | None = None
+    quantize: str | None = None
     verbose: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.quantize is not None and self.quantize not in QUANTIZED:
+            raise UserError(f"quantize must be one of {', '.join(QUANTIZED)}, got {self.quantize!r}")
+        if self.memory is not None and self.memory != "auto":
+            try:
+                enough = 0 < float(self.memory) < float("inf")
+            except ValueError:
+                enough = False
+            if not enough:
+                raise UserError(f"memory must be auto or a number of GB above 0, got {self.memory!r}")
         if self.scale is not None and not 1 <= self.scale <= MAX_SCALE:
             raise UserError(f"scale must be a whole number from 1 to {MAX_SCALE}, got {self.scale}")
 
@@ -60,6 +73,11 @@ def run(jobs: Sequence["Job"], options: RunOptions) -> None:
     with clock.stage("import"):
         quiet_libraries()
         device, dtype = device_and_dtype(options)
+    plan = None
+    if options.memory is not None:
+        plan = planned(jobs, options, device)
+        dtype = dtype_named(plan.dtype)
+        logger.warning("memory: %s", plan.line()) if device.type == "cpu" else logger.info("%s", plan.line())
     for job in jobs:
         check_template(job.request)
     if options.rewrite is not None:
@@ -67,24 +85,84 @@ def run(jobs: Sequence["Job"], options: RunOptions) -> None:
             jobs = [rewritten(job, options.rewrite) for job in jobs]
     with explained_memory():
         with clock.stage("load"), waiting(f"loading {options.model}"):
-            pipeline, about = load(options, device, dtype)
+            pipeline, about = load(options, device, dtype, plan)
         if options.verbose:
             _watch(clock, pipeline)
         for job in jobs:
-            after_encoding = ("free" if job is jobs[-1] else "cpu") if options.free_encoder else "keep"
+            after_encoding = "keep"
+            if plan is not None and (device.type == "cpu" or options.free_encoder):
+                after_encoding = "free" if job is jobs[-1] else "keep"  # the hooks move it, where there are any
+            elif options.free_encoder:
+                after_encoding = "free" if job is jobs[-1] else "cpu"
+            if plan is not None and plan.tiled:
+                job = replace(job, request=replace(job.request, tiled=True))
             make_job(job, pipeline, about, options, clock, after_encoding)
     if options.verbose:
         err.print(clock.table())
         err.print(f"peak memory: {peak_memory()}", highlight=False)
 
 
-def load(options: RunOptions, device: Any, dtype: Any) -> tuple["KairosPipeline", dict[str, Any]]:
-    """The model with its LoRAs, and what its videos say of it."""
+def load(
+    options: RunOptions, device: Any, dtype: Any, plan: "Plan | None" = None
+) -> tuple["KairosPipeline", dict[str, Any]]:
+    """The model with its LoRAs, where the plan puts it, and what its videos say of it."""
     from kairos.weights.lora import apply_loras, parse_lora
 
-    pipeline = presets.load_pipeline(options.model, device=device, dtype=dtype, weights=options.weights)
+    later = plan is not None or options.quantize is not None  # whole, it might not fit on the device
+    pipeline = presets.load_pipeline(
+        options.model, device="cpu" if later else device, dtype=dtype, weights=options.weights
+    )
     apply_loras(pipeline.transformer, [parse_lora(lora) for lora in options.loras])
-    return pipeline, describe(pipeline, options, dtype)
+    about = describe(pipeline, options, dtype)
+    if later:
+        from kairos.placement import place, quantize
+
+        if options.quantize is not None:
+            quantize(pipeline, options.quantize)
+        pipeline = pipeline.to(device) if plan is None else place(pipeline, plan, device)
+    return pipeline, about
+
+
+def planned(jobs: Sequence["Job"], options: RunOptions, device: Any) -> "Plan":
+    """The plan in which every job fits: that of the largest. `kairos plan` prints the same."""
+    from kairos import memory
+    from kairos.model_info import for_planning, info
+
+    kind = "cpu" if device.type == "cpu" else "cuda"
+    budget_gb = free_gb(device) if options.memory == "auto" else float(options.memory or 0)
+    about = info(options.model)
+    clips = [
+        memory.clip_of(
+            about.defaults,
+            about.scheduler,
+            job.request.height,
+            job.request.width,
+            job.request.num_frames,
+            job.request.num_inference_steps,
+            job.request.guidance_scale,
+        )
+        for job in jobs
+    ]
+    model = for_planning(about, kind, options.dtype)
+    tiled = all(job.request.tiled for job in jobs)
+    plans = [
+        memory.plan(model, clip, budget_gb, device=kind, quantize=options.quantize, tiled=tiled)
+        for clip in clips
+    ]
+    return max(plans, key=lambda plan: plan.peak_gb)
+
+
+def free_gb(device: Any) -> float:
+    """What the device's memory has free, in GB; of the machine's, what programs can have."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 1e9
+    try:
+        said = Path("/proc/meminfo").read_text(encoding="ascii")
+        return int(said.split("MemAvailable:")[1].split()[0]) * 1024 / 1e9
+    except (OSError, IndexError, ValueError):
+        raise UserError("--memory auto cannot tell how much memory is free; give it in GB") from None
 
 
 def make_job(
@@ -235,7 +313,7 @@ def describe(pipeline: "KairosPipeline", options: RunOptions, dtype: Any) -> dic
         "text_encoder": pipeline.text_encoder,
     }
     libraries = ("torch", "diffusers", "transformers")
-    said = {"weights": options.weights, "loras": options.loras or None, "scale": options.scale}
+    said = {"quantize": options.quantize, "weights": options.weights, "loras": options.loras or None, "scale": options.scale}
     return {
         "model": {"name": options.model, "hash": fingerprint(modules)},
         "dtype": str(dtype).removeprefix("torch."),
@@ -263,6 +341,12 @@ def device_and_dtype(options: RunOptions) -> tuple[Any, Any]:
     if options.dtype == "auto":
         return device, torch.float32 if device.type == "cpu" else torch.bfloat16
     return device, getattr(torch, options.dtype)
+
+
+def dtype_named(name: str) -> Any:
+    import torch
+
+    return getattr(torch, name)
 
 
 def _watch(clock: Clock, pipeline: "KairosPipeline") -> None:
