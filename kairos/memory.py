@@ -281,7 +281,9 @@ def _streamed_gb(model: Model, part: Part) -> float:
     if part.name == "transformer":
         inside = quantizable_share(model.config)
         return part.gb * (1 - inside) + 2 * part.gb * inside / model.config["num_layers"]
-    return part.gb * 0.15  # layer by layer; the largest is the table of words, 7 %, and the next comes already
+    return (
+        part.gb * 0.15
+    )  # layer by layer; the largest is the table of words, 7 %, and the next comes already
 
 
 def _denoising_gb(model: Model, dtype: str, shape: sizes.Shape, guided: bool) -> float:

@@ -96,7 +96,7 @@ def info(name_or_path: str | os.PathLike[str]) -> ModelInfo:
 
 
 def for_planning(about: ModelInfo, device: str, dtype: str = "auto") -> Model:
-    """What `kairos.memory.plan` takes of a model. On a CPU "auto" may be bfloat16 where float32 is too much."""
+    """What `kairos.memory.plan` takes of a model. On a CPU "auto" is bfloat16 where float32 is too much."""
     automatic = ("float32", "bfloat16") if device == "cpu" else ("bfloat16",)
     released = bool(about.repositories)
     return Model(

@@ -84,5 +84,5 @@ def quantize(pipeline: KairosPipeline, kind: str) -> None:
 
 
 def is_large_product(module: nn.Module, name: str) -> bool:
-    """Whether a layer may lose bits: a linear one that is no gate of the delta rule nor the table of words."""
+    """Whether a layer may lose bits: a linear one, but no gate of the delta rule."""
     return isinstance(module, nn.Linear) and name.split(".")[-1] not in (*PRECISE, "lm_head")

@@ -1,4 +1,4 @@
-"""`kairos plan`: what a video needs, where each part will lie and how long it should take. Nothing is loaded."""
+"""`kairos plan`: what a video needs, where each part will lie, how long it should take. Nothing loads."""
 
 import json
 from dataclasses import asdict
@@ -33,9 +33,7 @@ def plan(
             metavar="GB", help="Instead: what the machine has free, without a GPU.", show_default=False
         ),
     ] = None,
-    dtype: Annotated[
-        str, typer.Option(metavar="NAME", help="auto, float32, bfloat16 or float16.")
-    ] = "auto",
+    dtype: Annotated[str, typer.Option(metavar="NAME", help="auto, float32, bfloat16 or float16.")] = "auto",
     quantize: Annotated[
         str | None, typer.Option(metavar="int8|fp8", help="Weights in eight bits.", show_default=False)
     ] = None,
@@ -83,8 +81,8 @@ def plan(
         return
     guided = ", guided" if clip.guided else ""
     out.print(
-        f"{about.name}: {clip.num_frames} frames of {clip.height} x {clip.width}, {clip.steps} steps{guided}, "
-        f"in {budget:g} GB of {'the GPU' if device == 'cuda' else 'the machine'}",
+        f"{about.name}: {clip.num_frames} frames of {clip.height} x {clip.width}, {clip.steps} steps{guided}"
+        f", in {budget:g} GB of {'the GPU' if device == 'cuda' else 'the machine'}",
         markup=False,
         highlight=False,
     )
@@ -97,7 +95,9 @@ def plan(
         "CUDA context" if device == "cuda" else "libraries", "", "", f"{made.context_gb:.3g}", "resident"
     )
     out.print(parts)
-    stages = Table("stage", "activations, GB", "peak, GB", *(["seconds, computed"] if device == "cuda" else []))
+    stages = Table(
+        "stage", "activations, GB", "peak, GB", *(["seconds, computed"] if device == "cuda" else [])
+    )
     for stage in made.stages:
         cells = [stage.name, f"{stage.activations_gb:.3g}", f"{stage.peak_gb:.3g}"]
         stages.add_row(*cells, *([f"{stage.seconds:.3g}"] if device == "cuda" else []))

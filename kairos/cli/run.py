@@ -19,8 +19,8 @@ from kairos.memory import QUANTIZED
 from kairos.request import Request, did_you_mean
 
 if TYPE_CHECKING:
-    from kairos.memory import Plan
     from kairos.cli.generate import Job
+    from kairos.memory import Plan
     from kairos.pipeline import KairosPipeline
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,9 @@ def run(jobs: Sequence["Job"], options: RunOptions) -> None:
         for job in jobs:
             after_encoding = "keep"
             if plan is not None and (device.type == "cpu" or options.free_encoder):
-                after_encoding = "free" if job is jobs[-1] else "keep"  # the hooks move it, where there are any
+                after_encoding = (
+                    "free" if job is jobs[-1] else "keep"
+                )  # the hooks move it, where there are any
             elif options.free_encoder:
                 after_encoding = "free" if job is jobs[-1] else "cpu"
             if plan is not None and plan.tiled:
@@ -313,7 +315,12 @@ def describe(pipeline: "KairosPipeline", options: RunOptions, dtype: Any) -> dic
         "text_encoder": pipeline.text_encoder,
     }
     libraries = ("torch", "diffusers", "transformers")
-    said = {"quantize": options.quantize, "weights": options.weights, "loras": options.loras or None, "scale": options.scale}
+    said = {
+        "quantize": options.quantize,
+        "weights": options.weights,
+        "loras": options.loras or None,
+        "scale": options.scale,
+    }
     return {
         "model": {"name": options.model, "hash": fingerprint(modules)},
         "dtype": str(dtype).removeprefix("torch."),
@@ -378,6 +385,8 @@ def peak_memory() -> str:
 
 def quiet_libraries() -> None:
     """Our own progress and warnings are enough; those of the libraries below are about their insides."""
+    for name in ("torchao", "torch.utils._pytree"):  # imported by diffusers, where it is installed
+        logging.getLogger(name).setLevel(logging.ERROR)
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -22,8 +22,8 @@ def encode(vae: AutoencoderKLWan, video: Tensor, *, tiled: bool = False) -> Tens
 
     Args:
         video: (B, 3, F, H, W) in [-1, 1] with F = 4k + 1, H and W multiples of 8, in the VAE's dtype.
-        tiled: work on tiles of 256 x 256 pixels, with the result of the whole: less memory, more work. Smaller
-            frames are encoded whole.
+        tiled: work on tiles of 256 x 256 pixels, with the result of the whole: less memory, more work.
+            Smaller frames are encoded whole.
 
     Returns:
         (B, 16, k + 1, H / 8, W / 8) in the dtype of `video`, about zero mean and unit variance.
