@@ -7,9 +7,11 @@ import os
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from kairos import sizes
 from kairos.errors import UserError
+from kairos.memory import Model
 from kairos.presets import PARTS, is_downloaded, local_files, locate, read_json
 
 
@@ -20,6 +22,7 @@ class ModelInfo:
     Attributes:
         path: where its LinearDiT lies, or None where it is not downloaded.
         repositories: part -> where it is downloaded from.
+        config: of the LinearDiT.
         defaults: height, width, num_frames, fps, num_inference_steps and guidance_scale that it was made for.
         parameters: part -> how many.
         tokens: of a clip of the defaults' size.
@@ -35,6 +38,7 @@ class ModelInfo:
     template: str
     scheduler: str
     causal: str
+    config: dict[str, Any]
     defaults: dict[str, float]
     parameters: dict[str, int]
     tokens: int
@@ -81,12 +85,25 @@ def info(name_or_path: str | os.PathLike[str]) -> ModelInfo:
         template=template,
         scheduler=scheduler,
         causal=config.get("causal", "none"),
+        config=config,
         defaults=defaults,
         parameters=parameters,
         tokens=shape.tokens,
         memory_gb=memory(False),
         memory_freed_gb=memory(True),
         state_mb=sizes.state_bytes(config, shape.tokens_per_frame) / 1e6,
+    )
+
+
+def for_planning(about: ModelInfo, device: str, dtype: str = "auto") -> Model:
+    """What `kairos.memory.plan` takes of a model. On a CPU "auto" is bfloat16 where float32 is too much."""
+    automatic = ("float32", "bfloat16") if device == "cpu" else ("bfloat16",)
+    released = bool(about.repositories)
+    return Model(
+        about.config,
+        about.parameters,
+        automatic if dtype == "auto" else (dtype,),
+        vae_dtype="float32" if released else None,
     )
 
 

@@ -81,7 +81,7 @@ def transformer_parameters(config: Mapping[str, Any]) -> int:
     total += linear(config["text_dim"], dim) + linear(dim, dim)
     total += linear(config["freq_dim"], dim) + linear(dim, dim) + linear(dim, 6 * dim)
     total += linear(dim, config["out_channels"] * patch) + 2 * dim
-    for kind in _kinds(config):
+    for kind in kinds(config):
         total += block + (gated_delta if kind == "G" else attention)
     return total
 
@@ -100,7 +100,7 @@ def state_bytes(config: Mapping[str, Any], tokens_per_frame: int, dtype: str = "
         "D": config["window_frames"] * config["dilation"] * frame,
         "G": heads * (head_k * head_v * 4 + (CONV_SIZE - 1) * (2 * head_k + head_v) * BYTES[dtype]),
     }
-    return sum(sizes[kind] for kind in _kinds(config))
+    return sum(sizes[kind] for kind in kinds(config))
 
 
 def memory_bytes(
@@ -127,6 +127,44 @@ def memory_bytes(
     return max(working, models + encoder) if free_encoder else working + encoder
 
 
-def _kinds(config: Mapping[str, Any]) -> str:
-    pattern, layers = config["layer_pattern"], config["num_layers"]
-    return (pattern * layers)[:layers]
+def forward_flops(config: Mapping[str, Any], shape: Shape, text_tokens: int = 512) -> dict[str, float]:
+    """Floating point operations of one forward by part, a multiply-add being two.
+
+    "shared" is what any split over tokens divides evenly, "heads" what is divided by whole heads, and "delta"
+    the gated delta rule, which a split over tokens widens by dim_k columns. The prompt's own keys and values
+    are left out: they are computed once a video.
+    """
+    n, dim, heads = shape.tokens, config["hidden_size"], config["num_attention_heads"]
+    dim_k = heads * config["gated_delta_head_dim"]
+    dim_v = dim_k * config["gated_delta_expand_v"]
+    head_k, head_v, chunk = dim_k // heads, dim_v // heads, 64
+    flops = {"shared": 0.0, "heads": 0.0, "delta": 0.0}
+    for kind in kinds(config):
+        flops["shared"] += 2 * n * 2 * dim * config["ffn_dim"]
+        flops["shared"] += 2 * n * 2 * dim * dim + 2 * n * 2 * text_tokens * dim  # cross-attention
+        if kind == "G":
+            flops["shared"] += 2 * n * dim * (2 * dim_k + 3 * dim_v)
+            inside = chunk * (2 * head_k + head_k + 2 * head_v) + 3 * head_k * head_v
+            flops["delta"] += 2 * n * heads * inside
+        else:
+            step = config["dilation"] if kind == "D" else 1
+            seen = mean_seen_frames(shape.latent_frames, config["window_frames"], step)
+            flops["shared"] += 2 * n * 4 * dim * dim
+            flops["heads"] += 2 * n * 2 * seen * shape.tokens_per_frame * dim
+    return flops
+
+
+def mean_seen_frames(frames: int, window: int, dilation: int) -> float:
+    """Frames that a query's window holds on average; at the clip's ends there are fewer."""
+    total = 0.0
+    for frame in range(frames):
+        for step in range(-window, window + 1):
+            if 0 <= frame + step * dilation < frames:
+                total += 0.5 if abs(step) == window else 1.0
+    return total / frames
+
+
+def kinds(config: Mapping[str, Any]) -> str:
+    """The kind of every block: S, D or G."""
+    pattern = config["layer_pattern"]
+    return (pattern * config["num_layers"])[: config["num_layers"]]

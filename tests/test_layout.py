@@ -30,8 +30,10 @@ LAYERS = {
     "curation": 3,
     "evaluation": 3,
     "hub": 3,
+    "memory": 3,
     "model_info": 3,
     "pipeline": 3,
+    "placement": 3,
     "streaming": 3,
     "presets": 3,
     "training": 3,
@@ -55,7 +57,7 @@ PUBLIC = {
 }
 
 
-EXTRAS = ("curation", "ray", "train")
+EXTRAS = ("curation", "quantize", "ray", "train")
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "cv2": "opencv_python_headless",

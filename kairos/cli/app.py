@@ -13,6 +13,7 @@ from kairos.cli import (
     evaluate,
     generate,
     models,
+    plan,
     rollout,
     show,
     train,
@@ -50,6 +51,7 @@ app.command("generate")(generate.generate)
 app.command("rollout")(rollout.rollout)
 app.command("show")(show.show)
 app.command("evaluate")(evaluate.evaluate)
+app.command("plan")(plan.plan)
 app.command("bench")(bench.bench)
 app.command("batch")(batch.batch)
 app.command("certify")(certify.certify)

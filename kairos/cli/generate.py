@@ -226,6 +226,22 @@ def generate(
             rich_help_panel=RUN,
         ),
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|GB",
+            help="Make do with this much of the device's memory, auto: what is free. See kairos plan.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="int8|fp8",
+            help="Weights in eight bits: half the memory, frames a little different.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Say where the time went.", rich_help_panel=RUN)
     ] = False,
@@ -267,6 +283,7 @@ def generate(
     options = settings.options | {name: value for name, value in options.items() if value is not None}
     options |= {"loras": tuple(lora or ()), "rewrite": rewrite}
     options |= {"compiled": compiled, "step_cache": step_cache, "vae_dtype": vae_dtype}
+    options |= {"memory": memory, "quantize": quantize}
     run_options = RunOptions(**options, free_encoder=free_encoder, verbose=verbose)
     if (gpus is not None or split is not None) and (compiled or step_cache is not None):
         raise UserError("--compile and --step-cache are for one device; leave out --gpus and --split")
@@ -274,6 +291,8 @@ def generate(
         if refused:
             raise refused[0].error
         run(job_list, run_options)
+    elif memory is not None or quantize is not None:
+        raise UserError("--memory and --quantize are for one device; leave out --gpus and --split")
     else:
         from kairos.cli.gpus import run_on_gpus
 

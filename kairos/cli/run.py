@@ -15,10 +15,12 @@ from kairos.cli.clock import Clock
 from kairos.cli.console import err, out, waiting
 from kairos.data.files import prepare_file
 from kairos.errors import MachineError, UserError
+from kairos.memory import QUANTIZED
 from kairos.request import Request, did_you_mean
 
 if TYPE_CHECKING:
     from kairos.cli.generate import Job
+    from kairos.memory import Plan
     from kairos.pipeline import KairosPipeline
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,8 @@ class RunOptions:
     compiled: bool = False
     vae_dtype: str | None = None
     step_cache: float | None = None
+    memory: str | None = None
+    quantize: str | None = None
     verbose: bool = False
 
     def __post_init__(self) -> None:
@@ -49,8 +53,19 @@ class RunOptions:
             raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.vae_dtype not in (None, *DTYPES[1:]):
             raise UserError(f"vae_dtype must be one of {', '.join(DTYPES[1:])}, got {self.vae_dtype!r}")
+        if self.quantize is not None and self.quantize not in QUANTIZED:
+            raise UserError(f"quantize must be one of {', '.join(QUANTIZED)}, got {self.quantize!r}")
+        if self.memory is not None and self.memory != "auto":
+            try:
+                enough = 0 < float(self.memory) < float("inf")
+            except ValueError:
+                enough = False
+            if not enough:
+                raise UserError(f"memory must be auto or a number of GB above 0, got {self.memory!r}")
         if self.scale is not None and not 1 <= self.scale <= MAX_SCALE:
             raise UserError(f"scale must be a whole number from 1 to {MAX_SCALE}, got {self.scale}")
+        if self.compiled and self.memory is not None:
+            raise UserError("--compile wants the model to stay on the device; leave out --memory")
         if self.step_cache is not None and not self.step_cache > 0:
             raise UserError(f"step_cache must be above 0, such as 0.1, got {self.step_cache}")
 
@@ -67,6 +82,11 @@ def run(jobs: Sequence["Job"], options: RunOptions) -> None:
     with clock.stage("import"):
         quiet_libraries()
         device, dtype = device_and_dtype(options)
+    plan = None
+    if options.memory is not None:
+        plan = planned(jobs, options, device)
+        dtype = dtype_named(plan.dtype)
+        logger.warning("memory: %s", plan.line()) if device.type == "cpu" else logger.info("%s", plan.line())
     for job in jobs:
         check_template(job.request)
     if options.rewrite is not None:
@@ -74,33 +94,94 @@ def run(jobs: Sequence["Job"], options: RunOptions) -> None:
             jobs = [rewritten(job, options.rewrite) for job in jobs]
     with explained_memory():
         with clock.stage("load"), waiting(f"loading {options.model}"):
-            pipeline, about = load(options, device, dtype)
+            pipeline, about = load(options, device, dtype, plan)
         if options.verbose:
             _watch(clock, pipeline)
         for job in jobs:
-            after_encoding = ("free" if job is jobs[-1] else "cpu") if options.free_encoder else "keep"
+            after_encoding = "keep"
+            if plan is not None and (device.type == "cpu" or options.free_encoder):
+                # Where there are hooks, they move it.
+                after_encoding = "free" if job is jobs[-1] else "keep"
+            elif options.free_encoder:
+                after_encoding = "free" if job is jobs[-1] else "cpu"
+            if plan is not None and plan.tiled:
+                job = replace(job, request=replace(job.request, tiled=True))
             make_job(job, pipeline, about, options, clock, after_encoding)
     if options.verbose:
         err.print(clock.table())
         err.print(f"peak memory: {peak_memory()}", highlight=False)
 
 
-def load(options: RunOptions, device: Any, dtype: Any) -> tuple["KairosPipeline", dict[str, Any]]:
-    """The model with its LoRAs, and what its videos say of it."""
+def load(
+    options: RunOptions, device: Any, dtype: Any, plan: "Plan | None" = None
+) -> tuple["KairosPipeline", dict[str, Any]]:
+    """The model with its LoRAs, where the plan puts it, and what its videos say of it."""
     import torch
 
     from kairos.models.compiled import compile_blocks, compile_decoder
     from kairos.weights.lora import apply_loras, parse_lora
 
-    pipeline = presets.load_pipeline(options.model, device=device, dtype=dtype, weights=options.weights)
+    later = plan is not None or options.quantize is not None  # whole, it might not fit on the device
+    pipeline = presets.load_pipeline(
+        options.model, device="cpu" if later else device, dtype=dtype, weights=options.weights
+    )
     apply_loras(pipeline.transformer, [parse_lora(lora) for lora in options.loras])
+    about = describe(pipeline, options, dtype)
+    if options.vae_dtype is not None:
+        pipeline.vae.to(dtype=getattr(torch, options.vae_dtype))
+    if later:
+        from kairos.placement import place, quantize
+
+        if options.quantize is not None:
+            quantize(pipeline, options.quantize)
+        pipeline = pipeline.to(device) if plan is None else place(pipeline, plan, device)
     if options.compiled:
         compile_blocks(pipeline.transformer)
         if pipeline.device.type == "cuda":
             compile_decoder(pipeline.vae)
-    if options.vae_dtype is not None:
-        pipeline.vae.to(dtype=getattr(torch, options.vae_dtype))
-    return pipeline, describe(pipeline, options, dtype)
+    return pipeline, about
+
+
+def planned(jobs: Sequence["Job"], options: RunOptions, device: Any) -> "Plan":
+    """The plan in which every job fits: that of the largest. `kairos plan` prints the same."""
+    from kairos import memory
+    from kairos.model_info import for_planning, info
+
+    kind = "cpu" if device.type == "cpu" else "cuda"
+    budget_gb = free_gb(device) if options.memory == "auto" else float(options.memory or 0)
+    about = info(options.model)
+    clips = [
+        memory.clip_of(
+            about.defaults,
+            about.scheduler,
+            job.request.height,
+            job.request.width,
+            job.request.num_frames,
+            job.request.num_inference_steps,
+            job.request.guidance_scale,
+        )
+        for job in jobs
+    ]
+    model = for_planning(about, kind, options.dtype)
+    tiled = all(job.request.tiled for job in jobs)
+    plans = [
+        memory.plan(model, clip, budget_gb, device=kind, quantize=options.quantize, tiled=tiled)
+        for clip in clips
+    ]
+    return max(plans, key=lambda plan: plan.peak_gb)
+
+
+def free_gb(device: Any) -> float:
+    """What the device's memory has free, in GB; of the machine's, what programs can have."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 1e9
+    try:
+        said = Path("/proc/meminfo").read_text(encoding="ascii")
+        return int(said.split("MemAvailable:")[1].split()[0]) * 1024 / 1e9
+    except (OSError, IndexError, ValueError):
+        raise UserError("--memory auto cannot tell how much memory is free; give it in GB") from None
 
 
 def make_job(
@@ -258,6 +339,7 @@ def describe(pipeline: "KairosPipeline", options: RunOptions, dtype: Any) -> dic
     }
     libraries = ("torch", "diffusers", "transformers")
     said: dict[str, Any] = {
+        "quantize": options.quantize,
         "weights": options.weights,
         "loras": options.loras or None,
         "scale": options.scale,
@@ -293,6 +375,12 @@ def device_and_dtype(options: RunOptions) -> tuple[Any, Any]:
     return device, getattr(torch, options.dtype)
 
 
+def dtype_named(name: str) -> Any:
+    import torch
+
+    return getattr(torch, name)
+
+
 def _watch(clock: Clock, pipeline: "KairosPipeline") -> None:
     """Have the clock tell the pipeline's parts apart."""
     import torch
@@ -322,6 +410,8 @@ def peak_memory() -> str:
 
 def quiet_libraries() -> None:
     """Our own progress and warnings are enough; those of the libraries below are about their insides."""
+    for name in ("torchao", "torch.utils._pytree"):  # imported by diffusers, where it is installed
+        logging.getLogger(name).setLevel(logging.ERROR)
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

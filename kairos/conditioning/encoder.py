@@ -228,7 +228,7 @@ def _encode(
     """The last hidden states of each chat, (T, C), all its tokens."""
     if device is None:
         device = text_encoder.device
-    elif not hasattr(text_encoder, "_hf_hook") and text_encoder.device != torch.device(device):
+    elif not _is_hooked(text_encoder) and text_encoder.device != torch.device(device):
         # It may have been moved away after an earlier call. (Hooks move it themselves.)
         text_encoder.to(device)  # type: ignore[arg-type]
     lengths = [len(chat.ids) for chat in chats]
@@ -251,3 +251,8 @@ def _encode(
     )
     hidden = output.hidden_states[-1]  # after the last norm
     return [states[:length] for states, length in zip(hidden, lengths, strict=True)]
+
+
+def _is_hooked(module: torch.nn.Module) -> bool:
+    """Whether accelerate or diffusers moves the module's weights when they are needed."""
+    return hasattr(module, "_hf_hook") or any(hasattr(part, "_diffusers_hook") for part in module.modules())

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kairos.distributed.exchange import spread
-from kairos.sizes import Shape
+from kairos.sizes import Shape, forward_flops, kinds
 
 CONV_CONTEXT = 3
 """Tokens that the gated delta layers' convolutions look back."""
@@ -88,43 +88,6 @@ def broadcast_bytes(config: Mapping[str, Any], tokens: int, ranks: int, width: i
     return [n * elements * width * (ranks - 1) for n in spread(tokens, ranks)]
 
 
-def forward_flops(config: Mapping[str, Any], shape: Shape, text_tokens: int = 512) -> dict[str, float]:
-    """Floating point operations of one forward by part, a multiply-add being two.
-
-    "shared" is what any split over tokens divides evenly, "heads" what is divided by whole heads, and "delta"
-    the gated delta rule, which a split over tokens widens by dim_k columns. The prompt's own keys and values
-    are left out: they are computed once a video.
-    """
-    n, dim, heads = shape.tokens, config["hidden_size"], config["num_attention_heads"]
-    dim_k = heads * config["gated_delta_head_dim"]
-    dim_v = dim_k * config["gated_delta_expand_v"]
-    head_k, head_v, chunk = dim_k // heads, dim_v // heads, 64
-    flops = {"shared": 0.0, "heads": 0.0, "delta": 0.0}
-    for kind in kinds(config):
-        flops["shared"] += 2 * n * 2 * dim * config["ffn_dim"]
-        flops["shared"] += 2 * n * 2 * dim * dim + 2 * n * 2 * text_tokens * dim  # cross-attention
-        if kind == "G":
-            flops["shared"] += 2 * n * dim * (2 * dim_k + 3 * dim_v)
-            inside = chunk * (2 * head_k + head_k + 2 * head_v) + 3 * head_k * head_v
-            flops["delta"] += 2 * n * heads * inside
-        else:
-            step = config["dilation"] if kind == "D" else 1
-            seen = mean_seen_frames(shape.latent_frames, config["window_frames"], step)
-            flops["shared"] += 2 * n * 4 * dim * dim
-            flops["heads"] += 2 * n * 2 * seen * shape.tokens_per_frame * dim
-    return flops
-
-
-def mean_seen_frames(frames: int, window: int, dilation: int) -> float:
-    """Frames that a query's window holds on average; at the clip's ends there are fewer."""
-    total = 0.0
-    for frame in range(frames):
-        for step in range(-window, window + 1):
-            if 0 <= frame + step * dilation < frames:
-                total += 0.5 if abs(step) == window else 1.0
-    return total / frames
-
-
 @dataclass(frozen=True)
 class Machine:
     """What a step's time is computed from.
@@ -179,9 +142,3 @@ def step_seconds(
     exchanges = forwards * (2 * config["num_layers"] + 1) * (each > 1) + 2 * (halves == 2)
     sent = step_bytes(config, shape.tokens, ranks, split=split) if ranks > 1 else 0
     return forwards * work / machine.flops + sent / machine.link_bytes_s + exchanges * machine.exchange_s
-
-
-def kinds(config: Mapping[str, Any]) -> str:
-    """The kind of every block: S, D or G."""
-    pattern = config["layer_pattern"]
-    return (pattern * config["num_layers"])[: config["num_layers"]]

@@ -32,6 +32,7 @@ class StripParallel:
 
     def __init__(self, vae: AutoencoderKLWan, group: dist.ProcessGroup) -> None:
         self.vae = vae
+        cast(Any, vae).in_strips = True  # no tiles inside strips
         self.exchange = Exchange(group)
         self.rows: list[int] = []
         """Rows of latents of each rank; empty where every rank does all."""
@@ -60,6 +61,7 @@ class StripParallel:
 
     def remove(self) -> None:
         """Leave the VAE as it was."""
+        del cast(Any, self.vae).in_strips
         for handle in self._handles:
             handle.remove()
         for module, name, value in self._padded:

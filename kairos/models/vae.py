@@ -6,20 +6,15 @@ Eight pixels along height and width become one latent. Wan Team, arXiv 2503.2031
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from kairos.errors import UserError
+from kairos.models.vae_tiles import TILE, decode_in_tiles, encode_in_tiles
 
 SPATIAL, TEMPORAL = 8, 4
 """Pixels a latent, along height and width and along time."""
-
-TILE, OVERLAP = 32, 8
-"""Tiles in latents, 256 pixels wide; neighbours share at least 64 pixels, over which they are blended."""
 
 
 def encode(vae: AutoencoderKLWan, video: Tensor, *, tiled: bool = False) -> Tensor:
@@ -27,8 +22,8 @@ def encode(vae: AutoencoderKLWan, video: Tensor, *, tiled: bool = False) -> Tens
 
     Args:
         video: (B, 3, F, H, W) in [-1, 1] with F = 4k + 1, H and W multiples of 8, in the VAE's dtype.
-        tiled: work on tiles of 256 x 256 pixels and blend them, in the memory of one. Smaller frames are
-            encoded whole; larger ones come out a little different, for the VAE looks at all of a frame.
+        tiled: work on tiles of 256 x 256 pixels, with the result of the whole: less memory, more work.
+            Smaller frames are encoded whole.
 
     Returns:
         (B, 16, k + 1, H / 8, W / 8) in the dtype of `video`, about zero mean and unit variance.
@@ -38,10 +33,10 @@ def encode(vae: AutoencoderKLWan, video: Tensor, *, tiled: bool = False) -> Tens
     """
     _check_video(vae, video)
 
-    def mode_of(part: Tensor) -> Tensor:
-        return vae.encode(part).latent_dist.mode()
-
-    mode = _by_tiles(mode_of, video, SPATIAL, 1) if tiled else mode_of(video)
+    if tiled and _can_be_tiled(vae, max(video.shape[-2:]) // SPATIAL):
+        mode = encode_in_tiles(vae, video)
+    else:
+        mode = vae.encode(video).latent_dist.mode()
     mean, std = normalisation(vae, mode)
     return ((mode.float() - mean) / std).to(video.dtype)
 
@@ -51,7 +46,7 @@ def decode(vae: AutoencoderKLWan, latents: Tensor, *, tiled: bool = False) -> Te
 
     Args:
         latents: (B, 16, f, h, w) in the VAE's dtype.
-        tiled: work on tiles of 32 x 32 latents and blend them, as `encode` does.
+        tiled: work on tiles of 32 x 32 latents, as `encode` does.
 
     Returns:
         (B, 3, 4 (f - 1) + 1, 8 h, 8 w) in [-1, 1].
@@ -66,10 +61,10 @@ def decode(vae: AutoencoderKLWan, latents: Tensor, *, tiled: bool = False) -> Te
     mean, std = normalisation(vae, latents)
     scaled = (latents.float() * std + mean).to(latents.dtype)
 
-    def video_of(part: Tensor) -> Tensor:
-        return vae.decode(part).sample
-
-    video = _by_tiles(video_of, scaled, 1, SPATIAL) if tiled else video_of(scaled)
+    if tiled and _can_be_tiled(vae, max(latents.shape[-2:])):
+        video = decode_in_tiles(vae, scaled)
+    else:
+        video = vae.decode(scaled).sample
     return video.clamp(-1, 1)
 
 
@@ -80,6 +75,11 @@ def normalisation(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
     return mean, std
+
+
+def _can_be_tiled(vae: AutoencoderKLWan, side: int) -> bool:
+    """Whether tiles save memory: not for small pictures, nor where each of several ranks has but a strip."""
+    return side > TILE and not getattr(vae, "in_strips", False)
 
 
 def _check_video(vae: AutoencoderKLWan, video: Tensor) -> None:
@@ -98,48 +98,3 @@ def _check_video(vae: AutoencoderKLWan, video: Tensor) -> None:
         raise UserError(
             f"height and width must be multiples of {SPATIAL}, got {height} x {width}; try {nearest}"
         )
-
-
-def _by_tiles(work: Callable[[Tensor], Tensor], source: Tensor, scale_in: int, scale_out: int) -> Tensor:
-    """`work` done on overlapping tiles of `source` (..., H, W), the results blended with linear ramps.
-
-    A latent is `scale_in` elements wide in the source and `scale_out` in the result.
-    """
-    height, width = (side // scale_in for side in source.shape[-2:])
-    if max(height, width) <= TILE:
-        return work(source)
-    total = weights = torch.zeros(())
-    for top in _tile_starts(height):
-        for left in _tile_starts(width):
-            part = work(
-                source[
-                    ...,
-                    top * scale_in : (top + TILE) * scale_in,
-                    left * scale_in : (left + TILE) * scale_in,
-                ]
-            )
-            if total.ndim == 0:
-                total = part.new_zeros(
-                    *part.shape[:-2], height * scale_out, width * scale_out, dtype=torch.float32
-                )
-                weights = total.new_zeros(total.shape[-2:])
-            rows, columns = (_ramps(length, OVERLAP * scale_out, part.device) for length in part.shape[-2:])
-            weight = rows[:, None] * columns
-            y, x = top * scale_out, left * scale_out
-            total[..., y : y + len(rows), x : x + len(columns)] += part * weight
-            weights[y : y + len(rows), x : x + len(columns)] += weight
-    return (total / weights).to(source.dtype)
-
-
-def _tile_starts(extent: int) -> list[int]:
-    """Where tiles begin along `extent` latents: evenly spread, the last one ends at the border."""
-    if extent <= TILE:
-        return [0]
-    steps = math.ceil((extent - TILE) / (TILE - OVERLAP))
-    return [round(step * (extent - TILE) / steps) for step in range(steps + 1)]
-
-
-def _ramps(length: int, overlap: int, device: torch.device) -> Tensor:
-    """Weights along a tile, (length,): rising over `overlap`, then 1, then falling."""
-    distance = torch.arange(length, device=device, dtype=torch.float32) + 0.5
-    return torch.minimum(distance, length - distance).div(overlap).clamp(max=1)

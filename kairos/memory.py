@@ -1,0 +1,363 @@
+"""Where a model's parts lie while a video is made, how much memory that takes, and how long it should take.
+
+One function, `plan`, decides; `kairos plan` prints what it says and `--memory` carries it out. All of it is
+computed from configurations: no weights are read. Bytes of weights are exact, activations are estimates, and
+seconds are what the work would take at an assumed share of a stated peak; nothing here is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kairos import sizes
+from kairos.errors import UserError
+
+QUANTIZED = ("int8", "fp8")
+CUDA_CONTEXT_GB = 0.6
+"""What CUDA, its libraries and the allocator's gaps take beside tensors; an estimate."""
+PEAK_TFLOPS, EFFICIENCY = 989.4, 0.4
+"""H100 SXM, dense bfloat16 (NVIDIA's data sheet), and the share of it that is assumed."""
+FLOAT32_SHARE = 0.5
+"""Of that peak in float32 products, which CUDA's convolutions make in TF32."""
+HOST_GB_S = 20.0
+"""What is assumed to travel a second from the machine's memory to the GPU."""
+TEXT_TOKENS, FEW_STEPS = 512, 4
+VAE_FLOP = {"encode": 6.6e6, "decode": 8.5e6}
+"""A pixel of a frame, with the released VAE: 2 TFLOP for one of 480p, 212 for 81."""
+TILE_PIXELS = 256
+HALO_PIXELS = 48
+"""Of kairos.models.vae_tiles, to each side of a tile when decoding."""
+
+RESIDENT, WHOLE, STREAMED, FREED = "resident", "offloaded whole", "streamed block by block", "freed after use"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the model's parts: `gb` of weights in `dtype`, and where they lie."""
+
+    name: str
+    parameters: int
+    dtype: str
+    gb: float
+    place: str
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of making a video: its peak on the device, activations included, and its computed time."""
+
+    name: str
+    activations_gb: float
+    peak_gb: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `--memory` does. `tiled`: the VAE works in tiles, with the same result."""
+
+    device: str
+    budget_gb: float
+    dtype: str
+    quantize: str | None
+    context_gb: float
+    parts: tuple[Part, ...]
+    stages: tuple[Stage, ...]
+    tiled: bool
+
+    @property
+    def peak_gb(self) -> float:
+        return max(stage.peak_gb for stage in self.stages)
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
+
+    def place(self, part: str) -> str:
+        return next(one.place for one in self.parts if one.name == part)
+
+    def line(self) -> str:
+        """The plan in one line."""
+        said = "; ".join(f"{part.name.replace('_', ' ')} {part.dtype}, {part.place}" for part in self.parts)
+        tiles = "; VAE in tiles" if self.tiled else ""
+        return f"{said}{tiles}; about {self.peak_gb:.3g} of {self.budget_gb:.3g} GB at the peak"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video to be made: pixels, frames, and how it is sampled."""
+
+    height: int
+    width: int
+    num_frames: int
+    steps: int
+    guided: bool
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "num_frames", "steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def clip_of(
+    defaults: Mapping[str, Any],
+    scheduler: str,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+) -> Clip:
+    """What is asked for, the model's defaults for what is not, rounded up as the pipeline does."""
+
+    def said(value: float | None, name: str) -> Any:
+        return defaults[name] if value is None else value
+
+    frames = int(said(num_frames, "num_frames"))
+    few = scheduler == "few_step"
+    return Clip(
+        height=-(-int(said(height, "height")) // 16) * 16,
+        width=-(-int(said(width, "width")) // 16) * 16,
+        num_frames=-(-(frames - 1) // 4) * 4 + 1,
+        steps=FEW_STEPS if few else int(said(steps, "num_inference_steps")),
+        guided=not few and said(guidance, "guidance_scale") > 1,
+    )
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model in what a plan needs: the LinearDiT's configuration and the parameters by part.
+
+    dtypes: that the weights may have, the best first; vae_dtype: the VAE's, None for that of the others.
+    """
+
+    config: Mapping[str, Any]
+    parameters: Mapping[str, int]
+    dtypes: tuple[str, ...] = ("bfloat16",)
+    vae_dtype: str | None = "float32"
+
+
+def plan(
+    model: Model,
+    clip: Clip,
+    budget_gb: float,
+    *,
+    device: str = "cuda",
+    quantize: str | None = None,
+    tiled: bool = False,
+    peak_tflops: float = PEAK_TFLOPS,
+) -> Plan:
+    """The quickest way to make `clip` in `budget_gb` of the device's memory.
+
+    Args:
+        device: "cuda", or "cpu", where there is nowhere to offload to: the encoder is freed after use.
+        quantize: "int8" or "fp8" weights of the LinearDiT's blocks and of the encoder.
+        tiled: the VAE is to work in tiles, whether it has to or not.
+
+    Raises:
+        UserError: where nothing fits, with what would.
+    """
+    if not 0 < budget_gb < float("inf"):
+        raise UserError(f"memory must be above 0 GB, got {budget_gb:g}")
+    if not 0 < peak_tflops < float("inf"):
+        raise UserError(f"the peak must be above 0 TFLOP/s, got {peak_tflops:g}")
+    if quantize is not None and quantize not in QUANTIZED:
+        raise UserError(f"quantize must be one of {', '.join(QUANTIZED)}, got {quantize!r}")
+    ways = _ways(model, clip, budget_gb, device, quantize, tiled, peak_tflops)
+    fitting = [way for way in ways if way.peak_gb <= budget_gb]
+    if fitting:
+        return min(fitting, key=lambda way: (model.dtypes.index(way.dtype), way.seconds))
+    least = min(ways, key=lambda way: way.peak_gb)
+    raise UserError(
+        f"{clip.num_frames} frames of {clip.height} x {clip.width} do not fit in {budget_gb:g} GB: the least "
+        f"is {least.peak_gb:.3g} GB ({least.stages[_worst(least)].name}); "
+        f"{_what_would_fit(model, clip, budget_gb, device, quantize, tiled, least)}"
+    )
+
+
+def _ways(
+    model: Model,
+    clip: Clip,
+    budget_gb: float,
+    device: str,
+    quantize: str | None,
+    tiled: bool,
+    peak_tflops: float,
+) -> list[Plan]:
+    """Every way in which the parts can lie, whether it fits or not."""
+    # encoder, LinearDiT, VAE
+    places = [(FREED, RESIDENT, RESIDENT)]
+    if device == "cuda":
+        places = [
+            (RESIDENT, RESIDENT, RESIDENT),
+            (WHOLE, WHOLE, WHOLE),
+            (STREAMED, RESIDENT, RESIDENT),
+            (STREAMED, STREAMED, RESIDENT),
+        ]
+    return [
+        _way(replace(model, dtypes=(dtype,)), clip, budget_gb, device, quantize, place, tiles, peak_tflops)
+        for dtype in model.dtypes
+        for place in places
+        for tiles in ([True] if tiled else [False, True])
+    ]
+
+
+def _way(
+    model: Model,
+    clip: Clip,
+    budget_gb: float,
+    device: str,
+    quantize: str | None,
+    places: tuple[str, ...],
+    tiled: bool,
+    peak_tflops: float,
+) -> Plan:
+    names = ("text_encoder", "transformer", "vae")
+    (own_dtype,) = model.dtypes
+    vae_dtype = model.vae_dtype or own_dtype
+    parts = []
+    for name, place in zip(names, places, strict=True):
+        dtype = vae_dtype if name == "vae" else own_dtype
+        gb = model.parameters[name] * sizes.BYTES[dtype] / 1e9
+        if quantize is not None and name != "vae":
+            share = quantizable_share(model.config) if name == "transformer" else 0.93
+            gb *= 1 - share * (1 - 1 / sizes.BYTES[dtype])
+            dtype = f"{quantize} and {dtype}"
+        parts.append(Part(name, model.parameters[name], dtype, gb, place))
+    weights = dict(zip(names, parts, strict=True))
+
+    context = CUDA_CONTEXT_GB if device == "cuda" else sizes.PROCESS_GB
+    flops = peak_tflops * 1e12 * EFFICIENCY
+    forwards = clip.steps * (2 if clip.guided else 1)
+    shape = sizes.clip_shape(model.config, clip.height, clip.width, clip.num_frames)
+    work = sum(sizes.forward_flops(model.config, shape, TEXT_TOKENS).values())
+    vae_flops = flops * (FLOAT32_SHARE if vae_dtype == "float32" else 1)
+    vae_share = model.parameters["vae"] / sizes.RELEASED_VAE
+    pixels = clip.height * clip.width
+    repeated = _tile_work(clip) if tiled else 1.0
+    seconds = {
+        "encode prompt": 2 * model.parameters["text_encoder"] * TEXT_TOKENS * (1 + clip.guided) / flops,
+        "denoise": forwards * work / flops,
+        "decode frames": VAE_FLOP["decode"] * vae_share * repeated * pixels * clip.num_frames / vae_flops,
+    }
+    activations = {
+        "encode prompt": 0.05 * weights["text_encoder"].gb,
+        "denoise": _denoising_gb(model, own_dtype, shape, clip.guided),
+        "decode frames": _decoding_gb(model, vae_dtype, clip, tiled),
+    }
+    stages = []
+    for stage, own in zip(seconds, names, strict=True):
+        held, took = 0.0, seconds[stage]
+        for part in parts:
+            if part.place == RESIDENT or part.name == own:
+                held += _streamed_gb(model, part) if part.place == STREAMED else part.gb
+            elif part.place == FREED and stage == "encode prompt":
+                held += part.gb
+        if weights[own].place == WHOLE:
+            took += weights[own].gb / HOST_GB_S
+        elif weights[own].place == STREAMED:
+            loads = forwards if own == "transformer" else 1 + clip.guided
+            took = max(took, loads * weights[own].gb / HOST_GB_S)  # copied while the block before works
+        stages.append(Stage(stage, activations[stage], context + held + activations[stage], took))
+    return Plan(device, budget_gb, own_dtype, quantize, context, tuple(parts), tuple(stages), tiled)
+
+
+def quantizable_share(config: Mapping[str, Any]) -> float:
+    """The share of the LinearDiT's parameters that quantisation takes: the blocks' large products."""
+    dim, heads = config["hidden_size"], config["num_attention_heads"]
+    keys = heads * config["gated_delta_head_dim"]
+    values = keys * config["gated_delta_expand_v"]
+    total = 0
+    for kind in sizes.kinds(config):
+        total += 4 * dim * dim + 2 * dim * config["ffn_dim"]
+        total += dim * (2 * keys + 3 * values) if kind == "G" else 4 * dim * dim
+    return total / sizes.transformer_parameters(config)
+
+
+def _streamed_gb(model: Model, part: Part) -> float:
+    """What a streamed part keeps on the device: two of its blocks, and what is in none."""
+    if part.name == "transformer":
+        inside = quantizable_share(model.config)
+        return part.gb * (1 - inside) + 2 * part.gb * inside / model.config["num_layers"]
+    return (
+        part.gb * 0.15
+    )  # layer by layer; the largest is the table of words, 7 %, and the next comes already
+
+
+def _denoising_gb(model: Model, dtype: str, shape: sizes.Shape, guided: bool) -> float:
+    """What a block holds while it works, and the prompt's keys and values in every block."""
+    width = sizes.BYTES[dtype]
+    dim = model.config["hidden_size"]
+    block = shape.tokens * (2 * model.config["ffn_dim"] + 10 * dim) * width
+    prompts = (1 + guided) * model.config["num_layers"] * TEXT_TOKENS * 2 * dim * width
+    return (block + prompts) / 1e9
+
+
+def _decoding_gb(model: Model, dtype: str, clip: Clip, tiled: bool) -> float:
+    """The decoder's last levels for four frames, its memory of earlier ones, and the video itself, twice."""
+    width, pixels = sizes.BYTES[dtype], clip.height * clip.width
+    at_once = min(pixels, _tile_side(clip.height) * _tile_side(clip.width)) if tiled else pixels
+    channels = 96 * (model.parameters["vae"] / sizes.RELEASED_VAE) ** 0.5
+    working = at_once * channels * (4 * 8 + 20) * width
+    video = 2 * 3 * clip.num_frames * pixels * width
+    maps = clip.num_frames * pixels * channels / 16 * width if tiled else 0  # kept at a quarter of the size
+    return (working + video + maps) / 1e9
+
+
+def _tile_side(side: int) -> int:
+    return min(side, TILE_PIXELS + 2 * HALO_PIXELS)
+
+
+def _tile_work(clip: Clip) -> float:
+    """How much more there is to compute in tiles, halos included."""
+    more = 1.0
+    for side in (clip.height, clip.width):
+        tiles = -(-side // TILE_PIXELS)
+        more *= (side + 2 * HALO_PIXELS * (tiles - 1)) / side
+    return more
+
+
+def _worst(plan: Plan) -> int:
+    return max(range(len(plan.stages)), key=lambda index: plan.stages[index].peak_gb)
+
+
+def _what_would_fit(
+    model: Model,
+    clip: Clip,
+    budget_gb: float,
+    device: str,
+    quantize: str | None,
+    tiled: bool,
+    least: Plan,
+) -> str:
+    """The changes that would make it fit, each by itself."""
+
+    def fits(quantize: str | None = quantize, **changed: int) -> bool:
+        new = Clip(**{**vars(clip), **changed})
+        return any(
+            way.peak_gb <= budget_gb
+            for way in _ways(model, new, budget_gb, device, quantize, tiled, PEAK_TFLOPS)
+        )
+
+    found = []
+    if quantize is None and fits(quantize="int8"):
+        found.append("int8 (--quantize int8)")
+    fewer = next((n for n in range((clip.num_frames - 1) // 4 * 4 - 3, 0, -4) if fits(num_frames=n)), None)
+    if fewer is not None:
+        found.append(f"{fewer} frames")
+    for tenths in range(9, 1, -1):
+        height, width = (max(side * tenths // 160, 1) * 16 for side in (clip.height, clip.width))
+        if (height, width) != (clip.height, clip.width) and fits(height=height, width=width):
+            found.append(f"{height} x {width}")
+            break
+    if not found and quantize is None:
+        for tenths in range(9, 1, -1):
+            height, width = (max(side * tenths // 160, 1) * 16 for side in (clip.height, clip.width))
+            if fits("int8", height=height, width=width):
+                found.append(f"{height} x {width} with --quantize int8")
+                break
+    if found:
+        return f"what would fit: {' or '.join(found)} or {least.peak_gb * 1.02:.2g} GB"
+    return f"it takes a device with more memory (about {least.peak_gb * 1.02:.3g} GB) or a smaller model"

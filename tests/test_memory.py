@@ -1,0 +1,151 @@
+"""Plans of memory: what they choose, what they refuse, and that what is carried out changes no pixel."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kairos import memory
+from kairos.cli import main
+from kairos.errors import UserError
+from kairos.memory import RESIDENT, STREAMED, WHOLE, Clip, Model
+from kairos.model_info import for_planning, info
+from kairos.placement import place, quantize, stream
+
+CLIP = Clip(480, 640, 81, 4, guided=False)
+
+
+@pytest.fixture
+def released() -> Model:
+    return for_planning(info("kairos-4b-480p"), "cuda")
+
+
+def places(plan: memory.Plan) -> list[str]:
+    return [part.place for part in plan.parts]
+
+
+def test_less_memory_means_offloading_then_streaming_then_tiles(released) -> None:
+    assert places(memory.plan(released, CLIP, 80)) == [RESIDENT] * 3
+    assert WHOLE in places(memory.plan(released, CLIP, 24)) or STREAMED in places(
+        memory.plan(released, CLIP, 24)
+    )
+    small = memory.plan(released, CLIP, 6)
+    assert places(small) == [STREAMED, STREAMED, RESIDENT] and small.tiled
+    assert not memory.plan(released, CLIP, 24).tiled
+
+
+@pytest.mark.parametrize("budget", [5, 6, 8, 10, 14, 20, 24, 32, 80])
+def test_a_plan_keeps_within_its_memory_and_more_memory_is_never_slower(released, budget) -> None:
+    plan = memory.plan(released, CLIP, budget)
+    assert plan.peak_gb <= budget
+    assert memory.plan(released, CLIP, budget * 2).seconds <= plan.seconds
+
+
+def test_what_cannot_fit_is_refused_with_what_would(released) -> None:
+    with pytest.raises(UserError, match=r"do not fit in 4.5 GB: the least is .* what would fit: .*frames"):
+        memory.plan(released, CLIP, 4.5)
+    with pytest.raises(UserError, match="a device with more memory"):
+        memory.plan(released, CLIP, 0.5)
+    for wrong in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="above 0 GB"):
+            memory.plan(released, CLIP, wrong)
+
+
+def test_the_suggestions_fit(released) -> None:
+    with pytest.raises(UserError) as error:
+        memory.plan(released, CLIP, 4.6)
+    frames = int(str(error.value).split(" frames or")[0].split()[-1])
+    assert memory.plan(released, replace(CLIP, num_frames=frames), 4.6).peak_gb <= 4.6
+
+
+def test_eight_bits_halve_the_weights_of_bfloat16(released) -> None:
+    whole, halved = (memory.plan(released, CLIP, 80, quantize=kind) for kind in (None, "int8"))
+    assert 0.5 < halved.parts[1].gb / whole.parts[1].gb < 0.55
+    assert halved.parts[2] == whole.parts[2]
+
+
+def test_on_a_cpu_weights_go_to_bfloat16_only_where_float32_is_too_much() -> None:
+    model = for_planning(info("kairos-tiny"), "cpu")
+    clip = Clip(64, 64, 33, 20, guided=True)
+    roomy = memory.plan(model, clip, 8, device="cpu")
+    tight = memory.plan(model, clip, roomy.peak_gb - 1e-3, device="cpu")
+    assert (roomy.dtype, tight.dtype) == ("float32", "bfloat16")
+
+
+def kairos(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(list(arguments))
+    return int(end.value.code or 0)
+
+
+def test_the_command_prints_the_plan_and_refuses_with_status_2(capsys) -> None:
+    size = ("plan", "--model", "kairos-4b-480p", "--frames", "81", "--height", "480", "--width", "640")
+    assert kairos(*size, "--gpu-memory", "24", "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["peak_gb"] <= 24 and len(said["parts"]) == len(said["stages"]) == 3
+    assert kairos(*size, "--gpu-memory", "24") == 0
+    assert "computed and not measured" in capsys.readouterr().out
+    assert kairos(*size, "--gpu-memory", "2") == 2
+    assert "do not fit in 2 GB" in capsys.readouterr().err
+    for wrong in ((), ("--gpu-memory", "8", "--cpu-memory", "8"), ("--gpu-memory", "8", "--quantize", "x")):
+        assert kairos(*size, *wrong) == 2
+    assert kairos("generate", "x", "--memory", "much") == 2
+    assert "auto or a number of GB" in capsys.readouterr().err
+
+
+def frames(pipeline) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return pipeline("a ball", generator=generator, output_type="pt").frames
+
+
+def test_streaming_block_by_block_changes_no_bit(pipeline) -> None:
+    resident = frames(pipeline)
+    stream(pipeline.transformer, torch.device("cpu"), by_blocks=True)
+    stream(pipeline.text_encoder, torch.device("cpu"), by_blocks=False)
+    assert torch.equal(frames(pipeline), resident)
+
+
+def test_a_plan_is_carried_out(pipeline, released) -> None:
+    resident = frames(pipeline)
+    plan = memory.plan(released, CLIP, 6)
+    assert torch.equal(frames(place(pipeline, plan, torch.device("cpu"))), resident)
+    assert any(hasattr(block, "_diffusers_hook") for block in pipeline.transformer.blocks)
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("int8", 0.02), ("fp8", 0.1)])
+def test_eight_bits_come_close_and_leave_gates_and_norms_alone(pipeline, kind, bound) -> None:
+    pytest.importorskip("torchao")
+    transformer = pipeline.transformer
+    before = {name: value.clone() for name, value in transformer.state_dict().items()}
+    inputs = (torch.randn(1, 16, 3, 4, 4), torch.tensor([500.0]), torch.randn(1, 5, 32))
+    with torch.no_grad():
+        plain = transformer(*inputs).sample
+        quantize(pipeline, kind)
+        error = (transformer(*inputs).sample - plain).norm() / plain.norm()
+    assert 0 < error < bound
+    for name, value in transformer.state_dict().items():
+        large = type(value) is not torch.Tensor
+        assert large == (name.startswith("blocks.") and name in quantized_names(before)), name
+        if not large:
+            assert torch.equal(value, before[name])
+        else:
+            assert value.qdata.nbytes == value.numel()
+
+
+def quantized_names(state: dict[str, torch.Tensor]) -> set[str]:
+    """Matrices of the blocks that are no gates."""
+    gates = ("a_proj", "b_proj")
+    return {
+        name
+        for name, value in state.items()
+        if name.endswith(".weight") and value.ndim == 2 and not any(gate in name for gate in gates)
+    }
+
+
+def test_without_torchao_one_line_names_the_extra(pipeline, monkeypatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "torchao.quantization", None)
+    with pytest.raises(UserError, match=r"kairos-world\[quantize\]"):
+        quantize(pipeline, "int8")
