@@ -176,6 +176,19 @@ def test_a_video_of_several_ranks_is_the_video_of_one(kairos: Any, model: Path, 
     assert several_say == one_says
 
 
+def test_the_one_good_request_of_a_list_over_all_ranks_is_made_once(
+    kairos: Any, model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "two.json").write_text(json.dumps([{"prompt": "a ball"}, {"prompt": "b", "num_frames": 4}]))
+    arguments = ("generate", "--request", "two.json", "--model", model, "-o", "out", *SMALL[2:])
+    for said_of_it in ("made", "skipped"):
+        status, _, errors = kairos(*arguments, "--gpus", 2, "--split", "context", "--device", "cpu")
+        assert status == 2
+        assert "1 of 2 requests failed: 2; see out/two.report.json" in errors
+        report = json.loads((tmp_path / "out" / "two.report.json").read_text())
+        assert [entry["status"] for entry in report] == [said_of_it, "failed"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -185,6 +198,7 @@ def test_a_video_of_several_ranks_is_the_video_of_one(kairos: Any, model: Path, 
         (("--split", "cfg"), "add --gpus N"),
         (("--gpus", "2", "--split", "cgf"), "no split 'cgf'; did you mean 'cfg'?"),
         (("--gpus", "2", "--device", "cuda:1"), "--device is auto, cuda or cpu, got 'cuda:1'"),
+        (("--gpus", "2", "--compile", "--step-cache", "0.1"), "--compile and --step-cache: for one device"),
     ],
 )
 def test_options_that_cannot_be_are_one_line_before_anything_starts(

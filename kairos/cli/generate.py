@@ -285,15 +285,14 @@ def generate(
     options |= {"compiled": compiled, "step_cache": step_cache, "vae_dtype": vae_dtype}
     options |= {"memory": memory, "quantize": quantize}
     run_options = RunOptions(**options, free_encoder=free_encoder, verbose=verbose)
-    if (gpus is not None or split is not None) and (compiled or step_cache is not None):
-        raise UserError("--compile and --step-cache are for one device; leave out --gpus and --split")
     if gpus is None and split is None and not is_rank():
         if refused:
             raise refused[0].error
         run(job_list, run_options)
-    elif memory is not None or quantize is not None:
-        raise UserError("--memory and --quantize are for one device; leave out --gpus and --split")
     else:
+        alone = {"compile": compiled, "step-cache": step_cache, "memory": memory, "quantize": quantize}
+        if given := [f"--{name}" for name, value in alone.items() if value not in (None, False)]:
+            raise UserError(f"{' and '.join(given)}: for one device; leave out --gpus, --split and torchrun")
         from kairos.cli.gpus import run_on_gpus
 
         report = None

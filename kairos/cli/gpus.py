@@ -172,7 +172,7 @@ def _make(
             logging.getLogger("kairos").setLevel(logging.ERROR)
         parallel = parallelize(pipeline.transformer, pipeline.vae, split=split)
         pipeline.branches = parallel.branches or pipeline.branches
-        outcomes += _make_together(world, jobs, pipeline, about, options, clock)
+        outcomes += _make_together(world, jobs, pipeline, about, options, clock, listed=report is not None)
         logger.info("rank %d sent %s bytes", world.rank, dict(parallel.sent))
     everyone = world.share("outcomes", [asdict(outcome) for outcome in outcomes])
     if first:
@@ -229,8 +229,14 @@ def _make_together(
     about: dict[str, Any],
     options: RunOptions,
     clock: Clock,
+    *,
+    listed: bool,
 ) -> list[Outcome]:
-    """Each video on all ranks. What a rank finds wrong before it begins, all know before they begin."""
+    """Each video on all ranks. What a rank finds wrong before it begins, all know before they begin.
+
+    In a list what is there is left as it is, and what is wrong with one request is an outcome; a request by
+    itself is made anew, and raises.
+    """
     outcomes = []
     first = world.rank == 0
     for job in jobs:
@@ -242,12 +248,12 @@ def _make_together(
             error = caught
         said = [str(error) if error else "", isinstance(error, UserError), finished]
         told = world.share(f"request {job.number}", said)
-        if told[0][2] and len(jobs) > 1:
+        if listed and told[0][2]:
             outcomes.append(_skipped(job) if first else None)
             continue
         if wrong := next((one for one in told if one[0]), None):
             problem = (UserError if wrong[1] else MachineError)(wrong[0])
-            if len(jobs) == 1:
+            if not listed:
                 raise problem
             outcomes.append(failed(job, problem) if first else None)
             continue

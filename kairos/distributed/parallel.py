@@ -21,8 +21,6 @@ from kairos.distributed.strips import StripParallel
 from kairos.errors import UserError
 from kairos.models.transformer import KairosTransformer3DModel
 
-SPLITS = ("context", "cfg", "list")
-
 
 class Parallel:
     """What was put on the models. `branches` is for the pipeline; `remove` leaves the models as they were."""
