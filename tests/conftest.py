@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+# Two of these processes share the machine, and the models are small: threads would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def random_pipeline(seed: int = 0, **transformer_config):
