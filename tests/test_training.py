@@ -221,17 +221,28 @@ def test_an_accumulated_batch_gives_the_step_of_the_whole_one(clips, tmp_path):
         torch.testing.assert_close(value, averages[1][name], atol=1e-5, rtol=1e-4)
 
 
-def test_a_small_model_learns_four_clips(clips, tmp_path):
-    stage = small_stage(steps=250, decay_steps=100, batch_size=8, ema=0.9, adamw_lr=3e-3, muon_lr=0.02)
+def test_a_small_model_overfits_four_clips(clips, tmp_path):
+    """It has seen the clips so often that the first frame tells the others, noise though they are."""
+    stage = small_stage(
+        steps=170,
+        decay_steps=60,
+        batch_size=8,
+        ema=0.9,
+        adamw_lr=3e-3,
+        muon_lr=0.03,
+        mix={"ti2v": 1.0},
+        text_dropout=0.0,
+    )
 
     def loss_of(model):
         batches = [draw_batch([clips], stage, 10_000 + i, causal=True) for i in range(8)]
         with torch.no_grad():
             return sum(flow_loss(model, batch).item() for batch in batches) / 8
 
-    before, model = loss_of(small_model()), small_model()
+    model = small_model(hidden_size=96, ffn_dim=192)
+    before = loss_of(model)
     train(model, FlowMatching([clips], stage), stage, tmp_path)
-    assert loss_of(model) < 0.75 * before
+    assert loss_of(model) < 0.1 * before
 
 
 def test_a_torn_checkpoint_gives_way_to_the_one_before(tmp_path, caplog):
