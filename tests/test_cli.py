@@ -448,7 +448,8 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 SLOW_PIPELINE = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may have it ignored
 sys.path.insert(0, {tests!r})
 from test_cli import FakePipeline
 from kairos import presets

@@ -163,7 +163,7 @@ def test_a_video_is_the_same_under_a_cache_that_never_skips_and_another_under_on
     ("arguments", "message"),
     [
         (["generate", "a ball", "--step-cache", "0"], "step_cache must be above 0"),
-        (["generate", "a ball", "--gpus", "2", "--compile"], "leave out --gpus and --split"),
+        (["generate", "a ball", "--gpus", "2", "--compile"], "--compile: for one device"),
         (
             ["generate", "a ball", "--vae-dtype", "int8"],
             "vae_dtype must be one of float32, bf",
