@@ -40,13 +40,13 @@ class Recorded(FlowMatching):
 
     def __init__(self, clips, stage, interrupt_at=None):
         super().__init__([clips], stage)
-        self.rows, self.losses, self.interrupt_at = [], [], interrupt_at
+        self.keys, self.losses, self.interrupt_at = [], [], interrupt_at
 
     def loss(self, model, step, part):
         batch = self.batch(model, step, part)
         with self.processes.autocast(self.stage.precision):
             loss = flow_loss(model, batch)
-        self.rows.append(batch.rows)
+        self.keys.append(batch.keys)
         self.losses.append(loss.item())
         if step + 1 == self.interrupt_at:
             os.kill(os.getpid(), signal.SIGINT)
@@ -56,7 +56,7 @@ class Recorded(FlowMatching):
 def test_a_batch_is_a_function_of_the_seed_and_the_step(clips):
     stage = small_stage()
     first, again, other = (draw_batch([clips], stage, step, causal=True) for step in (3, 3, 4))
-    assert torch.equal(first.noisy, again.noisy) and first.cut == again.cut and first.rows == again.rows
+    assert torch.equal(first.noisy, again.noisy) and first.cut == again.cut and first.keys == again.keys
     assert first.noisy.shape != other.noisy.shape or not torch.equal(first.noisy, other.noisy)
     different = draw_batch([clips], replace(stage, seed=1), 3, causal=True)
     assert first.noisy.shape != different.noisy.shape or not torch.equal(first.noisy, different.noisy)
@@ -124,7 +124,8 @@ def test_the_past_is_almost_clean_and_its_time_is_told(clips):
         assert (batch.timestep[:, :past] <= 100).all()
         assert (batch.timestep[:, past:] > 0).all()
         if past and not batch.timestep[:, :past].any():
-            assert torch.equal(batch.noisy[:, :, :past], clips.latents(batch.rows)[:, :, :past])
+            rows = [clips.keys.index(key) for key in batch.keys]
+            assert torch.equal(batch.noisy[:, :, :past], clips.latents(rows)[:, :, :past])
 
 
 def test_frames_of_the_past_do_not_count_in_the_loss(clips):
@@ -174,7 +175,7 @@ def test_twenty_steps_equal_ten_a_stop_and_ten_more(clips, tmp_path):
         train(small_model(), first, stage, tmp_path / "parts")
     assert load_checkpoint(tmp_path / "parts")["step"] == 10
     ema_of_parts = train(small_model(), second, stage, tmp_path / "parts")
-    assert first.rows + second.rows == whole.rows
+    assert first.keys + second.keys == whole.keys
     assert first.losses + second.losses == whole.losses
     for name, value in ema.items():
         assert torch.equal(value, ema_of_parts[name]), name

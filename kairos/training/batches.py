@@ -69,7 +69,8 @@ class Batch:
     prompt_embeds: Tensor
     prompt_mask: Tensor
     cut: ClipCut
-    rows: list[int]
+    keys: list[str]
+    """Of the clips, as `ClipSet` has them."""
 
     @property
     def noisy(self) -> Tensor:
@@ -127,7 +128,7 @@ def draw_batch(
     embeds, mask = clips.embeddings(captions)
     if cut.task == "unconditional":
         embeds, mask = torch.zeros_like(embeds[:, :1]), torch.ones_like(mask[:, :1])
-    return Batch(sample, noise, sigma, embeds, mask, cut, rows)
+    return Batch(sample, noise, sigma, embeds, mask, cut, [clips.keys[row] for row in rows])
 
 
 def choose_set(rng: np.random.Generator, sets: Sequence[ClipSet], stage: Stage) -> ClipSet:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ class ClipSet:
     places: list[CachedTensor]
     captions: list[str]
     prompts: dict[str, CachedTensor]
-    keys: list[str] = field(default_factory=list)
+    keys: list[str]
 
     def __len__(self) -> int:
         return len(self.places)

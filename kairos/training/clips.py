@@ -26,6 +26,7 @@ from kairos.data.media import read_image, read_video
 from kairos.errors import KairosError, UserError, one_line
 from kairos.training.config import build
 from kairos.worlds import SCENES, simulate
+from kairos.worlds.world import drawn
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +111,13 @@ class SimulatorSource:
                 raise UserError(f"the simulator's pictures are square, bucket {bucket.name} is not")
             for index in range(self.clips):
                 yield self._reference(bucket, index)
+
+    def state(self, key: str) -> tuple[NDArray[np.float64], tuple[str, ...]]:
+        """Positions (F, n, 2) in world units, and colours, of the clip that a reference's key names."""
+        scene, split, seed, index, bucket = key.split("/")
+        frames = int(bucket.split("x")[0])
+        _, motion, colors, _ = drawn(scene, split, int(seed), int(index), frames, 64)
+        return motion.positions, colors
 
     def _reference(self, bucket: Bucket, index: int) -> ClipReference:
         scene = self.scenes[index % len(self.scenes)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from kairos.errors import UserError
 from kairos.models.transformer import KairosTransformer3DModel
-from kairos.training.cache import Encoders
+from kairos.training.cache import ClipSet, Encoders
 from kairos.training.checkpoint import load_checkpoint
 from kairos.training.flow import FlowMatching, is_causal
 from kairos.training.loop import Objective, train
@@ -112,7 +113,28 @@ def build_objective(
         model.to(here.device)
         distilled = DistillationObjective(model, sets, stage, stage.distillation or Distillation(), here)
         return distilled, longest, distilled.scheduler
+    if stage.state is not None:
+        return states(recipe, stage, model, sets, here), longest, None
     return FlowMatching(sets, stage, here), longest, None
+
+
+def states(
+    recipe: Recipe, stage: Stage, model: Any, sets: Sequence[ClipSet], here: Processes
+) -> Objective:
+    """Flow matching with the simulator's states beside it."""
+    from kairos.training.clips import SimulatorSource
+    from kairos.training.state import StateObjective
+
+    assert stage.state is not None
+    source = recipe.source(stage)
+    if not isinstance(source, SimulatorSource):
+        raise UserError(f"stage {stage.name}: only the simulator knows states; leave out state")
+    if not 0 <= stage.state.block < len(model.blocks):
+        most = len(model.blocks) - 1
+        raise UserError(
+            f"stage {stage.name}: state.block must be from 0 to {most}, got {stage.state.block}"
+        )
+    return StateObjective(model, sets, stage, stage.state, source, here)
 
 
 def preference(

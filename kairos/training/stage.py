@@ -68,6 +68,17 @@ class Preference:
 
 
 @dataclass(frozen=True)
+class StateMaps:
+    """Beside the flow, where the simulator's balls are is read off the tokens behind a block."""
+
+    weight: float = 5.0
+    block: int = 4
+    """Counted from 0: those up to it work motion out, those after it draw."""
+    lr: float = 1e-3
+    """Of the head that reads."""
+
+
+@dataclass(frozen=True)
 class Stage:
     """One stage. Rates rise over `warmup_steps`, stay, and fall linearly over the last `decay_steps`.
 
@@ -114,6 +125,7 @@ class Stage:
     lora: LoRA | None = None
     distillation: Distillation | None = None
     preference: Preference | None = None
+    state: StateMaps | None = None
     precision: str = "bfloat16"
     checkpointing: bool = False
     compile: bool = False
