@@ -14,7 +14,16 @@ from typing import Any
 from kairos import sizes
 from kairos.errors import UserError
 
-QUANTIZED = ("int8", "fp8")
+QUANTIZED = {
+    "int8": {"transformer": "int8", "text_encoder": "int8"},
+    "fp8": {"transformer": "fp8", "text_encoder": "fp8"},
+    "int4": {"transformer": "int8", "text_encoder": "int4"},
+}
+"""What `--quantize` may be, and what the weights of each part's large products become."""
+QUANTIZED_BYTES = {"int8": 1.0, "fp8": 1.0, "int4": 0.5 + 0.127 / 8}
+"""Of a weight; four bits have a scale for 64 weights, itself in eight bits (QLoRA, arXiv 2305.14314)."""
+ENCODER_SHARE = 0.93
+"""Of the encoder's parameters that are in its large products; the rest is its table of words."""
 CUDA_CONTEXT_GB = 0.6
 """What CUDA, its libraries and the allocator's gaps take beside tensors; an estimate."""
 PEAK_TFLOPS, EFFICIENCY = 989.4, 0.4
@@ -153,7 +162,7 @@ def plan(
 
     Args:
         device: "cuda", or "cpu", where there is nowhere to offload to: the encoder is freed after use.
-        quantize: "int8" or "fp8" weights of the LinearDiT's blocks and of the encoder.
+        quantize: one of `QUANTIZED`: fewer bits for the weights of the LinearDiT's blocks and the encoder.
         tiled: the VAE is to work in tiles, whether it has to or not.
 
     Raises:
@@ -196,6 +205,8 @@ def _ways(
             (STREAMED, RESIDENT, RESIDENT),
             (STREAMED, STREAMED, RESIDENT),
         ]
+        if quantize == "int4":  # its scales lie beside the weights, where streaming does not find them
+            places = [place for place in places if place[0] != STREAMED]
     return [
         _way(replace(model, dtypes=(dtype,)), clip, budget_gb, device, quantize, place, tiles, peak_tflops)
         for dtype in model.dtypes
@@ -222,9 +233,10 @@ def _way(
         dtype = vae_dtype if name == "vae" else own_dtype
         gb = model.parameters[name] * sizes.BYTES[dtype] / 1e9
         if quantize is not None and name != "vae":
-            share = quantizable_share(model.config) if name == "transformer" else 0.93
-            gb *= 1 - share * (1 - 1 / sizes.BYTES[dtype])
-            dtype = f"{quantize} and {dtype}"
+            bits = QUANTIZED[quantize][name]
+            share = quantizable_share(model.config) if name == "transformer" else ENCODER_SHARE
+            gb *= 1 - share * (1 - QUANTIZED_BYTES[bits] / sizes.BYTES[dtype])
+            dtype = f"{bits} and {dtype}"
         parts.append(Part(name, model.parameters[name], dtype, gb, place))
     weights = dict(zip(names, parts, strict=True))
 
@@ -342,8 +354,10 @@ def _what_would_fit(
         )
 
     found = []
-    if quantize is None and fits(quantize="int8"):
-        found.append("int8 (--quantize int8)")
+    if quantize is None:
+        less = next((kind for kind in ("int8", "int4") if fits(quantize=kind)), None)
+        if less is not None:
+            found.append(f"{less} (--quantize {less})")
     fewer = next((n for n in range((clip.num_frames - 1) // 4 * 4 - 3, 0, -4) if fits(num_frames=n)), None)
     if fewer is not None:
         found.append(f"{fewer} frames")

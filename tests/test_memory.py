@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kairos import memory
+from kairos import memory, placement
 from kairos.cli import main
 from kairos.errors import UserError
 from kairos.memory import RESIDENT, STREAMED, WHOLE, Clip, Model
 from kairos.model_info import for_planning, info
-from kairos.placement import place, quantize, stream
+from kairos.placement import in_four_bits, place, quantize, stream
 
 CLIP = Clip(480, 640, 81, 4, guided=False)
 
@@ -65,6 +65,14 @@ def test_eight_bits_halve_the_weights_of_bfloat16(released) -> None:
     whole, halved = (memory.plan(released, CLIP, 80, quantize=kind) for kind in (None, "int8"))
     assert 0.5 < halved.parts[1].gb / whole.parts[1].gb < 0.55
     assert halved.parts[2] == whole.parts[2]
+
+
+def test_four_bits_take_a_quarter_of_the_encoder_and_are_never_streamed(released) -> None:
+    eight, four = (memory.plan(released, CLIP, 80, quantize=kind) for kind in ("int8", "int4"))
+    assert 0.5 < four.parts[0].gb / eight.parts[0].gb < 0.6
+    assert four.parts[1] == eight.parts[1]
+    for budget in (10, 14, 20):
+        assert places(memory.plan(released, CLIP, budget, quantize="int4"))[0] in (RESIDENT, WHOLE)
 
 
 def test_on_a_cpu_weights_go_to_bfloat16_only_where_float32_is_too_much() -> None:
@@ -135,6 +143,31 @@ def test_eight_bits_come_close_and_leave_gates_and_norms_alone(pipeline, kind, b
             assert value.qdata.nbytes == value.numel()
 
 
+def test_four_bits_come_close_and_leave_the_rest_alone() -> None:
+    pytest.importorskip("bitsandbytes")
+    sizes = {"q_proj": (128, 64), "odd": (32, 64), "a_proj": (128, 4), "lm_head": (128, 300)}
+    module = torch.nn.ModuleDict({name: torch.nn.Linear(*size) for name, size in sizes.items()})
+    before = {name: layer.weight.clone() for name, layer in module.items()}
+    inputs = torch.randn(50, 128)
+    exact = module["q_proj"](inputs)
+    in_four_bits(module)
+    assert module["q_proj"].weight.nbytes * 8 == before["q_proj"].nbytes  # float32 before
+    with torch.no_grad():
+        error = (module["q_proj"](inputs) - exact).norm() / exact.norm()
+    assert 0.02 < error < 0.12
+    for name in ("odd", "a_proj", "lm_head"):
+        assert torch.equal(module[name].weight, before[name])
+
+
+def test_int4_is_four_bits_in_the_encoder_and_eight_in_the_blocks(pipeline, monkeypatch) -> None:
+    done = []
+    monkeypatch.setattr(placement, "in_eight_bits", lambda module, kind: done.append((module, kind)))
+    monkeypatch.setattr(placement, "in_four_bits", lambda module: done.append((module, "int4")))
+    quantize(pipeline, "int4")
+    blocks = [(block, "int8") for block in pipeline.transformer.blocks]
+    assert done == [*blocks, (pipeline.text_encoder, "int4")]
+
+
 def quantized_names(state: dict[str, torch.Tensor]) -> set[str]:
     """Matrices of the blocks that are no gates."""
     gates = ("a_proj", "b_proj")
@@ -147,5 +180,11 @@ def quantized_names(state: dict[str, torch.Tensor]) -> set[str]:
 
 def test_without_torchao_one_line_names_the_extra(pipeline, monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "torchao.quantization", None)
-    with pytest.raises(UserError, match=r"kairos-world\[quantize\]"):
+    with pytest.raises(UserError, match=r"torchao; .*kairos-world\[quantize\]"):
         quantize(pipeline, "int8")
+
+
+def test_without_bitsandbytes_too(pipeline, monkeypatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes.nn", None)
+    with pytest.raises(UserError, match=r"bitsandbytes; .*kairos-world\[quantize\]"):
+        in_four_bits(pipeline.text_encoder)

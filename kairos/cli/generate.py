@@ -237,8 +237,8 @@ def generate(
     quantize: Annotated[
         str | None,
         typer.Option(
-            metavar="int8|fp8",
-            help="Weights in eight bits: half the memory, frames a little different.",
+            metavar="int8|fp8|int4",
+            help="Weights in eight bits, int4: the encoder's in four. Less memory, frames a little different.",
             rich_help_panel=RUN,
         ),
     ] = None,

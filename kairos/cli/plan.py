@@ -35,7 +35,12 @@ def plan(
     ] = None,
     dtype: Annotated[str, typer.Option(metavar="NAME", help="auto, float32, bfloat16 or float16.")] = "auto",
     quantize: Annotated[
-        str | None, typer.Option(metavar="int8|fp8", help="Weights in eight bits.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="int8|fp8|int4",
+            help="Weights in eight bits; int4: the encoder's in four.",
+            show_default=False,
+        ),
     ] = None,
     peak: Annotated[
         float | None,
