@@ -96,13 +96,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class Clip:
-    """A video to be made: pixels, frames, and how it is sampled."""
+    """A video to be made: pixels, frames, and how it is sampled.
+
+    `rolling`: it is rolled out chunk by chunk, so every part is needed again and again.
+    """
 
     height: int
     width: int
     num_frames: int
     steps: int
     guided: bool
+    rolling: bool = False
 
     def __post_init__(self) -> None:
         for name in ("height", "width", "num_frames", "steps"):
@@ -161,7 +165,8 @@ def plan(
     """The quickest way to make `clip` in `budget_gb` of the device's memory.
 
     Args:
-        device: "cuda", or "cpu", where there is nowhere to offload to: the encoder is freed after use.
+        device: "cuda", or "cpu", where there is nowhere to offload to: the encoder is freed after use, but in
+            a rollout, whose prompt may change.
         quantize: one of `QUANTIZED`: fewer bits for the weights of the LinearDiT's blocks and the encoder.
         tiled: the VAE is to work in tiles, whether it has to or not.
 
@@ -197,7 +202,7 @@ def _ways(
 ) -> list[Plan]:
     """Every way in which the parts can lie, whether it fits or not."""
     # encoder, LinearDiT, VAE
-    places = [(FREED, RESIDENT, RESIDENT)]
+    places = [(RESIDENT if clip.rolling else FREED, RESIDENT, RESIDENT)]
     if device == "cuda":
         places = [
             (RESIDENT, RESIDENT, RESIDENT),
@@ -207,6 +212,8 @@ def _ways(
         ]
         if quantize == "int4":  # its scales lie beside the weights, where streaming does not find them
             places = [place for place in places if place[0] != STREAMED]
+        if clip.rolling:
+            places = [place for place in places if WHOLE not in place]
     return [
         _way(replace(model, dtypes=(dtype,)), clip, budget_gb, device, quantize, place, tiles, peak_tflops)
         for dtype in model.dtypes

@@ -10,6 +10,7 @@ import torch
 
 from kairos import memory, placement
 from kairos.cli import main
+from kairos.data.media import read_video
 from kairos.errors import UserError
 from kairos.memory import RESIDENT, STREAMED, WHOLE, Clip, Model
 from kairos.model_info import for_planning, info
@@ -42,6 +43,15 @@ def test_a_plan_keeps_within_its_memory_and_more_memory_is_never_slower(released
     plan = memory.plan(released, CLIP, budget)
     assert plan.peak_gb <= budget
     assert memory.plan(released, CLIP, budget * 2).seconds <= plan.seconds
+
+
+def test_in_a_rollout_no_part_is_ever_away_as_a_whole(released) -> None:
+    for budget in (6, 10, 14, 20, 24, 80):
+        rolled = memory.plan(released, replace(CLIP, rolling=True), budget)
+        assert WHOLE not in places(rolled) and rolled.peak_gb <= budget
+    tiny = for_planning(info("kairos-tiny"), "cpu")
+    rolled = memory.plan(tiny, replace(CLIP, height=64, width=64, rolling=True), 8, device="cpu")
+    assert places(rolled) == [RESIDENT] * 3
 
 
 def test_what_cannot_fit_is_refused_with_what_would(released) -> None:
@@ -102,6 +112,18 @@ def test_the_command_prints_the_plan_and_refuses_with_status_2(capsys) -> None:
         assert kairos(*size, *wrong) == 2
     assert kairos("generate", "x", "--memory", "much") == 2
     assert "auto or a number of GB" in capsys.readouterr().err
+
+
+def test_a_rollout_keeps_to_a_plan_too(tmp_path, capsys, caplog) -> None:
+    common = ("rollout", "a red ball rolls", "--seconds", "0.5", "--steps", "2", "--model", "kairos-tiny")
+    assert kairos(*common, "-o", str(tmp_path / "plain.mp4")) == 0
+    assert kairos(*common, "-o", str(tmp_path / "planned.mp4"), "--memory", "8") == 0
+    assert any("of 8 GB at the peak" in record.getMessage() for record in caplog.records)
+    plain, planned = (read_video(tmp_path / f"{name}.mp4") for name in ("plain", "planned"))
+    assert (plain == planned).all()
+    assert kairos(*common, "-o", str(tmp_path / "small.mp4"), "--memory", "0.1") == 2
+    assert "do not fit in 0.1 GB" in capsys.readouterr().err
+    assert not (tmp_path / "small.mp4").exists()
 
 
 def frames(pipeline) -> torch.Tensor:

@@ -103,6 +103,21 @@ def test_a_recipe_makes_a_model_that_makes_a_video(tmp_path, monkeypatch):
     assert "_name_or_path" not in (tmp_path / "tiny" / "vae" / "config.json").read_text()
 
 
+def test_the_loss_of_placement_sees_outlines_and_trembling_before_noise():
+    from kairos.training.vae import placement_loss
+
+    axis = torch.arange(64)
+    disc = ((axis[:, None] - 30) ** 2 + (axis - 30) ** 2 < 100).float()
+    moved = (disc.roll(1, 1) - disc).expand(1, 3, 4, 64, 64)
+    noise = torch.randn(1, 3, 4, 64, 64, generator=torch.Generator().manual_seed(0))
+    noise *= (moved.square().mean() / noise.square().mean()).sqrt()
+    still, random = placement_loss(moved), placement_loss(noise)
+    assert still > 3 * random
+    trembling = moved * torch.tensor([1.0, -1, 1, -1]).view(4, 1, 1)
+    assert placement_loss(trembling) > 2 * still
+    assert placement_loss(torch.zeros(1, 3, 1, 64, 64)) == 0
+
+
 def test_a_stage_goes_on_from_weights_that_are_there(tmp_path):
     """kairos-tiny lends VAE, text encoder and weights; one stage is a LoRA with sample videos."""
     bucket = {"frames": 9, "height": 64, "width": 64}

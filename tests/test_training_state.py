@@ -11,8 +11,8 @@ from kairos.training import run as stage_run
 from kairos.training.clips import SimulatorSource
 from kairos.training.loop import train
 from kairos.training.recipe import Recipe
-from kairos.training.state import SPREAD, StateObjective, state_maps
 from kairos.training.stage import StateMaps
+from kairos.training.state import SPREAD, StateObjective, state_maps
 from kairos.worlds import COLORS, WORLD, simulate
 
 SOURCE = SimulatorSource(("uniform", "collision", "occlusion"), clips=6)

@@ -238,7 +238,7 @@ def generate(
         str | None,
         typer.Option(
             metavar="int8|fp8|int4",
-            help="Weights in eight bits, int4: the encoder's in four. Less memory, frames a little different.",
+            help="Weights in eight bits, int4: the encoder's in four; frames a little different.",
             rich_help_panel=RUN,
         ),
     ] = None,

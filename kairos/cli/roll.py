@@ -15,16 +15,17 @@ from kairos.cli.run import (
     RunOptions,
     check_inputs,
     check_model,
-    describe,
     device_and_dtype,
+    dtype_named,
     explained_memory,
+    load,
+    planned,
     quiet_libraries,
 )
 from kairos.data.files import prepare_file
 from kairos.data.growing_video import GrowingFile, GrowingVideo
 from kairos.data.media import read_image, read_video
 from kairos.errors import KairosError, MachineError, UserError
-from kairos.presets import load_pipeline
 from kairos.request import Request
 
 if TYPE_CHECKING:
@@ -81,17 +82,23 @@ def roll(plan: Plan, options: RunOptions) -> None:
     if plan.save_state is not None:
         prepare_file(plan.save_state)
     quiet_libraries()
-    from kairos.models.compiled import compile_blocks
+    from kairos.models.vae import SPATIAL
     from kairos.streaming import WorldState
 
     world = WorldState.load(plan.from_state) if plan.from_state is not None else None
     device, dtype = device_and_dtype(options)
+    memory = None
+    if options.memory is not None:
+        size = plan.request
+        if size is None:
+            assert world is not None
+            height, width = (SPATIAL * side for side in world.latent_size)
+            size = Request(prompt="goes on", height=height, width=width)
+        memory = planned([size], options, device, rolling=True)
+        dtype = dtype_named(memory.dtype)
     with explained_memory():
         with waiting(f"loading {options.model}"):
-            pipeline = load_pipeline(options.model, device=device, dtype=dtype)
-            if options.compiled:
-                compile_blocks(pipeline.transformer)
-            about = describe(pipeline, options, dtype)
+            pipeline, about = load(options, device, dtype, memory)
         pipeline.set_progress_bar_config(disable=True)
         fps = pipeline.config.defaults["fps"]
         rollout = begin(plan, pipeline, world, options.model)

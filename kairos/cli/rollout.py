@@ -143,6 +143,14 @@ def rollout(
             rich_help_panel=RUN,
         ),
     ] = False,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|GB",
+            help="Make do with this much of the device's memory, auto: what is free.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="A line for each chunk.", rich_help_panel=RUN)
     ] = False,
@@ -200,6 +208,7 @@ def rollout(
         stop_on_drift=stop_on_drift,
     )
     options: dict[str, Any] = {"device": device, "dtype": dtype, "scale": scale, "compiled": compiled}
+    options |= {"memory": memory}
     roll(plan, RunOptions(model=model, **options, verbose=verbose))
 
 

@@ -84,9 +84,8 @@ def run(jobs: Sequence["Job"], options: RunOptions) -> None:
         device, dtype = device_and_dtype(options)
     plan = None
     if options.memory is not None:
-        plan = planned(jobs, options, device)
+        plan = planned([job.request for job in jobs], options, device)
         dtype = dtype_named(plan.dtype)
-        logger.warning("memory: %s", plan.line()) if device.type == "cpu" else logger.info("%s", plan.line())
     for job in jobs:
         check_template(job.request)
     if options.rewrite is not None:
@@ -142,8 +141,10 @@ def load(
     return pipeline, about
 
 
-def planned(jobs: Sequence["Job"], options: RunOptions, device: Any) -> "Plan":
-    """The plan in which every job fits: that of the largest. `kairos plan` prints the same."""
+def planned(
+    requests: Sequence[Request], options: RunOptions, device: Any, *, rolling: bool = False
+) -> "Plan":
+    """The plan in which every request fits: that of the largest. `kairos plan` prints the same."""
     from kairos import memory
     from kairos.model_info import for_planning, info
 
@@ -154,21 +155,31 @@ def planned(jobs: Sequence["Job"], options: RunOptions, device: Any) -> "Plan":
         memory.clip_of(
             about.defaults,
             about.scheduler,
-            job.request.height,
-            job.request.width,
-            job.request.num_frames,
-            job.request.num_inference_steps,
-            job.request.guidance_scale,
+            request.height,
+            request.width,
+            request.num_frames,
+            request.num_inference_steps,
+            request.guidance_scale,
         )
-        for job in jobs
+        for request in requests
     ]
     model = for_planning(about, kind, options.dtype)
-    tiled = all(job.request.tiled for job in jobs)
+    tiled = all(request.tiled for request in requests)
+    clips = [replace(clip, rolling=rolling) for clip in clips]
     plans = [
-        memory.plan(model, clip, budget_gb, device=kind, quantize=options.quantize, tiled=tiled)
+        memory.plan(
+            model,
+            replace(clip, rolling=rolling),
+            budget_gb,
+            device=kind,
+            quantize=options.quantize,
+            tiled=tiled,
+        )
         for clip in clips
     ]
-    return max(plans, key=lambda plan: plan.peak_gb)
+    plan = max(plans, key=lambda plan: plan.peak_gb)
+    logger.log(logging.WARNING if kind == "cpu" else logging.INFO, "memory: %s", plan.line())
+    return plan
 
 
 def free_gb(device: Any) -> float:

@@ -176,7 +176,9 @@ def load_pairs(folder: Path, bucket: Bucket, encoders: Encoders) -> PairSet:
         raise UserError(f"the pairs in {folder} are missing or another VAE's; delete the folder to make them")
     captions = [pair["caption"] for pair in pairs]
     keys = {side: [f"{pair['key']}/{side}" for pair in pairs] for side in ("better", "worse")}
-    sides = [ClipSet(bucket, [places[key] for key in named], captions, prompts, named) for named in keys.values()]
+    sides = [
+        ClipSet(bucket, [places[key] for key in named], captions, prompts, named) for named in keys.values()
+    ]
     return PairSet(sides[0], sides[1], [pair["past"] for pair in pairs])
 
 

@@ -118,9 +118,7 @@ def build_objective(
     return FlowMatching(sets, stage, here), longest, None
 
 
-def states(
-    recipe: Recipe, stage: Stage, model: Any, sets: Sequence[ClipSet], here: Processes
-) -> Objective:
+def states(recipe: Recipe, stage: Stage, model: Any, sets: Sequence[ClipSet], here: Processes) -> Objective:
     """Flow matching with the simulator's states beside it."""
     from kairos.training.clips import SimulatorSource
     from kairos.training.state import StateObjective
@@ -131,9 +129,7 @@ def states(
         raise UserError(f"stage {stage.name}: only the simulator knows states; leave out state")
     if not 0 <= stage.state.block < len(model.blocks):
         most = len(model.blocks) - 1
-        raise UserError(
-            f"stage {stage.name}: state.block must be from 0 to {most}, got {stage.state.block}"
-        )
+        raise UserError(f"stage {stage.name}: state.block must be from 0 to {most}, got {stage.state.block}")
     return StateObjective(model, sets, stage, stage.state, source, here)
 
 

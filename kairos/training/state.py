@@ -3,8 +3,8 @@
 A velocity of latents says little about places: a ball a tenth of a pixel off hardly shows in it. So a linear
 head reads, from the tokens behind one block, a map for each colour and frame, with a bump where the ball of
 that colour is, behind a wall too. Its error teaches the blocks before it to work motion out, and leaves it to
-the blocks after it to draw. The head is thrown away with the training. That representations which are shown
-what matters are learnt sooner is the finding of REPA (arXiv 2410.06940); there it is shown by another network.
+the blocks after it to draw. The head is thrown away with the training. That a model learns sooner when its
+inside is shown what matters is the finding of REPA (arXiv 2410.06940), where another network shows it.
 """
 
 from __future__ import annotations
@@ -74,8 +74,9 @@ class StateObjective(FlowMatching):
         map_error(self.head(hidden), target).backward()
         if self.processes.world > 1:
             for parameter in self.head.parameters():
+                assert parameter.grad is not None
                 dist.all_reduce(parameter.grad)
-                parameter.grad /= self.processes.world  # type: ignore[operator]
+                parameter.grad.div_(self.processes.world)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

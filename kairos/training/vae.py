@@ -126,7 +126,7 @@ def vae_loss(
 
 
 def placement_loss(difference: Tensor) -> Tensor:
-    """What is left of a reconstruction's error (B, 3, F, H, W) in squares of 4, 8 and 16 pixels, and its change from frame to frame.
+    """What is left of a reconstruction's error (B, 3, F, H, W) in the means of squares of 4, 8 and 16 pixels.
 
     Noise is gone in a square's mean, an outline that is a little off is not: the error is of one sign along
     it. So a tenth of a pixel, which a mean squared error hardly sees, counts here, and twice where it
