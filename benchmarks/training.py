@@ -32,7 +32,7 @@ from kairos.training.flow import flow_loss
 from kairos.training.loop import build_optimizer, update_ema
 from kairos.training.recipe import load_encoders, read_recipe
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "kairos-tiny.yaml"
+RECIPE = Path(__file__).parents[1] / "recipes" / "kairos-tiny-teacher.yaml"
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--output", default="", help="write the results to this JSON")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    recipe = replace(read_recipe(RECIPE), base="kairos-tiny", vae=(), conditioner=None)
+    recipe = replace(read_recipe(RECIPE), base="kairos-tiny-teacher", vae=(), conditioner=None)
     stage = replace(recipe.stages[0], seed=1, batch_size=options.batch_size)
     source, (bucket,) = replace(recipe.source(stage), clips=options.clips), stage.buckets  # type: ignore[type-var]
     encoders = load_encoders(recipe)

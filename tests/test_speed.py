@@ -136,7 +136,7 @@ def test_a_prompt_stays_remembered_over_steps_that_are_left_out():
 
 @torch.no_grad()
 def test_a_video_is_the_same_under_a_cache_that_never_skips_and_another_under_one_that_does():
-    pipeline = load_pipeline("kairos-tiny")
+    pipeline = load_pipeline("kairos-tiny-teacher")
     pipeline.set_progress_bar_config(disable=True)
 
     def sampled(step_cache: float | None) -> torch.Tensor:

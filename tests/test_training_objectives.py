@@ -221,6 +221,49 @@ def test_distillation_goes_on_to_the_bit_and_reports_motion(clips, tmp_path, cau
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
 
 
+def test_where_the_start_tells_how_it_goes_on_the_student_learns_the_clip_and_asks_no_teacher(
+    clips, tmp_path
+):
+    options = Distillation(guidance_scale=1.0, truth=1.0, fake_score_updates=1)
+    stage = small_stage(
+        steps=40,
+        distillation=options,
+        mix={"continuation": 1.0},
+        precision="float32",
+        muon_lr=None,
+        past_noise=0.0,
+    )
+    model = stirred()
+    objective = DistillationObjective(model, [clips], stage, options)
+    fake_before = copy.deepcopy(objective.fake_score.state_dict())
+
+    def refuse(*_, **__):
+        raise AssertionError("the teacher was asked")
+
+    objective.guided = refuse
+
+    def distance():
+        truth = clips.latents([0, 1, 2, 3])
+        made = sample_latents(
+            model,
+            clips,
+            [0, 1, 2, 3],
+            steps=4,
+            guidance_scale=1.0,
+            few_step=objective.scheduler,
+            known_frames=2,
+        )
+        return (made - truth)[:, :, 2:].square().mean().item()
+
+    before = distance()
+    train(model, objective, stage, tmp_path)
+    assert distance() < 0.9 * before
+    assert all(torch.equal(v, fake_before[n]) for n, v in objective.fake_score.state_dict().items())
+    objective.stage = replace(stage, mix={"ti2v": 1.0})  # one frame tells no speed
+    with pytest.raises(AssertionError, match="the teacher was asked"):
+        objective.loss(model, 0, 0)
+
+
 def test_distribution_matching_moves_the_student_to_the_teacher_and_off_the_fake(clips):
     """The gradient for the student's sample is (x0 of the fake score - x0 of the teacher) over its scale."""
     options = Distillation(guidance_scale=1.0)
@@ -303,7 +346,7 @@ def test_the_physics_measures_make_pairs(tmp_path):
     from kairos.training.clips import Bucket, SimulatorSource
     from kairos.training.preference import encoders_of, load_pairs, rollout_pairs
 
-    pipeline = load_pipeline("kairos-tiny", dtype=torch.float32)
+    pipeline = load_pipeline("kairos-tiny-teacher", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     options = Preference(pairs=2, sampling_steps=2, guidance_scale=1.0)
     bucket = Bucket(13, 64, 64)

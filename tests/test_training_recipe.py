@@ -62,7 +62,7 @@ def test_every_recipe_can_be_read_and_planned(file):
 def test_the_recipe_of_kairos_tiny_makes_the_model_that_ships():
     from kairos.presets import ASSETS
 
-    recipe = read_recipe(next(file for file in RECIPES if file.stem == "kairos-tiny"))
+    recipe = read_recipe(next(file for file in RECIPES if file.stem == "kairos-tiny-teacher"))
     shipped = json.loads((ASSETS / "kairos-tiny" / "transformer" / "config.json").read_text())
     made = KairosTransformer3DModel(**recipe.model)
     assert {name: shipped[name] for name in recipe.model} == {
@@ -119,15 +119,21 @@ def test_the_loss_of_placement_sees_outlines_and_trembling_before_noise():
 
 
 def test_a_stage_goes_on_from_weights_that_are_there(tmp_path):
-    """kairos-tiny lends VAE, text encoder and weights; one stage is a LoRA with sample videos."""
+    """kairos-tiny-teacher lends VAE, text encoder and weights; one stage is a LoRA with sample videos."""
     bucket = {"frames": 9, "height": 64, "width": 64}
     content = {
         "name": "mine",
         "output": str(tmp_path),
-        "base": "kairos-tiny",
+        "base": "kairos-tiny-teacher",
         "data": {"source": "simulator", "scenes": ["uniform"], "clips": 4},
         "stages": [
-            {"name": "more", "steps": 1, "batch_size": 2, "buckets": [bucket], "start_from": "kairos-tiny"},
+            {
+                "name": "more",
+                "steps": 1,
+                "batch_size": 2,
+                "buckets": [bucket],
+                "start_from": "kairos-tiny-teacher",
+            },
             {
                 "name": "lora",
                 "steps": 2,

@@ -7,21 +7,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from kairos.data.media import write_contact_sheet
 from kairos.evaluation.models import to_uint8
 from kairos.presets import load_pipeline
-from kairos.worlds import simulate
+from kairos.worlds import SCENES, simulate
 
 PICTURES = Path(__file__).parent.parent / "docs" / "images"
 PROMPTS = (
     "a red ball rolls to the right and hits a blue ball",
     "a small green ball moves slowly to the left",
     "a large yellow ball is thrown to the right and falls to the ground",
-    "an orange ball crashes into a purple ball",
-    "a cyan ball rolls quickly to the right",
-    "a pink ball is thrown to the left and drops to the floor",
+    "an orange ball drops to the floor and bounces",
+    "a purple ball swings on a rod",
+    "a cyan ball rolls to the right behind a wall and comes out again",
+    "a pink ball rolls down a steep ramp",
+    "a gripper pushes a green block to the right",
 )
 
 
@@ -37,18 +38,10 @@ def main() -> None:
     write_contact_sheet(PICTURES / "kairos-tiny.png", videos, columns=9, captions=PROMPTS, scale=1)
 
     rows, titles = [], []
-    for scene in ("uniform", "collision", "parabola"):
+    for scene in SCENES:
         clip = simulate(scene, split="in", seed=0, index=0)
-        rows += [
-            clip.frames,
-            make(clip.caption, 0, image=Image.fromarray(clip.frames[0])),
-            make(clip.caption, 0, video=clip.frames[:5]),
-        ]
-        titles += [
-            f"simulator: {clip.caption}",
-            "kairos-tiny from the first frame",
-            "kairos-tiny from five frames",
-        ]
+        rows += [clip.frames, make(clip.caption, 0, video=clip.frames[:5])]
+        titles += [f"simulator: {clip.caption}", "kairos-tiny from its first five frames"]
     write_contact_sheet(PICTURES / "continuation.png", rows, columns=9, captions=titles, scale=1)
 
 

@@ -55,9 +55,17 @@ class DistillationObjective(FlowMatching):
                 self.update_fake_score(model, step, update)
         batch = self.batch(model, step, part)
         generator = self.generator(step, part, 0)
+        if self.is_determined(batch):
+            made = self.make(model, batch, generator, with_gradient=True)
+            error = (made - batch.sample)[:, :, batch.cut.past :].square().mean()
+            return self.options.truth * error, len(batch)
         consistency = self.consistency_loss(model, batch, generator)
         matching = self.matching_loss(model, batch, generator)
         return self.options.consistency * consistency + self.options.matching * matching, len(batch)
+
+    def is_determined(self, batch: Batch) -> bool:
+        """Whether the clip itself is what the student should make: its start tells how it goes on."""
+        return self.options.truth > 0 and batch.cut.past >= 2
 
     def consistency_loss(self, student: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
         """From z at one sampling time, one Euler step of the teacher to the next; the student's end of the
@@ -93,6 +101,8 @@ class DistillationObjective(FlowMatching):
         """One step of flow matching on what the student makes, of other batches than its own."""
         others = self.stage.steps + step * self.options.fake_score_updates + update
         batch = self.batch(student, others, 0)
+        if self.is_determined(batch):
+            return  # nobody asks it about those
         generator = self.generator(step, 0, update + 1)
         with torch.no_grad():
             made = self.make(student, batch, generator, with_gradient=False)
