@@ -43,7 +43,7 @@ class Distillation:
     """How much each of the two losses counts."""
     truth: float = 0.0
     """Above 0, clips that go on from two latent frames or more, which tell places and speeds, leave the
-    teacher out: the student's own sample is pulled to the true clip by this much. For deterministic worlds."""
+    teacher out: the student's own sample is pulled to the true clip by this much. For exact worlds."""
     fake_score_updates: int = 5
     fake_score_lr: float = 4e-7
     sigma_range: tuple[float, ...] = (0.02, 0.98)
