@@ -19,7 +19,7 @@ import torch
 from conftest import random_pipeline
 from PIL import Image
 
-from kairos import UserError
+from kairos import UserError, presets
 from kairos.cli import main, roll
 from kairos.data import growing_video
 from kairos.data.growing_video import GrowingVideo
@@ -53,7 +53,7 @@ def rollout(
 ) -> Any:
     """Run the command in an empty folder: (exit status, stdout, stderr). Each model is loaded once."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(roll, "load_pipeline", load_once)
+    monkeypatch.setattr(presets, "load_pipeline", load_once)
 
     def run(*arguments: object, model: str = "causal") -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as left:
