@@ -33,8 +33,14 @@ class LogLines(logging.Handler):
             say("note", "dim", record.getMessage())
 
 
+TALKATIVE = ("bitsandbytes", "diffusers.quantizers.torchao", "torchao", "torch.utils._pytree")
+"""Libraries that remark on other machines' kernels when diffusers imports them, where they are installed."""
+
+
 def show_log(verbose: bool) -> None:
     """Let Kairos's warnings through to stderr, and with `verbose` its remarks too."""
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     logger = logging.getLogger("kairos")
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
     if not any(isinstance(handler, LogLines) for handler in logger.handlers):

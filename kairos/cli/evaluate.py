@@ -100,15 +100,12 @@ def evaluate(
 ) -> None:
     """Measure a model against the simulator, with no learned judge: motion, contact, permanence, text."""
     show_log(verbose=True)
-    if suite != "physics":
-        raise UserError(f"unknown suite {suite!r}; physics is the only one")
-    from kairos.cli.run import quiet_libraries
-
-    quiet_libraries()  # before anything imports them
     from kairos.data.files import prepare_folder
     from kairos.evaluation.suite import Settings
     from kairos.worlds import SCENES
 
+    if suite != "physics":
+        raise UserError(f"unknown suite {suite!r}; physics is the only one")
     settings = Settings(
         scenes=tuple(SCENES if scenes is None else names(scenes, "scene")),
         splits=tuple(names(splits, "split")),
@@ -151,12 +148,13 @@ def measured(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from kairos.cli.console import err
-    from kairos.cli.run import RunOptions, check_model, device_and_dtype, explained_memory
+    from kairos.cli.run import RunOptions, check_model, device_and_dtype, explained_memory, quiet_libraries
     from kairos.evaluation.models import KairosModel
     from kairos.evaluation.suite import evaluate as run_suite
 
     options = RunOptions(model=model, device=device, dtype=dtype)
     check_model(options)
+    quiet_libraries()
     where, kind = device_and_dtype(options)
     with explained_memory():
         pipeline = presets.load_pipeline(model, device=where, dtype=kind)

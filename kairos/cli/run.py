@@ -421,8 +421,6 @@ def peak_memory() -> str:
 
 def quiet_libraries() -> None:
     """Our own progress and warnings are enough; those of the libraries below are about their insides."""
-    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):  # imported by diffusers, where they are
-        logging.getLogger(name).setLevel(logging.ERROR)
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
