@@ -37,10 +37,15 @@ TALKATIVE = ("bitsandbytes", "diffusers.quantizers.torchao", "torchao", "torch.u
 """Libraries that remark on other machines' kernels when diffusers imports them, where they are installed."""
 
 
-def show_log(verbose: bool) -> None:
-    """Let Kairos's warnings through to stderr, and with `verbose` its remarks too."""
+def hush() -> None:
+    """Errors alone of the talkative; to be called before diffusers is imported."""
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def show_log(verbose: bool) -> None:
+    """Let Kairos's warnings through to stderr, and with `verbose` its remarks too."""
+    hush()
     logger = logging.getLogger("kairos")
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
     if not any(isinstance(handler, LogLines) for handler in logger.handlers):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kairos import __version__, presets
 from kairos.cli.clock import Clock
-from kairos.cli.console import err, out, waiting
+from kairos.cli.console import err, hush, out, waiting
 from kairos.data.files import prepare_file
 from kairos.errors import MachineError, UserError
 from kairos.memory import QUANTIZED
@@ -421,6 +421,7 @@ def peak_memory() -> str:
 
 def quiet_libraries() -> None:
     """Our own progress and warnings are enough; those of the libraries below are about their insides."""
+    hush()
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
