@@ -84,3 +84,5 @@ def test_states_are_asked_of_the_simulator_alone(tmp_path):
     stage = small_stage(state=StateMaps(block=4), data={"source": "simulator", "scenes": ["uniform"]})
     with pytest.raises(UserError, match=r"state.block must be from 0 to 3, got 4"):
         stage_run.states(recipe, stage, small_model(), [], stage_run.Processes())
+    with pytest.raises(UserError, match="state goes with the objective flow, got 'distillation'"):
+        small_stage(state=StateMaps(), objective="distillation")

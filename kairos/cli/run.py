@@ -167,14 +167,7 @@ def planned(
     tiled = all(request.tiled for request in requests)
     clips = [replace(clip, rolling=rolling) for clip in clips]
     plans = [
-        memory.plan(
-            model,
-            replace(clip, rolling=rolling),
-            budget_gb,
-            device=kind,
-            quantize=options.quantize,
-            tiled=tiled,
-        )
+        memory.plan(model, clip, budget_gb, device=kind, quantize=options.quantize, tiled=tiled)
         for clip in clips
     ]
     plan = max(plans, key=lambda plan: plan.peak_gb)

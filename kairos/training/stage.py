@@ -164,6 +164,8 @@ class Stage:
             refuse("betas must be two numbers", self.betas)
         if self.lora is not None and self.train:
             refuse("lora and train exclude each other", self.train)
+        if self.state is not None and self.objective != "flow":
+            refuse("state goes with the objective flow", self.objective)
 
     def learning_rate(self, step: int) -> float:
         """The share of the full rate at `step`: warm-up, constant, linear decay to a fiftieth."""
