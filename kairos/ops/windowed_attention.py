@@ -165,9 +165,11 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, layout: Layout, product: Product |
         past = len(range(phase, layout.first, layout.dilation))
         mine = slice(phase + past * layout.dilation - layout.first, None, layout.dilation)
         if q[:, mine].shape[1]:
-            keys = slice(phase, None, layout.dilation)
+            every = slice(phase, None, layout.dilation)
+            # Side by side, or each window would be a copy of its own: seven times as much.
+            keys, values = k[:, every].contiguous(), v[:, every].contiguous()
             out[:, mine] = _blocked_sequence(
-                q[:, mine], k[:, keys], v[:, keys], layout.window, past, layout.chunks[keys], product
+                q[:, mine], keys, values, layout.window, past, layout.chunks[every], product
             )
     return out.flatten(1, 2)
 
