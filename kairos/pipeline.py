@@ -379,6 +379,9 @@ class KairosPipeline(DiffusionPipeline):
             torch.cuda.empty_cache()
 
 
+OPENING_FRAMES = 2
+"""Latent frames that a chunk-causal model makes one by one, before it makes several at once."""
+
 RELEASED_DEFAULTS: dict[str, float] = {
     "height": 480,
     "width": 640,
@@ -508,11 +511,11 @@ def repeated(branch: tuple[Tensor, Tensor], times: int, device: torch.device) ->
 def chunk_ends(transformer: KairosTransformer3DModel, frames: int, known_frames: int) -> list[int]:
     """Where the chunks end that are made one after the other, in latent frames.
 
-    All at once; but a chunk-causal model makes the first latent frame, which is one frame of pixels, by
-    itself, and goes on from it as it would from an image.
+    All at once; but a chunk-causal model makes the first latent frame by itself, which settles what there is
+    and where, and the second, which settles how it moves. The rest follows from them.
     """
-    alone = transformer.config.causal == "chunk" and known_frames == 0 and frames > 1
-    return [1, frames] if alone else [frames]
+    alone = range(1, OPENING_FRAMES + 1) if transformer.config.causal == "chunk" else ()
+    return [*(end for end in alone if known_frames < end < frames), frames]
 
 
 def fill_frame(image: Image.Image, height: int, width: int) -> Image.Image:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from kairos import FewStepScheduler, KairosPipeline, UserError
+from kairos.pipeline import chunk_ends
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -83,7 +84,7 @@ def test_a_model_may_be_guided_to_its_first_frame_alone(chunk_causal_pipeline, m
     monkeypatch.setattr(type(pipeline.transformer), "forward", spy)
     options = {"guidance_scale": 4, "num_inference_steps": steps}
     latents = pipeline("x", **options, generator=seeded(), output_type="latent").frames
-    assert frames_seen == [1] * 2 * steps + [latents.shape[2]] * steps
+    assert frames_seen == [1] * 2 * steps + [2] * steps + [latents.shape[2]] * steps
     assert not torch.equal(latents, everywhere)
     rollout = pipeline.stream("x", **options, chunk_frames=2, generator=seeded())
     next(rollout), next(rollout)
@@ -134,15 +135,23 @@ def test_a_few_step_scheduler_takes_four_steps_without_guidance(pipeline):
     assert steps == [0, 1, 2, 3]
 
 
-def test_a_chunk_causal_model_makes_the_first_frame_alone_and_goes_on_from_it(chunk_causal_pipeline):
+def test_a_chunk_causal_model_makes_the_first_two_frames_one_by_one(chunk_causal_pipeline):
     pipe, first = chunk_causal_pipeline, []
 
     def watch(pipe, step, timestep, kwargs):
-        first.append((step, kwargs["latents"].shape[2], kwargs["latents"][:, :, 0].clone()))
+        first.append((step, kwargs["latents"].shape[2], kwargs["latents"].clone()))
 
     latents = pipe("x", generator=seeded(), output_type="latent", callback_on_step_end=watch).frames
-    assert [(step, frames) for step, frames, _ in first] == [(0, 1), (1, 1), (2, 3), (3, 3)]
-    assert torch.equal(latents[:, :, 0], first[1][2])
+    assert [(step, frames) for step, frames, _ in first] == [(0, 1), (1, 1), (2, 2), (3, 2), (4, 3), (5, 3)]
+    assert torch.equal(latents[:, :, :1], first[1][2])
+    assert torch.equal(latents[:, :, :2], first[3][2])
+
+
+@pytest.mark.parametrize(
+    ("known", "frames", "ends"), [(0, 1, [1]), (0, 2, [1, 2]), (0, 9, [1, 2, 9]), (1, 9, [2, 9]), (2, 9, [9])]
+)
+def test_chunks_end_behind_the_frames_that_are_made_one_by_one(chunk_causal_pipeline, known, frames, ends):
+    assert chunk_ends(chunk_causal_pipeline.transformer, frames, known) == ends
 
 
 def test_a_callback_can_stop_the_sampling_and_change_the_latents(pipeline):

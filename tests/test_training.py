@@ -87,7 +87,7 @@ def test_every_cut_fits_the_clip_and_tasks_come_in_their_shares():
     cuts = [draw_cut(rng, MIX, 9) for _ in range(4000)]
     assert all(cut.chunk >= 1 and cut.past + cut.chunk <= 9 for cut in cuts)
     assert {cut.past for cut in cuts} >= {0, 1, 2, 3, 6}
-    assert all(cut.chunk == 1 for cut in cuts if cut.past == 0)
+    assert all(cut.chunk == 1 for cut in cuts if cut.past == 0 or cut.task == "ti2v")
     assert any(0 < cut.past + cut.chunk < 9 for cut in cuts if cut.past)
     for task, share in MIX.items():
         assert abs(sum(cut.task == task for cut in cuts) / len(cuts) - share) < 0.03, task
@@ -115,6 +115,12 @@ def test_pictures_have_their_share_of_the_batches(clips, tmp_path):
     drawn = [draw_batch([clips, pictures], stage, step, causal=False) for step in range(200)]
     share = np.mean([batch.sample.shape[2] == 1 for batch in drawn])
     assert 0.2 < share < 0.4
+
+
+@pytest.mark.parametrize(("task", "frames", "times"), [("t2v", 1, 4), ("ti2v", 2, 2), ("continuation", 5, 1)])
+def test_batches_of_the_first_frames_hold_more_clips(clips, task, frames, times):
+    stage = small_stage(mix={task: 1.0}, batch_size=2)
+    assert draw_batch([clips], stage, 0, causal=True).sample.shape[0:3:2] == (2 * times, frames)
 
 
 def test_the_past_is_almost_clean_and_its_time_is_told(clips):

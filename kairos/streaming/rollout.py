@@ -20,7 +20,7 @@ from torch import Tensor
 from kairos.errors import UserError
 from kairos.models.transformer import PromptMemory, TransformerState
 from kairos.models.vae import SPATIAL
-from kairos.pipeline import KairosPipeline, denoise, is_guided, repeated
+from kairos.pipeline import OPENING_FRAMES, KairosPipeline, denoise, is_guided, repeated
 from kairos.schedulers import FewStepScheduler, draw_noise
 from kairos.schedulers.noise import Generators
 from kairos.streaming.decoder import StreamingVAEDecoder
@@ -165,16 +165,18 @@ def next_chunk(pipeline: KairosPipeline, state: WorldState) -> tuple[Tensor, Wor
 
 
 def denoise_chunk(pipeline: KairosPipeline, state: WorldState, generators: list[torch.Generator]) -> Tensor:
-    """The latents (B, 16, frames, h, w), float32, of the next chunk: the first frame is one by itself."""
+    """The latents (B, 16, frames, h, w), float32, of the next chunk: the first two are of one frame each."""
     settings, config, scheduler = state.settings, pipeline.transformer.config, pipeline.scheduler
     height, width = state.latent_size
-    first = state.transformer is None
-    shape = (state.batch, config.in_channels, 1 if first else settings.chunk_frames, height, width)
+    opening = state.frames < OPENING_FRAMES
+    shape = (state.batch, config.in_channels, 1 if opening else settings.chunk_frames, height, width)
     latents = draw_noise(shape, generators).to(state.prompt[0].device)
     # The shift is that of the clips which the model was trained on, however short the chunk.
     scheduler.set_timesteps(
         settings.num_inference_steps,
-        latent_frames=1 if first else (int(pipeline.config.defaults["num_frames"]) - 1) // 4 + 1,
+        latent_frames=state.frames + 1
+        if opening
+        else (int(pipeline.config.defaults["num_frames"]) - 1) // 4 + 1,
         tokens_per_frame=height * width // (config.patch_size[1] * config.patch_size[2]),
         device=latents.device,
     )

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from kairos.errors import UserError
+from kairos.pipeline import OPENING_FRAMES
 from kairos.schedulers import shift_for
 from kairos.training.cache import ClipSet
 from kairos.training.stage import Stage
 
-FIRST_FRAME_CLIPS = 4
-"""A first frame has so few tokens that this many times as many of them are still the smaller batch."""
+OPENING_CLIPS = 4
+"""A first frame has so few tokens that this many times as many of them are still the smaller batch; of two
+frames there are half as many."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,9 @@ def draw_cut(
 
     t2v: everything from the caption; ti2v, i2v: from the first frame, with and without words; continuation:
     from two or three latent frames; rollout: from any number; unconditional: t2v without any text. In a
-    chunk-causal model the first latent frame is a chunk of its own: one frame of pixels where the others are
-    four, and in text to video the place where colours, sizes and places are decided. Its rollouts are of any
-    length, with chunks of one to four frames.
+    chunk-causal model the first two latent frames are chunks of their own (`kairos.pipeline.chunk_ends`): the
+    first decides colours, sizes and places, the second speeds; so t2v and ti2v end with them. Its rollouts
+    are of any length, with chunks of one to four frames.
     """
     tasks = list(mix)
     shares = np.array([mix[task] for task in tasks], dtype=np.float64)
@@ -48,7 +50,7 @@ def draw_cut(
         task = task if task in ("t2v", "unconditional") else "t2v"
         return ClipCut(task, 0, 1 if causal else latent_frames)
     if task in ("ti2v", "i2v"):
-        return ClipCut(task, 1, latent_frames - 1)
+        return ClipCut(task, 1, 1 if causal else latent_frames - 1)
     if task == "continuation":
         past = min(int(rng.choice([2, 3], p=[0.75, 0.25])), latent_frames - 1)
         return ClipCut(task, past, latent_frames - past)
@@ -103,9 +105,9 @@ def draw_batch(
     clips = choose_set(rng, sets, stage)
     cut = draw_cut(rng, stage.mix, clips.latent_frames, causal=causal)
     frames = cut.past + cut.chunk
-    first_frame = causal and not cut.past and clips.latent_frames > 1
-    most = stage.batch_of(clips.bucket) * (FIRST_FRAME_CLIPS if causal and clips.latent_frames > 1 else 1)
-    batch_size = most if first_frame else stage.batch_of(clips.bucket)
+    opening = causal and cut.chunk == 1 and frames <= OPENING_FRAMES and frames < clips.latent_frames
+    most = stage.batch_of(clips.bucket) * (OPENING_CLIPS if causal and clips.latent_frames > 1 else 1)
+    batch_size = most // frames if opening else stage.batch_of(clips.bucket)
     if batch_size % parts:
         raise UserError(f"batches of {batch_size} clips cannot be cut in {parts} equal parts")
     past_noise = stage.past_noise if cut.past and rng.random() < 0.25 else 0.0
@@ -113,7 +115,7 @@ def draw_batch(
     sample = clips.latents(rows)[:, :, :frames]
 
     height, width = sample.shape[-2:]
-    shift = shift_for(1 if first_frame else clips.latent_frames, height * width // 4)
+    shift = shift_for(frames if opening else clips.latent_frames, height * width // 4)
     sigma, noise = torch.zeros(len(rows), frames), torch.empty_like(sample)
     captions = []
     for number, (i, row) in enumerate(zip(range(part, batch_size, parts), rows, strict=True)):
