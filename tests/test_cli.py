@@ -19,7 +19,7 @@ from PIL import Image
 from torch import nn
 
 from kairos import presets
-from kairos.cli import main
+from kairos.cli import main, show
 from kairos.data import files
 from kairos.data.media import read_metadata, read_video, write_video
 
@@ -36,6 +36,7 @@ class FakePipeline:
         self.device = torch.device("cpu")
         self.transformer, self.text_encoder = nn.Linear(2, 2), nn.Linear(2, 2)
         self.vae = nn.Sequential()
+        self.vae.dtype = torch.float32
         self.vae.encoder = self.vae.decoder = nn.Identity()
         self.scheduler = SimpleNamespace(timesteps=[1000, 500])
         self.calls: list[dict[str, Any]] = []
@@ -399,6 +400,21 @@ def test_show_prints_the_request_and_a_command_that_makes_the_same_file(
     assert command[0] == "kairos"
     assert kairos(*command[1:])[0] == 0
     assert Path("my out.mp4").read_bytes() == made
+
+
+def test_show_prints_every_option_that_changes_the_frames(kairos: Any, fake: FakePipeline) -> None:
+    kairos("generate", "a ball", "-o", "out.mp4")
+    metadata = json.loads(kairos("show", "out.mp4", "--json")[1])
+    metadata |= {"vae_dtype": "bfloat16", "quantize": "int8", "step_cache": 0.1, "compiled": True}
+    command = show._command(Path("out.mp4"), metadata | {"loras": ["one.safetensors", "two:0.5"]})
+    for said in (
+        "--vae-dtype bfloat16",
+        "--quantize int8",
+        "--step-cache 0.1",
+        "--compile",
+        "--lora two:0.5",
+    ):
+        assert said in command
 
 
 def test_show_prints_json(kairos: Any, fake: FakePipeline) -> None:

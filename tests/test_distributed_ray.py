@@ -104,6 +104,9 @@ def test_a_worker_that_cannot_start_ends_the_run_with_its_reason() -> None:
         (("--retries", "-1"), "--retries must be at least 0, got -1"),
         (("--gpus", "0"), "--gpus must be at least 1, got 0"),
         (("--device", "tpu"), "--device is cuda or cpu here, got 'tpu'"),
+        (("--memory", "auto"), "workers may differ in what they have free; give --memory in GB"),
+        (("--device", "cpu", "--memory", "0.1"), "33 frames of 64 x 64 do not fit in 0.1 GB"),
+        (("--device", "cpu", "--quantize", "int3"), "quantize must be one of int8, fp8, int4, got 'int3'"),
     ],
 )
 def test_what_cannot_be_is_one_line(
@@ -134,6 +137,7 @@ def test_a_list_is_made_by_rays_actors(
     requests = [{"prompt": "a", **size}, {"prompt": "b", "input_image": "missing.png"}, {"num_frames": 4}]
     Path("list.json").write_text(json.dumps(requests))
     arguments = ["batch", "list.json", "--ray", "local", "--model", "model", "--device", "cpu"]
+    arguments += ["--memory", "8"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray's own
         for said in ("output/list-1.mp4: made\n", "output/list-1.mp4: made before"):

@@ -166,7 +166,7 @@ def test_a_video_is_the_same_under_a_cache_that_never_skips_and_another_under_on
         (["generate", "a ball", "--gpus", "2", "--compile"], "--compile: for one device"),
         (
             ["generate", "a ball", "--vae-dtype", "int8"],
-            "vae_dtype must be one of float32, bf",
+            "vae_dtype must be one of auto, float32, bf",
         ),
         (["bench", "--step-cache", "0.1,x"], "--step-cache takes thresholds above 0"),
         (["bench", "--clock", "sun"], "--clock takes wall or cpu, got 'sun'"),

@@ -11,8 +11,8 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file
 
 from kairos import UserError
-from kairos.models.vae import decode, encode
-from kairos.models.vae_layers import OneDNNCausalConv3d, quicken
+from kairos.models.vae import decode, encode, quickest_dtype
+from kairos.models.vae_layers import OneDNNCausalConv3d, channels_last, quicken
 from kairos.weights import load_vae_file
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -59,6 +59,25 @@ def test_the_quicker_layers_give_the_frames_and_latents_of_the_stock_ones(vae, c
         latents = encode(vae, video)
         torch.testing.assert_close(encode(quick, video), latents, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(decode(quick, latents), decode(vae, latents), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_channels_last_in_bfloat16_gives_nearly_the_frames_of_float32(vae, cases):
+    latents = cases["latents"]
+    low = channels_last(quicken(copy.deepcopy(vae)).to(torch.bfloat16))
+    assert all(p.is_contiguous(memory_format=torch.channels_last_3d) for p in low.parameters() if p.ndim == 5)
+    frames = decode(low, latents.bfloat16())
+    assert frames.dtype == torch.bfloat16
+    assert (frames.float() - cases["decoded"]).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("device", "units", "dtype"),
+    [("cpu", True, torch.bfloat16), ("cpu", False, None), ("cuda", True, None)],
+)
+def test_bfloat16_is_the_quicker_one_where_a_cpu_has_units_for_it(monkeypatch, device, units, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": units}, raising=False)
+    assert quickest_dtype(device) == dtype
 
 
 def test_later_frames_do_not_change_earlier_latents(vae, cases):

@@ -18,6 +18,7 @@ from kairos.cli.gpus import Outcome, attempt, conclude, is_finished, say_failure
 from kairos.cli.run import RunOptions
 from kairos.data.files import prepare_file, write_atomically
 from kairos.errors import MachineError, UserError, one_line
+from kairos.memory import Plan
 from kairos.request import Request
 
 
@@ -40,6 +41,11 @@ def batch(
     config: Annotated[Path | None, typer.Option(metavar="FILE.py", help="A configuration.")] = None,
     device: Annotated[str, typer.Option(metavar="NAME", help="cuda or cpu.")] = "cuda",
     dtype: Annotated[str | None, typer.Option(metavar="NAME", help="As in generate.")] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="GB", help="Make do with this much of a worker's memory. See kairos plan."),
+    ] = None,
+    quantize: Annotated[str | None, typer.Option(metavar="int8|fp8|int4", help="As in generate.")] = None,
     retries: Annotated[
         int, typer.Option(metavar="N", help="How often a request is tried again whose machine failed.")
     ] = 2,
@@ -56,8 +62,10 @@ def batch(
     if retries < 0 or (gpus is not None and gpus < 1):
         wrong = ("--retries", 0, retries) if retries < 0 else ("--gpus", 1, gpus)
         raise UserError("{} must be at least {}, got {}".format(*wrong))
+    if memory == "auto":
+        raise UserError("workers may differ in what they have free; give --memory in GB")
     settings = read_config(config) if config else Config()
-    given = {"model": model, "weights": weights, "dtype": dtype}
+    given = {"model": model, "weights": weights, "dtype": dtype, "memory": memory, "quantize": quantize}
     said = {name: value for name, value in given.items() if value is not None} | {"device": device}
     options = _at_home(RunOptions(**settings.options | said))
     jobs, refused = file_jobs(request, {}, settings.request, output)
@@ -78,13 +86,20 @@ def batch(
             prepare_file(job.path)
             todo.append(with_remark(job))
     if todo:
+        plan = _planned(todo, options)
         workers = gpus or (None if device == "cuda" else 1)
-        outcomes += on_ray(ray, todo, options, workers=workers, retries=retries)
+        outcomes += on_ray(ray, todo, options, plan, workers=workers, retries=retries)
     conclude(outcomes, Path(output) / f"{request.stem}.report.json")
 
 
 def on_ray(
-    address: str, jobs: Sequence[Job], options: RunOptions, *, workers: int | None, retries: int
+    address: str,
+    jobs: Sequence[Job],
+    options: RunOptions,
+    plan: Plan | None,
+    *,
+    workers: int | None,
+    retries: int,
 ) -> list[Outcome]:
     """What became of the jobs on the cluster; their videos are written as they come."""
     from kairos.distributed.fleet import cluster, run_tasks
@@ -99,7 +114,7 @@ def on_ray(
         with waiting(f"{len(jobs)} requests on {room} workers"):
             for number, answer in run_tasks(
                 ray,
-                lambda: actor.remote(asdict(options)),
+                lambda: actor.remote(asdict(options), plan),
                 tasks,
                 workers=room,
                 retries=retries,
@@ -112,11 +127,13 @@ def on_ray(
 class VideoWorker:
     """An actor with a model; it makes a job into the bytes of an mp4."""
 
-    def __init__(self, options: dict[str, Any]) -> None:
+    def __init__(self, options: dict[str, Any], plan: Plan | None) -> None:
         single.quiet_libraries()
-        self.options = RunOptions(**options)
+        self.options, self.tiled = RunOptions(**options), plan is not None and plan.tiled
         device, dtype = single.device_and_dtype(self.options)
-        self.pipeline, self.about = single.load(self.options, device, dtype)
+        if plan is not None:
+            dtype = single.dtype_named(plan.dtype)
+        self.pipeline, self.about = single.load(self.options, device, dtype, plan)
 
     def ready(self) -> bool:
         """Answers once the model is loaded."""
@@ -126,9 +143,20 @@ class VideoWorker:
         """What became of the job, and its video."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "video.mp4"
-            job = Job(Request(**task["request"]), path, task["remarks"], task["number"])
+            request = Request(**task["request"])
+            request = replace(request, tiled=request.tiled or self.tiled)
+            job = Job(request, path, task["remarks"], task["number"])
             outcome = attempt(job, self.pipeline, self.about, self.options, Clock())
             return asdict(outcome), path.read_bytes() if outcome.status == "made" else b""
+
+
+def _planned(jobs: Sequence[Job], options: RunOptions) -> Plan | None:
+    """What every worker does to make do with `options.memory`. Raises UserError for what cannot fit."""
+    if options.memory is None:
+        return None
+    import torch
+
+    return single.planned([job.request for job in jobs], options, torch.device(options.device))
 
 
 def _received(job: Job, answer: Any) -> Outcome:

@@ -211,13 +211,13 @@ def generate(
         ),
     ] = False,
     vae_dtype: Annotated[
-        str | None,
+        str,
         typer.Option(
             metavar="NAME",
-            help="Precision of the frames' VAE; bfloat16 is quicker on a CPU. Default: its own.",
+            help="Precision of the VAE. auto: bfloat16 on a CPU with units for it (AMX), else its own.",
             rich_help_panel=RUN,
         ),
-    ] = None,
+    ] = "auto",
     step_cache: Annotated[
         float | None,
         typer.Option(

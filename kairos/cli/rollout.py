@@ -135,6 +135,14 @@ def rollout(
             rich_help_panel=RUN,
         ),
     ] = "auto",
+    vae_dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Precision of the VAE. auto: bfloat16 on a CPU with units for it (AMX), else its own.",
+            rich_help_panel=RUN,
+        ),
+    ] = "auto",
     compiled: Annotated[
         bool,
         typer.Option(
@@ -208,7 +216,7 @@ def rollout(
         stop_on_drift=stop_on_drift,
     )
     options: dict[str, Any] = {"device": device, "dtype": dtype, "scale": scale, "compiled": compiled}
-    options |= {"memory": memory}
+    options |= {"memory": memory, "vae_dtype": vae_dtype}
     roll(plan, RunOptions(model=model, **options, verbose=verbose))
 
 

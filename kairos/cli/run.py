@@ -42,7 +42,7 @@ class RunOptions:
     rewrite: str | None = None
     free_encoder: bool = False
     compiled: bool = False
-    vae_dtype: str | None = None
+    vae_dtype: str = "auto"
     step_cache: float | None = None
     memory: str | None = None
     quantize: str | None = None
@@ -51,8 +51,8 @@ class RunOptions:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.vae_dtype not in (None, *DTYPES[1:]):
-            raise UserError(f"vae_dtype must be one of {', '.join(DTYPES[1:])}, got {self.vae_dtype!r}")
+        if self.vae_dtype not in DTYPES:
+            raise UserError(f"vae_dtype must be one of {', '.join(DTYPES)}, got {self.vae_dtype!r}")
         if self.quantize is not None and self.quantize not in QUANTIZED:
             raise UserError(f"quantize must be one of {', '.join(QUANTIZED)}, got {self.quantize!r}")
         if self.memory is not None and self.memory != "auto":
@@ -115,9 +115,9 @@ def load(
     options: RunOptions, device: Any, dtype: Any, plan: "Plan | None" = None
 ) -> tuple["KairosPipeline", dict[str, Any]]:
     """The model with its LoRAs, where the plan puts it, and what its videos say of it."""
-    import torch
 
     from kairos.models.compiled import compile_blocks, compile_decoder
+    from kairos.models.vae_layers import channels_last
     from kairos.weights.lora import apply_loras, parse_lora
 
     later = plan is not None or options.quantize is not None  # whole, it might not fit on the device
@@ -126,8 +126,9 @@ def load(
     )
     apply_loras(pipeline.transformer, [parse_lora(lora) for lora in options.loras])
     about = describe(pipeline, options, dtype)
-    if options.vae_dtype is not None:
-        pipeline.vae.to(dtype=getattr(torch, options.vae_dtype))
+    if (precision := vae_precision(options, device)) is not None:
+        channels_last(pipeline.vae.to(dtype=precision))
+    about["vae_dtype"] = str(pipeline.vae.dtype).removeprefix("torch.")
     if later:
         from kairos.placement import place, quantize
 
@@ -139,6 +140,15 @@ def load(
         if pipeline.device.type == "cuda":
             compile_decoder(pipeline.vae)
     return pipeline, about
+
+
+def vae_precision(options: RunOptions, device: Any) -> Any:
+    """The VAE's dtype; None leaves its own, as "auto" does where nothing is quicker or --dtype is given."""
+    from kairos.models.vae import quickest_dtype
+
+    if options.vae_dtype != "auto":
+        return dtype_named(options.vae_dtype)
+    return quickest_dtype(device) if options.dtype == "auto" else None
 
 
 def planned(
@@ -349,7 +359,6 @@ def describe(pipeline: "KairosPipeline", options: RunOptions, dtype: Any) -> dic
         "scale": options.scale,
     }
     said |= {"step_cache": options.step_cache, "compiled": options.compiled or None}
-    said |= {"vae_dtype": options.vae_dtype}
     return {
         "model": {"name": options.model, "hash": fingerprint(modules)},
         "dtype": str(dtype).removeprefix("torch."),

@@ -10,6 +10,12 @@ from rich.text import Text
 from kairos.cli.console import out
 from kairos.errors import UserError
 
+RUN_OPTIONS = {
+    name: name for name in ("model", "weights", "dtype", "vae_dtype", "scale", "quantize", "step_cache")
+}
+RUN_OPTIONS |= {"loras": "lora", "compiled": "compile"}
+"""What the metadata says of a run, and the option that asks for it."""
+
 ROLLOUT_OPTIONS = (
     "seconds",
     "forever",
@@ -47,9 +53,7 @@ def _command(video: Path, metadata: dict[str, Any]) -> str:
     from kairos.request import Request, shell_command
 
     try:
-        options = {
-            name: metadata[name] for name in ("model", "weights", "dtype", "scale") if metadata.get(name)
-        }
+        options = {flag: metadata[name] for name, flag in RUN_OPTIONS.items() if metadata.get(name)}
         options["model"] = metadata["model"]["name"]
         rollout = metadata.get("rollout")
         if rollout is not None:

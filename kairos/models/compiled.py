@@ -9,6 +9,7 @@ from diffusers import AutoencoderKLWan
 
 from kairos.errors import MachineError
 from kairos.models.transformer import KairosTransformer3DModel
+from kairos.models.vae_layers import channels_last
 
 
 def compile_blocks(transformer: KairosTransformer3DModel, backend: str = "inductor") -> None:
@@ -32,8 +33,7 @@ def compile_decoder(vae: AutoencoderKLWan) -> None:
 
     Not checked on a GPU. On a CPU oneDNN's convolutions are as quick as they are.
     """
-    vae.to(memory_format=torch.channels_last_3d)
-    vae.decoder.compile()
+    channels_last(vae).decoder.compile()
 
 
 def check_compiler(device: str) -> None:

@@ -68,6 +68,15 @@ def decode(vae: AutoencoderKLWan, latents: Tensor, *, tiled: bool = False) -> Te
     return video.clamp(-1, 1)
 
 
+def quickest_dtype(device: torch.device | str) -> torch.dtype | None:
+    """bfloat16 on a CPU that has units for its products (AMX), where float32 takes three times as long.
+
+    None elsewhere: the VAE's own. docs/performance.md has what it changes.
+    """
+    has: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.13 has it
+    return torch.bfloat16 if torch.device(device).type == "cpu" and has.get("amx_bf16") else None
+
+
 def normalisation(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the VAE's latents, (1, 16, 1, 1, 1) float32, on the device of `like`."""
     mean, std = (

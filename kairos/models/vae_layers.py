@@ -26,6 +26,8 @@ class OneDNNCausalConv3d(WanCausalConv3d):
             past -= cache_x.shape[2]
         if past:
             x = F.pad(x, (0, 0, 0, 0, past, 0))
+        if x.dtype == torch.bfloat16:  # units for matrix products want the channels of a pixel side by side
+            x = x.contiguous(memory_format=torch.channels_last_3d)
         return torch.ops.aten.mkldnn_convolution(
             x, self.weight, self.bias, (0, top, side), self.stride, self.dilation, self.groups
         )
@@ -47,4 +49,13 @@ def quicken(vae: AutoencoderKLWan) -> AutoencoderKLWan:
             module.__class__ = OnePassRMSNorm
         elif type(module) is WanCausalConv3d:
             module.__class__ = OneDNNCausalConv3d
+    return vae
+
+
+def channels_last(vae: AutoencoderKLWan) -> AutoencoderKLWan:
+    """Lay the convolutions' weights out with channels last, in place."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in vae.parameters():
+        if parameter.ndim in formats:
+            parameter.data = parameter.data.contiguous(memory_format=formats[parameter.ndim])
     return vae
