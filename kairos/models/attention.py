@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kairos.models.norm import RMSNorm
-from kairos.models.tiles import in_tiles
+from kairos.models.tiles import Tiles
 from kairos.ops.attention import attend
 from kairos.ops.rotary import apply_rotary
 from kairos.ops.windowed_attention import windowed_attention
@@ -54,26 +54,29 @@ class WindowedSelfAttention(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        tiles: Tiles,
         rotary: tuple[Tensor, Tensor],
         tokens_per_frame: int,
         chunk_frames: Sequence[int] | None = None,
         past: AttentionState | None = None,
     ) -> tuple[Tensor, AttentionState]:
-        """Mix x (B, N, dim) inside the window; also returns what the frames that follow need."""
+        """Mix the tokens inside the window; also returns what the frames that follow need."""
         heads = (self.heads, -1)
         cos, sin = rotary
 
         def project(tokens: slice, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-            part, table = x[:, tokens], (cos[tokens], sin[tokens])
+            part, table = tiles.read(tokens, rows), (cos[tokens], sin[tokens])
             v = self.v(part).unflatten(-1, heads)
             q = apply_rotary(self.norm_q(self.q(part)).unflatten(-1, heads), table)
             k = apply_rotary(self.norm_k(self.k(part)).unflatten(-1, heads), table)
             return q.to(v.dtype), k.to(v.dtype), v
 
-        q, k, v = in_tiles(project, x)
+        def finish(tokens: slice, rows: slice) -> tuple[Tensor]:
+            return (tiles.finish(tokens, rows, self.o(mixed[:, tokens].flatten(2))),)
+
+        q, k, v = tiles.map(project)
         mixed, kept = self.mix(q, k, v, tokens_per_frame, chunk_frames, past)
-        (out,) = in_tiles(lambda tokens, rows: (self.o(mixed[:, tokens].flatten(2)),), mixed)
+        (out,) = tiles.map(finish)
         return out, kept
 
     def mix(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kairos.models.norm import RMSNorm
-from kairos.models.tiles import in_tiles
+from kairos.models.tiles import Tiles
 from kairos.ops.gated_delta import gated_delta_rule
 
 PRECISE = ("A_log", "dt_bias", "a_proj", "b_proj")
@@ -69,16 +69,20 @@ class GatedDeltaNet(nn.Module):
         step = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp_()
         self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # softplus of it is the step
 
-    def forward(self, x: Tensor, past: DeltaState | None = None) -> tuple[Tensor, DeltaState]:
-        """Mix x (B, N, dim) along the tokens; also returns the state after the last."""
+    def forward(self, tiles: Tiles, past: DeltaState | None = None) -> tuple[Tensor, DeltaState]:
+        """Mix the tokens along their sequence; also returns the state after the last."""
         kept = past
 
         def segment(tokens: slice, rows: slice) -> tuple[Tensor]:
             nonlocal kept
-            out, kept = self.pass_over(x[:, tokens], kept)
-            return (out,)
+            y, kept = self.pass_over(tiles.read(tokens, rows), kept)
+            return (tiles.finish(tokens, rows, y),)
 
-        (out,) = in_tiles(segment, x) if self.in_segments else segment(slice(None), slice(None))
+        if self.in_segments:
+            (out,) = tiles.map(segment)
+        else:
+            y, kept = self.pass_over(tiles.read(slice(None), slice(None)), past)
+            (out,) = tiles.map(lambda tokens, rows: (tiles.finish(tokens, rows, y[:, tokens]),))
         assert kept is not None
         return out, kept
 

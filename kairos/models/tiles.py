@@ -7,12 +7,31 @@ from the system anew each time. So what goes token by token is done tile by tile
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 TILE = 512
 """Tokens. Fewer cost more calls, more leave the cache: at width 192 the feed-forward's inside is 1.5 MB."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A block's tokens x (B, N, dim) for the layer that mixes them, a tile at a time.
+
+    `read(tokens, rows)` is what the layer sees of a tile; `finish(tokens, rows, y)` makes of the layer's
+    output for it what the block gives out. So neither is ever in memory whole.
+    """
+
+    x: Tensor
+    times: int
+    read: Callable[[slice, slice], Tensor]
+    finish: Callable[[slice, slice, Tensor], Tensor]
+
+    def map(self, work: Callable[[slice, slice], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """`in_tiles` over these tokens."""
+        return in_tiles(work, self.x, self.times)
 
 
 def in_tiles(

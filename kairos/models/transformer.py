@@ -26,7 +26,7 @@ from kairos.errors import UserError
 from kairos.models.attention import AttentionState, CrossAttention, KeysValues, WindowedSelfAttention
 from kairos.models.gated_delta_net import PRECISE, DeltaState, GatedDeltaNet
 from kairos.models.step_cache import StepCache
-from kairos.models.tiles import in_tiles
+from kairos.models.tiles import Tiles
 from kairos.ops.rotary import rotary_table
 
 
@@ -357,29 +357,27 @@ class KairosBlock(nn.Module):
         scale_mix, shift_mix, gate_mix, scale_ffn, shift_ffn, gate_ffn = (
             self.modulation + modulation
         ).unbind(2)
-        times = gate_mix.shape[1]
-
-        def normed(tokens: slice, rows: slice) -> tuple[Tensor]:
-            return (modulate(x[:, tokens], scale_mix[:, rows], shift_mix[:, rows], self.eps),)
-
-        (y,) = in_tiles(normed, x, times)
-        if torch.is_autocast_enabled(y.device.type):  # once here, not once for each product
-            y = y.to(torch.get_autocast_dtype(y.device.type))
-        kept: AttentionState | DeltaState
-        if self.kind == "G":
-            y, kept = self.gated_delta(y, past)
-        else:
-            y, kept = self.self_attn(y, rotary, tokens_per_frame, chunk_frames, past)
         prompt = self.cross_attn.keys_values(text)
 
-        def after_mixing(tokens: slice, rows: slice) -> tuple[Tensor]:
-            part = add_gated(x[:, tokens], gate_mix[:, rows], y[:, tokens])
+        def normed(tokens: slice, rows: slice) -> Tensor:
+            y = modulate(x[:, tokens], scale_mix[:, rows], shift_mix[:, rows], self.eps)
+            if torch.is_autocast_enabled(y.device.type):  # once here, not once for each product
+                y = y.to(torch.get_autocast_dtype(y.device.type))
+            return y
+
+        def after_mixing(tokens: slice, rows: slice, y: Tensor) -> Tensor:
+            part = add_gated(x[:, tokens], gate_mix[:, rows], y)
             part = part + self.cross_attn(self.cross_attn_norm(part), prompt, mask)
             fed = self.ffn(modulate(part, scale_ffn[:, rows], shift_ffn[:, rows], self.eps))
-            return (add_gated(part, gate_ffn[:, rows], fed),)
+            return add_gated(part, gate_ffn[:, rows], fed)
 
-        (x,) = in_tiles(after_mixing, x, times)
-        return x, kept, prompt
+        tiles = Tiles(x, gate_mix.shape[1], normed, after_mixing)
+        kept: AttentionState | DeltaState
+        if self.kind == "G":
+            out, kept = self.gated_delta(tiles, past)
+        else:
+            out, kept = self.self_attn(tiles, rotary, tokens_per_frame, chunk_frames, past)
+        return out, kept, prompt
 
     def init_branches(self) -> None:
         """Gates of one over last products of zero."""
