@@ -53,7 +53,7 @@ def velocity(model, batch):
             batch.timestep,
             batch.prompt_embeds,
             encoder_attention_mask=batch.prompt_mask,
-            chunk_frames=(1, 4),
+            chunk_frames=(batch.cut.past, batch.cut.chunk),
             return_dict=False,
         )[0]
 
@@ -157,10 +157,11 @@ def test_the_student_learns_from_a_teacher_that_is_guided_as_it_is_sampled(
     assert torch.equal(objective.guided(batch, batch.noise, 0.7), plain) is not guided
 
 
-@pytest.mark.parametrize("causal", ["chunk", "none"])
-def test_distillation_goes_on_to_the_bit_and_reports_motion(clips, tmp_path, causal):
+@pytest.mark.parametrize(("causal", "adversarial"), [("chunk", 0.5), ("none", 0.0)])
+def test_distillation_goes_on_to_the_bit_and_reports_motion(clips, tmp_path, causal, adversarial):
     mix = {"t2v": 0.5, "ti2v": 0.5}
     options = Distillation(
+        adversarial=adversarial,
         guidance_scale=2.0,
         fake_score_updates=2,
         fake_score_lr=1e-3,
@@ -219,6 +220,38 @@ def test_distillation_goes_on_to_the_bit_and_reports_motion(clips, tmp_path, cau
     model, objective = student()
     parts = train(model, objective, stage, tmp_path / "parts")
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+def test_the_critic_learns_to_tell_clips_and_captions_and_the_student_hears_of_it(clips):
+    options = Distillation(
+        guidance_scale=1.0, adversarial=1.0, matching=0.0, consistency=0.0, fake_score_lr=1e-3
+    )
+    stage = small_stage(distillation=options, mix={"t2v": 1.0}, precision="float32", batch_size=4)
+    model = stirred()
+    objective = DistillationObjective(model, [clips], stage, options)
+
+    def loss() -> float:
+        batch, generator = objective.batch(model, 0, 0), objective.generator(0, 0, 0)
+        with torch.no_grad():
+            made = objective.make(model, batch, generator, with_gradient=False)
+            return objective.critic_loss(batch, made, generator).item()
+
+    before = loss()
+    for update in range(30):
+        objective.update_fake_score(model, 0, update)
+    assert loss() < 0.9 * before
+    told, clips_seen = objective.loss(model, 0, 0)
+    told.backward()
+    assert clips_seen == 16
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+
+
+def test_the_teacher_may_be_another_than_the_start(clips):
+    options = Distillation()
+    stage = small_stage(distillation=options, mix={"t2v": 1.0})
+    objective = DistillationObjective(stirred(1), [clips], stage, options, teacher=stirred(2))
+    for network in (objective.teacher, objective.fake_score):
+        assert all(torch.equal(v, stirred(2).state_dict()[n]) for n, v in network.state_dict().items())
 
 
 def test_where_the_start_tells_how_it_goes_on_the_student_learns_the_clip_and_asks_no_teacher(

@@ -95,6 +95,8 @@ class SimulatorSource:
 
     scenes: tuple[str, ...]
     clips: int = 5040
+    pictures: int = 0
+    """How many there are in buckets of one frame; 0: as many as clips."""
     split: str = "train"
     seed: int = 0
 
@@ -109,7 +111,7 @@ class SimulatorSource:
         for bucket in buckets:
             if bucket.height != bucket.width:
                 raise UserError(f"the simulator's pictures are square, bucket {bucket.name} is not")
-            for index in range(self.clips):
+            for index in range(self.pictures or self.clips if bucket.frames == 1 else self.clips):
                 yield self._reference(bucket, index)
 
     def state(self, key: str) -> tuple[NDArray[np.float64], tuple[str, ...]]:

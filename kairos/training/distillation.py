@@ -2,7 +2,8 @@
 
 Three networks: the frozen teacher, the student, and the fake score, which learns by flow matching what the
 student makes. Where the guided teacher and the fake score disagree about a noised sample of the student's,
-the student is told which way to go (distribution matching, arXiv 2311.18828 and 2405.14867).
+the student is told which way to go (distribution matching, arXiv 2311.18828 and 2405.14867). What the teacher
+cannot show, the data can: a critic tells their clips from the student's (section 4.3 of the latter).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kairos.schedulers import FewStepScheduler
@@ -19,13 +21,38 @@ from kairos.training.batches import Batch, seed_of
 from kairos.training.cache import ClipSet
 from kairos.training.checkpoint import copy_into, load_optimizer
 from kairos.training.flow import FlowMatching, predict
-from kairos.training.parallel import ALONE, Processes, prepare
+from kairos.training.parallel import ALONE, Processes, average_gradients, prepare
 from kairos.training.samples import motion, sample_latents
 from kairos.training.stage import Distillation, Stage
 
+CRITIC_SIGMA = 0.5
+"""The critic sees clips under noise up to this sigma; above it there is little left to tell them by."""
+
+CRITIC_WEIGHT, CRITIC_LR = 0.5, 2e-3
+"""The weight of the critic's loss beside the fake score's, and the rate of its own layers."""
+
+
+class Critic:
+    """Tells token by token the data's clips from the student's, by what is behind the fake score's middle."""
+
+    def __init__(self, fake_score: Any, seed: int) -> None:
+        width = fake_score.config.hidden_size
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            layers = nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1)
+        self.head = nn.Sequential(nn.LayerNorm(width, elementwise_affine=False), *layers)
+        fake_score.blocks[len(fake_score.blocks) // 2].register_forward_hook(self._keep)
+
+    def _keep(self, block: nn.Module, inputs: Any, outputs: Any) -> None:
+        self.hidden: Tensor = outputs[0]
+
+    def verdict(self) -> Tensor:
+        """(B, tokens) of the last forward pass: above 0 for the data's."""
+        return self.head(self.hidden.float())[..., 0]
+
 
 class DistillationObjective(FlowMatching):
-    """The student is the model that the loop trains; teacher and fake score begin as copies of it."""
+    """The student is the model that the loop trains; the fake score begins as a copy of the teacher."""
 
     def __init__(
         self,
@@ -34,17 +61,24 @@ class DistillationObjective(FlowMatching):
         stage: Stage,
         options: Distillation,
         here: Processes = ALONE,
+        teacher: nn.Module | None = None,
     ) -> None:
+        """teacher: where it is not what the student starts from."""
         super().__init__(sets, stage, here)
         self.options = options
         self.scheduler = FewStepScheduler(sampling_times=options.sampling_times, shift=options.shift)
         self.sigmas: list[float] = self.scheduler.sigmas.tolist()
-        self.teacher = copy.deepcopy(student).requires_grad_(False).eval()
-        self.fake_score = copy.deepcopy(student).requires_grad_(True)
+        self.teacher = (teacher or copy.deepcopy(student)).to(here.device).requires_grad_(False).eval()
+        self.fake_score = copy.deepcopy(self.teacher).requires_grad_(True)
+        self.critic = Critic(self.fake_score, stage.seed) if options.adversarial else None
         for network in (self.teacher, self.fake_score):
             prepare(network, here, checkpointing=False, compiled=stage.compile, precision=stage.precision)
+        groups: list[dict[str, Any]] = [{"params": list(self.fake_score.parameters())}]
+        if self.critic is not None:
+            head = self.critic.head.to(here.device)
+            groups.append({"params": list(head.parameters()), "lr": CRITIC_LR})
         self.fake_optimizer = torch.optim.AdamW(
-            self.fake_score.parameters(), lr=options.fake_score_lr, betas=(0.0, 0.999), weight_decay=0.0
+            groups, lr=options.fake_score_lr, betas=(0.0, 0.999), weight_decay=0.0
         )
         self._teacher_motion: float | None = None
 
@@ -59,9 +93,10 @@ class DistillationObjective(FlowMatching):
             made = self.make(model, batch, generator, with_gradient=True)
             error = (made - batch.sample)[:, :, batch.cut.past :].square().mean()
             return self.options.truth * error, len(batch)
-        consistency = self.consistency_loss(model, batch, generator)
-        matching = self.matching_loss(model, batch, generator)
-        return self.options.consistency * consistency + self.options.matching * matching, len(batch)
+        loss = self.matching_loss(model, batch, generator)
+        if self.options.consistency:
+            loss = loss + self.options.consistency * self.consistency_loss(model, batch, generator)
+        return loss, len(batch)
 
     def is_determined(self, batch: Batch) -> bool:
         """Whether the clip itself is what the student should make: its start tells how it goes on."""
@@ -83,19 +118,45 @@ class DistillationObjective(FlowMatching):
         return (made - target)[:, :, batch.cut.past :].square().mean()
 
     def matching_loss(self, student: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
-        """A loss whose gradient for the student's sample x is (x0 of the fake score - x0 of the guided
-        teacher), divided by the mean of |x - x0 of the teacher|."""
+        """A loss whose gradient for the student's sample x is that of the two ways to tell it where to go.
+
+        Matching: (x0 of the fake score - x0 of the guided teacher) / the mean of |x - x0 of the teacher|; and
+        the gradient of the critic's verdict.
+        """
         made = self.make(student, batch, generator, with_gradient=True)
         low, high = self.options.sigma_range
         sigma = low + (high - low) * float(torch.rand((), generator=generator))
+        future = slice(batch.cut.past, None)
         with torch.no_grad():
             noisy = self.noised(batch, made, sigma, self.draw(batch, generator))
             real = noisy - sigma * self.guided(batch, noisy, sigma)
             fake = noisy - sigma * self.velocity(self.fake_score, batch, noisy, sigma)
-            future = slice(batch.cut.past, None)
             scale = (made - real)[:, :, future].abs().mean((1, 2, 3, 4), keepdim=True).clamp(min=1e-5)
             target = made - (fake - real) / scale
-        return 0.5 * (made - target)[:, :, future].square().mean()
+        loss = self.options.matching * 0.5 * (made - target)[:, :, future].square().mean()
+        if self.critic is not None:
+            leaf = made.detach().requires_grad_()
+            verdict = F.softplus(-self.judge(batch, leaf, generator)).mean()
+            (gradient,) = torch.autograd.grad(verdict, leaf)
+            loss = loss + self.options.adversarial * (gradient * made).sum()
+        return loss
+
+    def judge(
+        self, batch: Batch, latents: Tensor, generator: torch.Generator, *, mismatched: bool = False
+    ) -> Tensor:
+        """The critic's verdict (B,) on what is to be made, noised; `mismatched`: under another's caption."""
+        assert self.critic is not None
+        sigma = batch.sigma.clone()
+        spread = torch.rand(len(batch), 1, generator=generator).to(sigma) * CRITIC_SIGMA
+        sigma[:, batch.cut.past :] = spread
+        noise, rates = self.draw(batch, generator), sigma[:, None, :, None, None]
+        noisy = self.with_past(batch, (1 - rates) * latents + rates * noise)
+        prompt = batch.prompt_embeds, batch.prompt_mask
+        if mismatched:
+            prompt = prompt[0].roll(1, 0), prompt[1].roll(1, 0)
+        self.velocity(self.fake_score, batch, noisy, sigma, prompt=prompt)
+        past = batch.cut.past * noisy.shape[-1] * noisy.shape[-2] // 4
+        return self.critic.verdict()[:, past:].mean(1)
 
     def update_fake_score(self, student: nn.Module, step: int, update: int) -> None:
         """One step of flow matching on what the student makes, of other batches than its own."""
@@ -116,9 +177,19 @@ class DistillationObjective(FlowMatching):
         velocity = self.velocity(self.fake_score, batch, noisy, sigma)
         loss = (velocity - (noise - made))[:, :, batch.cut.past :].square().mean()
         loss.backward()
+        if self.critic is not None:
+            (CRITIC_WEIGHT * self.critic_loss(batch, made, generator)).backward()
+            average_gradients(self.critic.head.parameters(), self.processes)
         nn.utils.clip_grad_norm_(self.fake_score.parameters(), self.stage.clip_norm)
         self.fake_optimizer.step()
         self.fake_optimizer.zero_grad(set_to_none=True)
+
+    def critic_loss(self, batch: Batch, made: Tensor, generator: torch.Generator) -> Tensor:
+        """Clips under their captions pass; the student's, and clips under another's caption, do not."""
+        real = F.softplus(-self.judge(batch, batch.sample, generator)).mean()
+        false = F.softplus(self.judge(batch, made, generator)).mean()
+        mismatched = F.softplus(self.judge(batch, batch.sample, generator, mismatched=True)).mean()
+        return real + 0.5 * (false + mismatched)
 
     def make(
         self, student: nn.Module, batch: Batch, generator: torch.Generator, *, with_gradient: bool
@@ -179,13 +250,18 @@ class DistillationObjective(FlowMatching):
         )
 
     def state(self) -> dict[str, Any]:
-        return {
+        kept: dict[str, Any] = {
             "fake_score": dict(self.fake_score.named_parameters()),
             "optimizer": self.fake_optimizer.state_dict(),
         }
+        if self.critic is not None:
+            kept["critic"] = dict(self.critic.head.named_parameters())
+        return kept
 
     def load_state(self, state: dict[str, Any]) -> None:
         copy_into(dict(self.fake_score.named_parameters()), state["fake_score"])
+        if self.critic is not None:
+            copy_into(dict(self.critic.head.named_parameters()), state["critic"])
         load_optimizer(self.fake_optimizer, state["optimizer"])
 
     def report(self, model: nn.Module, step: int) -> dict[str, float]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -98,6 +98,16 @@ def shard(model: Any, here: Processes, *, precision: str = "float32") -> None:
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], here: Processes) -> None:
+    """The mean over the processes, for what every one of them holds whole."""
+    if here.world == 1:
+        return
+    for parameter in parameters:
+        assert parameter.grad is not None
+        dist.all_reduce(parameter.grad)
+        parameter.grad.div_(here.world)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -70,7 +70,9 @@ def plan_stage(recipe: Recipe, stage: Stage, world: int = 1) -> StagePlan:
         activations = max(activations, activation_bytes(config, part, stage))
     memory["activations"] = activations / 1e9
     options = stage.distillation or Distillation()
-    passes = {"flow": 3.0, "preference": 4.0, "distillation": 14.5 + 5.5 * options.fake_score_updates}
+    updates, critic = options.fake_score_updates, 1 if options.adversarial else 0
+    distilling = 14.5 + 5.5 * updates + critic * (3 + 9 * updates)
+    passes = {"flow": 3.0, "preference": 4.0, "distillation": distilling}
     flops = 2 * parameters * tokens * (passes[stage.objective] + stage.checkpointing)
     return StagePlan(stage.name, parameters, trained, memory, tokens, flops)
 

@@ -111,7 +111,9 @@ def build_objective(
         if stage.lora is not None or stage.train:
             raise UserError(f"stage {stage.name}: distillation trains all weights; leave out lora and train")
         model.to(here.device)
-        distilled = DistillationObjective(model, sets, stage, stage.distillation or Distillation(), here)
+        options = stage.distillation or Distillation()
+        teacher = load_start(recipe, options.teacher) if options.teacher else None
+        distilled = DistillationObjective(model, sets, stage, options, here, teacher)
         return distilled, longest, distilled.scheduler
     if stage.state is not None:
         return states(recipe, stage, model, sets, here), longest, None

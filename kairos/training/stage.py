@@ -33,6 +33,8 @@ class Distillation:
     The third network, the fake score, learns by flow matching what the student makes.
     """
 
+    teacher: str = ""
+    """A stage, a model by name, a file or a folder; empty: what the student starts from."""
     guidance_scale: float = 5.0
     guide_continuation: bool = True
     """Whether the teacher is guided behind given frames too; where it samples without, the student should."""
@@ -41,6 +43,9 @@ class Distillation:
     consistency: float = 1.0
     matching: float = 1.0
     """How much each of the two losses counts."""
+    adversarial: float = 0.0
+    """Above 0, a critic on the fake score tells the data from what the student makes, and the student is told
+    by this much how to pass."""
     truth: float = 0.0
     """Above 0, clips that go on from two latent frames or more, which tell places and speeds, leave the
     teacher out: the student's own sample is pulled to the true clip by this much. For exact worlds."""

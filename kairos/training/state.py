@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from kairos.training.cache import ClipSet
 from kairos.training.checkpoint import copy_into, load_optimizer
 from kairos.training.clips import SimulatorSource
 from kairos.training.flow import FlowMatching, flow_loss
-from kairos.training.parallel import ALONE, Processes
+from kairos.training.parallel import ALONE, Processes, average_gradients
 from kairos.training.stage import Stage, StateMaps
 from kairos.worlds import COLORS, WORLD
 
@@ -72,11 +71,7 @@ class StateObjective(FlowMatching):
     def update_head(self, hidden: Tensor, target: Tensor) -> None:
         """The head learns first, by itself, so that the model is told by a head that can read."""
         map_error(self.head(hidden), target).backward()
-        if self.processes.world > 1:
-            for parameter in self.head.parameters():
-                assert parameter.grad is not None
-                dist.all_reduce(parameter.grad)
-                parameter.grad.div_(self.processes.world)
+        average_gradients(self.head.parameters(), self.processes)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
