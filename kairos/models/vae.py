@@ -69,7 +69,7 @@ def decode(vae: AutoencoderKLWan, latents: Tensor, *, tiled: bool = False) -> Te
 
 
 def quickest_dtype(device: torch.device | str) -> torch.dtype | None:
-    """bfloat16 on a CPU that has units for its products (AMX), where float32 takes three times as long.
+    """bfloat16 on a CPU that has units for its products (AMX), where float32 takes two to five times as long.
 
     None elsewhere: the VAE's own. docs/performance.md has what it changes.
     """
