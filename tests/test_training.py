@@ -150,7 +150,7 @@ def test_changing_a_later_chunk_leaves_every_earlier_output_unchanged(clips):
     for parameter in model.parameters():  # branches begin as nothing; let them do something
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
-    batch = draw_batch([clips], small_stage(mix={"ti2v": 1.0}), 0, causal=True)
+    batch = draw_batch([clips], small_stage(mix={"continuation": 1.0}), 0, causal=True)
     chunks, shape = (1, 2, 2), batch.noisy.shape
     later = batch.noisy.clone()
     later[:, :, 3:] = torch.randn(shape[0], shape[1], 2, *shape[3:])

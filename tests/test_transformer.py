@@ -96,9 +96,9 @@ def test_golden_gated_delta_layer_with_its_states():
     layer.load_state_dict({k.removeprefix("param."): v for k, v in golden.items() if k.startswith("param.")})
     x = golden["x"]
     with torch.no_grad():
-        y, state = layer(x)
-        first, carried = layer(x[:, :67])
-        second, last = layer(x[:, 67:], carried)
+        y, state = layer.pass_over(x, None)
+        first, carried = layer.pass_over(x[:, :67], None)
+        second, last = layer.pass_over(x[:, 67:], carried)
     torch.testing.assert_close(y, golden["y"], atol=1e-4, rtol=0)
     torch.testing.assert_close(torch.cat((first, second), dim=1), golden["y"], atol=1e-4, rtol=0)
     torch.testing.assert_close(carried.recurrent_state, golden["state_after_67"], atol=1e-4, rtol=0)
