@@ -297,23 +297,16 @@ def _own(name: str, *, full: bool) -> nn.Module:
     model = KairosTransformer3DModel(**config | {"layer_pattern": "S"})
     for block in model.blocks:
         attention: Any = block.self_attn
-        attention.forward = _full_attention.__get__(attention)
+        attention.mix = _full_attention
     return model
 
 
-def _full_attention(
-    self: Any, x: Tensor, rotary: Any, tokens_per_frame: int, *unused: Any
-) -> tuple[Tensor, None]:
-    """In place of WindowedSelfAttention.forward: every token looks at every other, no mask."""
+def _full_attention(q: Tensor, k: Tensor, v: Tensor, *unused: Any) -> tuple[Tensor, None]:
+    """In place of WindowedSelfAttention.mix: every token looks at every other, no mask."""
     from kairos.ops.attention import attend
-    from kairos.ops.rotary import apply_rotary
 
-    heads = (self.heads, -1)
-    v = self.v(x).unflatten(-1, heads)
-    q = apply_rotary(self.norm_q(self.q(x)).unflatten(-1, heads), rotary).to(v.dtype)
-    k = apply_rotary(self.norm_k(self.k(x)).unflatten(-1, heads), rotary).to(v.dtype)
     out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None)
-    return self.o(out.transpose(1, 2).flatten(2)), None
+    return out.transpose(1, 2), None
 
 
 def _peak_gb(device: str) -> float:

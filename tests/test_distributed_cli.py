@@ -164,7 +164,7 @@ def test_another_model_or_request_is_not_taken_for_one_that_is_made(tmp_path: Pa
 @pytest.mark.parametrize("split", [("--gpus", 2), ("--gpus", 3, "--split", "context")])
 def test_a_video_of_several_ranks_is_the_video_of_one(kairos: Any, model: Path, split: tuple) -> None:
     Image.new("RGB", (32, 32), "red").save("red.png")
-    arguments = ("generate", "a ball", "--image", "red.png", "--model", model, *SMALL)
+    arguments = ("generate", "a ball", "--image", "red.png", "--model", model, *SMALL, "--dtype", "float32")
     assert kairos(*arguments, "-o", "one.mp4")[0] == 0
     status, said, errors = kairos(*arguments, "-o", "split.mp4", "--device", "cpu", *split)
     assert (status, errors) == (0, "")
