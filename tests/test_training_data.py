@@ -202,7 +202,7 @@ def test_the_simulator_makes_a_clip_of_its_number():
 def test_the_simulator_may_make_more_pictures_than_clips():
     buckets = [Bucket(1, 32, 32), Bucket(9, 32, 32)]
     for pictures, expected in ((0, 2), (5, 5)):
-        found, _ = references(SimulatorSource(("uniform",), clips=2, pictures=pictures), buckets)
+        found, _ = references(SimulatorSource(("uniform",), clips=2, pictures=pictures), *buckets)
         assert [sum(r.bucket.frames == frames for r in found) for frames in (1, 9)] == [expected, 2]
 
 
