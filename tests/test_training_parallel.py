@@ -70,7 +70,8 @@ def test_two_processes_have_the_loss_curve_of_one(tmp_path):
         state = load_checkpoint(tmp_path / name)
         assert state["step"] == 6
         for key, value in ema.items():
-            torch.testing.assert_close(state["ema"][key], value, atol=1e-3, rtol=1e-2)
+            # Muon turns bfloat16's rounding of a gradient into steps of its whole rate, 0.01 each.
+            torch.testing.assert_close(state["ema"][key], value, atol=5e-3, rtol=1e-2)
         longer = small_stage(**(options | {"steps": 7}))
         train(small_model(), FlowMatching([clips], longer), longer, tmp_path / name)
         assert load_checkpoint(tmp_path / name)["step"] == 7
