@@ -16,6 +16,23 @@ from kairos.request import Request, field_values, read_each_request
 
 INPUT, SIZE, SAMPLING, RUN = "What to make", "Size", "Sampling", "How to run"
 
+Compiled = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="Compile the LinearDiT's blocks first: minutes once, then each step is quicker.",
+        rich_help_panel=RUN,
+    ),
+]
+VaeDtype = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Precision of the VAE. auto: bfloat16 on a CPU with units for it (AMX), else its own.",
+        rich_help_panel=RUN,
+    ),
+]
+
 
 @dataclass(frozen=True)
 class Job:
@@ -202,22 +219,8 @@ def generate(
             rich_help_panel=RUN,
         ),
     ] = False,
-    compiled: Annotated[
-        bool,
-        typer.Option(
-            "--compile",
-            help="Compile the LinearDiT's blocks first: minutes once, then each step is quicker.",
-            rich_help_panel=RUN,
-        ),
-    ] = False,
-    vae_dtype: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="Precision of the VAE. auto: bfloat16 on a CPU with units for it (AMX), else its own.",
-            rich_help_panel=RUN,
-        ),
-    ] = "auto",
+    compiled: Compiled = False,
+    vae_dtype: VaeDtype = "auto",
     step_cache: Annotated[
         float | None,
         typer.Option(

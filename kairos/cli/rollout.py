@@ -8,7 +8,7 @@ import typer
 
 from kairos import presets
 from kairos.cli.console import show_log
-from kairos.cli.generate import INPUT, RUN, SAMPLING, SIZE, prompt_job
+from kairos.cli.generate import INPUT, RUN, SAMPLING, SIZE, Compiled, VaeDtype, prompt_job
 from kairos.errors import UserError
 
 LENGTH, WORLD = "How long", "The world"
@@ -135,22 +135,8 @@ def rollout(
             rich_help_panel=RUN,
         ),
     ] = "auto",
-    vae_dtype: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="Precision of the VAE. auto: bfloat16 on a CPU with units for it (AMX), else its own.",
-            rich_help_panel=RUN,
-        ),
-    ] = "auto",
-    compiled: Annotated[
-        bool,
-        typer.Option(
-            "--compile",
-            help="Compile the LinearDiT's blocks first: minutes once, then each step is quicker.",
-            rich_help_panel=RUN,
-        ),
-    ] = False,
+    vae_dtype: VaeDtype = "auto",
+    compiled: Compiled = False,
     memory: Annotated[
         str | None,
         typer.Option(
