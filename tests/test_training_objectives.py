@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from training_parts import clip_set, small_model, small_stage
 
 from kairos import KairosTransformer3DModel, UserError
 from kairos.schedulers import FewStepScheduler
 from kairos.training import run as stage_run
-from kairos.training.distillation import DistillationObjective
+from kairos.training.distillation import DistillationObjective, energy_score
 from kairos.training.flow import FlowMatching
 from kairos.training.loop import save_weights, train
 from kairos.training.lora import add_lora
@@ -233,7 +234,7 @@ def test_the_critic_learns_to_tell_clips_and_captions_and_the_student_hears_of_i
     def loss() -> float:
         batch, generator = objective.batch(model, 0, 0), objective.generator(0, 0, 0)
         with torch.no_grad():
-            made = objective.make(model, batch, generator, with_gradient=False)
+            made = objective.make(model, batch, generator, 0, with_gradient=False)
             return objective.critic_loss(batch, made, generator).item()
 
     before = loss()
@@ -293,8 +294,79 @@ def test_where_the_start_tells_how_it_goes_on_the_student_learns_the_clip_and_as
     assert distance() < 0.9 * before
     assert all(torch.equal(v, fake_before[n]) for n, v in objective.fake_score.state_dict().items())
     objective.stage = replace(stage, mix={"ti2v": 1.0})  # one frame tells no speed
+    objective.sigmas = [1.0, 0.9, 0.0]
     with pytest.raises(AssertionError, match="the teacher was asked"):
         objective.loss(model, 0, 0)
+
+
+def test_a_step_with_little_noise_to_take_away_takes_it_off_true_clips(clips):
+    options = Distillation(guidance_scale=1.0, truth=1.0)
+    stage = small_stage(distillation=options, mix={"t2v": 1.0}, precision="float32")
+    model = stirred()
+    objective = DistillationObjective(model, [clips], stage, options)
+    batch = objective.batch(model, 0, 0)
+    assert [objective.is_determined(batch, step) for step in range(4)] == [False, False, False, True]
+    seen = []
+
+    def velocity(network, batch, noisy, sigma, prompt=None):
+        assert network is model, "neither the teacher nor the fake score has a say"
+        seen.append((noisy, sigma))
+        return (noisy - batch.sample) / sigma
+
+    objective.velocity = velocity
+    objective.update_fake_score = lambda *_: None
+    losses = {}
+    for step in range(30):
+        try:
+            losses[step] = float(objective.loss(model, step, 0)[0])
+        except AssertionError:
+            seen.clear()
+            continue
+        ((noisy, sigma),) = seen
+        clean = objective.batch(model, step, 0).sample
+        assert sigma == objective.sigmas[3] and (noisy - (1 - sigma) * clean).std() == pytest.approx(
+            sigma, rel=0.05
+        )
+        seen.clear()
+    assert losses and max(losses.values()) < 1e-10
+
+
+def test_the_energy_score_is_best_for_samples_that_are_spread_as_the_data_are():
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(spread: float, count: int = 4000) -> Tensor:
+        """Clips of three frames that are all 1 or all -1, times spread."""
+        signs = torch.randint(0, 2, (count, 1, 1, 1, 1), generator=generator) * 2.0 - 1
+        return spread * signs * torch.ones(count, 2, 3, 2, 2)
+
+    def value(spread: float) -> float:
+        return energy_score(drawn(spread), drawn(spread), drawn(1.0), past=1).item()
+
+    ones = torch.ones(4000, 2, 3, 2, 2)
+    right, narrow, wide = value(1.0), value(0.7), value(1.4)
+    one_mode = energy_score(ones, ones, drawn(1.0), past=1).item()
+    assert min(narrow, wide, one_mode) > right + 0.3
+    given = drawn(1.0)
+    given[:, :, 0] = 100.0  # what is given is not scored
+    assert energy_score(given, drawn(1.0), drawn(1.0), past=1).item() == pytest.approx(right, abs=0.2)
+
+
+def test_a_student_may_learn_from_the_clips_spread_alone(clips):
+    options = Distillation(score=1.0, matching=0.0, consistency=0.0)
+    stage = small_stage(distillation=options, mix={"t2v": 1.0}, precision="float32", batch_size=4)
+    model = stirred()
+    objective = DistillationObjective(model, [clips], stage, options)
+    fake_before = copy.deepcopy(objective.fake_score.state_dict())
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    losses = []
+    for step in range(40):
+        loss, _ = objective.loss(model, step, 0)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert np.mean(losses[-8:]) < 0.9 * np.mean(losses[:4])
+    assert all(torch.equal(v, fake_before[n]) for n, v in objective.fake_score.state_dict().items())
 
 
 def test_distribution_matching_moves_the_student_to_the_teacher_and_off_the_fake(clips):
@@ -305,12 +377,11 @@ def test_distribution_matching_moves_the_student_to_the_teacher_and_off_the_fake
     objective = DistillationObjective(model, [clips], stage, options)
     batch = objective.batch(model, 0, 0)
     sample = batch.sample.clone().requires_grad_(True)
-    objective.make = lambda *_, **__: sample
     teacher, fake = 0.3, 0.1
     objective.velocity = lambda network, batch, noisy, sigma, prompt=None: torch.full_like(
         noisy, teacher if network is objective.teacher else fake
     )
-    objective.matching_loss(model, batch, torch.Generator().manual_seed(0)).backward()
+    objective.matching_loss(batch, sample, torch.Generator().manual_seed(0)).backward()
     past = batch.cut.past
     assert not sample.grad[:, :, :past].any()
     # x0 = z - sigma v: the teacher's lies lower, so the sample is pushed down: a gradient above 0.

@@ -46,6 +46,9 @@ class Distillation:
     adversarial: float = 0.0
     """Above 0, a critic on the fake score tells the data from what the student makes, and the student is told
     by this much how to pass."""
+    score: float = 0.0
+    """Above 0, two samples under one caption are pulled to the true clip and apart by this much (the energy
+    score): the student's samples spread as the data do, and a caption's words move all of them."""
     truth: float = 0.0
     """Above 0, clips that go on from two latent frames or more, which tell places and speeds, leave the
     teacher out: the student's own sample is pulled to the true clip by this much. For exact worlds."""
