@@ -148,21 +148,21 @@ def short_conv(
     With `heads`, x has only those of the convolution's heads.
     """
     size = conv.kernel_size[0]
-    head_dim = x.shape[-1]
+    count, head_dim = x.shape[1], x.shape[-1]
     weight = conv.weight.unflatten(0, (-1, head_dim))[heads].flatten(0, 1)
     x = x.flatten(2)
     before = x.new_zeros(x.shape[0], size - 1, x.shape[2]) if past is None else past.mT.to(x.dtype)
-    x = torch.cat((before, x), dim=1)
     if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled():
-        count = x.shape[1] - size + 1  # channels stay last, as the rule wants them
-        taps = weight[:, 0].mT.contiguous()
-        out = x[:, :count] * taps[0]
-        for tap in range(1, size):
-            out.addcmul_(x[:, tap : tap + count], taps[tap])
+        taps = weight[:, 0].mT.contiguous()  # channels stay last, as the rule wants them
+        out = x * taps[-1]
+        for lag in range(1, size):
+            out[:, lag:].addcmul_(x[:, :-lag], taps[-1 - lag])
+            out[:, :lag].addcmul_(before[:, size - 1 - lag :][:, :count], taps[-1 - lag])
         out = F.silu(out, inplace=True)
     else:
-        out = F.silu(F.conv1d(x.mT, weight, groups=len(weight))).mT
-    return out.unflatten(-1, (-1, head_dim)), x[:, 1 - size :].mT
+        out = F.silu(F.conv1d(torch.cat((before, x), dim=1).mT, weight, groups=len(weight))).mT
+    kept = torch.cat((before, x[:, 1 - size :]), dim=1)[:, 1 - size :]
+    return out.unflatten(-1, (-1, head_dim)), kept.mT
 
 
 def l2_normalise(x: Tensor) -> Tensor:

@@ -176,7 +176,10 @@ class KairosTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             prompts = prompt_memory.layers
         else:
             prompts = [self.text_embedding(encoder_hidden_states)] * len(self.blocks)
-        mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()[:, None, None, :]
+        mask = encoder_attention_mask
+        if mask is not None:
+            # On a GPU the question would wait for all that it has to do.
+            mask = None if mask.device.type == "cpu" and mask.all() else mask.bool()[:, None, None, :]
         x = rearrange(self.patch_embedding(hidden_states), "b d f h w -> b (f h w) d")
 
         assert step_cache is None or not return_state
@@ -404,11 +407,13 @@ class Head(nn.Module):
 
 
 def mlp(dim_in: int, dim_hidden: int, dim_out: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(dim_in, dim_hidden), nn.SiLU(), nn.Linear(dim_hidden, dim_out))
+    return nn.Sequential(nn.Linear(dim_in, dim_hidden), nn.SiLU(inplace=True), nn.Linear(dim_hidden, dim_out))
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     """LayerNorm(x) * (1 + scale) + shift; x (B, N, dim), scale and shift (B, T, dim), T dividing N."""
+    if scale.shape[:2] == (1, 1):  # one time for all there is: the norm's own weights, in one pass
+        return F.layer_norm(x, x.shape[-1:], 1 + scale[0, 0], shift[0, 0], eps)
     x = F.layer_norm(x, x.shape[-1:], eps=eps).unflatten(1, (scale.shape[1], -1))
     return torch.addcmul(shift[:, :, None], x, 1 + scale[:, :, None]).flatten(1, 2)
 

@@ -14,6 +14,7 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kairos.errors import UserError
@@ -25,6 +26,9 @@ CHUNK = 32
 """Tokens that are solved together."""
 SEGMENT = 512
 """Tokens whose chunks are prepared together: enough for large products, few enough to stay in the cache."""
+GONE = -40.0
+"""Log-decay from which on what has decayed is taken for 0: beside what has not, it is. A product of two such
+would be a number that a CPU calls denormal, and multiplies a hundred times slower."""
 BACKENDS = ("auto", "reference", "chunked", "fla")
 
 
@@ -109,16 +113,16 @@ def _segment(
 
     total = g.cumsum(-1)
     lower = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
-    decay = (total[..., :, None] - total[..., None, :]).masked_fill(~lower, -torch.inf).exp()
-    grown = total.exp()[..., None]  # decay since the chunk began
-    left = (total[..., -1:] - total).exp()[..., None]  # decay until the chunk ends
+    decay = _decay((total[..., :, None] - total[..., None, :]).masked_fill(~lower, -torch.inf))
+    grown = _decay(total)[..., None]  # since the chunk began
+    left = _decay(total[..., -1:] - total)[..., None]  # until the chunk ends
     system = (beta[..., None] * (k @ k.mT) * decay).tril(-1)
     right = torch.cat((beta[..., None] * v, beta[..., None] * grown * k), dim=-1)
     u_free, u_state = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True).split(
         (dim_v, dim_k), dim=-1
     )
     scores = (q @ k.mT) * decay
-    q_state, k_left, kept = q * grown, (k * left).mT, total[..., -1, None, None].exp()
+    q_state, k_left, kept = q * grown, (k * left).mT, grown[..., -1:, :]
 
     # One product after the other, so each is one call: heads as one batch, sums inside the products.
     walk = (x.flatten(0, 1).unbind(1) for x in (u_free, u_state, q_state, scores, k_left, kept))
@@ -130,6 +134,10 @@ def _segment(
         state = torch.baddbmm(keep * state, key, u)
     out = torch.cat(outputs, dim=1).unflatten(0, shape[:2])[:, :, :tokens]
     return out.transpose(1, 2), state.unflatten(0, shape[:2])
+
+
+def _decay(logarithm: Tensor) -> Tensor:
+    return F.threshold(logarithm, GONE, -torch.inf).exp()
 
 
 def _split(x: Tensor, chunks: int, size: int) -> Tensor:

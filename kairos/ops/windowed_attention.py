@@ -188,9 +188,10 @@ def _blocked_sequence(
     outputs = []
     for begin, end, starts, kinds in _slabs(first, frames, k.shape[0], size, window, chunks, tokens):
         keys, values = (x[starts].expand(end - begin, -1, -1, -1, -1) for x in (k, v))
-        outputs.append(product(q[begin:end], keys, values, kinds))
+        # A CPU's product leaves the heads beside each other in memory: so they are only put in line.
+        outputs.append(product(q[begin:end], keys, values, kinds).transpose(1, 2))
     out = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-    return rearrange(out, "f (b h) l d -> b f l h d", b=batch)
+    return rearrange(out, "f l (b h) d -> b f l h d", b=batch)
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, kinds: Kinds) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kairos.errors import UserError
 from kairos.schedulers import FewStepScheduler
 from kairos.training.batches import Batch, seed_of
 from kairos.training.cache import ClipSet
@@ -71,6 +72,12 @@ class DistillationObjective(FlowMatching):
         self.options = options
         self.scheduler = FewStepScheduler(sampling_times=options.sampling_times, shift=options.shift)
         self.sigmas: list[float] = self.scheduler.sigmas.tolist()
+        if not options.asks and not (options.truth and self.sigmas[-2] <= CLEAR_SIGMA):
+            raise UserError(
+                "distillation has nothing to teach: truth alone needs sampling_times that end with little noise, "
+                f"a sigma of at most {CLEAR_SIGMA}, and without it one of consistency, matching, adversarial "
+                "and score must be above 0"
+            )
         self.teacher = (teacher or copy.deepcopy(student)).to(here.device).requires_grad_(False).eval()
         self.fake_score = copy.deepcopy(self.teacher).requires_grad_(True)
         self.critic = Critic(self.fake_score, stage.seed) if options.adversarial else None
@@ -93,6 +100,8 @@ class DistillationObjective(FlowMatching):
         batch = self.batch(model, step, part)
         generator = self.generator(step, part, 0)
         last = int(torch.randint(len(self.sigmas) - 1, (), generator=generator))
+        if batch.cut.past < 2 and not self.options.asks:
+            last = len(self.sigmas) - 2  # the truth alone can teach no other
         if self.is_determined(batch, last):
             start = batch.sample if batch.cut.past < 2 else None  # its own samples are of other clips
             made = self.make(model, batch, generator, last, start=start, with_gradient=True)

@@ -61,6 +61,11 @@ class Distillation:
     motion_clips: int = 8
     motion_every: int = 50
 
+    @property
+    def asks(self) -> bool:
+        """Whether anything but the truth teaches."""
+        return bool(self.consistency or self.matching or self.adversarial or self.score)
+
 
 @dataclass(frozen=True)
 class Preference:
