@@ -27,8 +27,8 @@ CHUNK = 32
 SEGMENT = 512
 """Tokens whose chunks are prepared together: enough for large products, few enough to stay in the cache."""
 GONE = -40.0
-"""Log-decay from which on what has decayed is taken for 0: beside what has not, it is. A product of two such
-would be a number that a CPU calls denormal, and multiplies a hundred times slower."""
+"""Log-decay from which on what has decayed is taken for 0: beside what has not, it is. Then the product of
+two decays is no denormal number, which a CPU multiplies a hundred times slower."""
 BACKENDS = ("auto", "reference", "chunked", "fla")
 
 

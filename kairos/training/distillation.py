@@ -74,9 +74,8 @@ class DistillationObjective(FlowMatching):
         self.sigmas: list[float] = self.scheduler.sigmas.tolist()
         if not options.asks and not (options.truth and self.sigmas[-2] <= CLEAR_SIGMA):
             raise UserError(
-                "distillation has nothing to teach: truth alone needs sampling_times that end with little noise, "
-                f"a sigma of at most {CLEAR_SIGMA}, and without it one of consistency, matching, adversarial "
-                "and score must be above 0"
+                "distillation has nothing to teach: consistency, matching, adversarial or score must exceed "
+                f"0, or truth with sampling_times whose last sigma is at most {CLEAR_SIGMA}"
             )
         self.teacher = (teacher or copy.deepcopy(student)).to(here.device).requires_grad_(False).eval()
         self.fake_score = copy.deepcopy(self.teacher).requires_grad_(True)

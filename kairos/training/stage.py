@@ -51,7 +51,8 @@ class Distillation:
     score): the student's samples spread as the data do, and a caption's words move all of them."""
     truth: float = 0.0
     """Above 0, clips that go on from two latent frames or more, which tell places and speeds, leave the
-    teacher out: the student's own sample is pulled to the true clip by this much. For exact worlds."""
+    teacher out: the student's own sample is pulled to the true clip by this much. So does a step with little
+    noise to take away, which takes it off true clips. For exact worlds."""
     fake_score_updates: int = 5
     fake_score_lr: float = 4e-7
     sigma_range: tuple[float, ...] = (0.02, 0.98)
