@@ -52,9 +52,10 @@ def run_script(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_a_video_is_made_shown_and_made_again(kairos: Any, model: Path) -> None:
+@pytest.mark.parametrize("options", [(), ("--dtype", "bfloat16"), ("--vae-dtype", "bfloat16")])
+def test_a_video_is_made_shown_and_made_again(kairos: Any, model: Path, options: tuple[str, ...]) -> None:
     size = ("--frames", 5, "--height", 32, "--width", 48)
-    assert kairos("generate", "a red ball", "--model", model, *size, "-o", "out.mp4")[0] == 0
+    assert kairos("generate", "a red ball", "--model", model, *size, *options, "-o", "out.mp4")[0] == 0
     assert read_video("out.mp4").shape == (5, 256, 384, 3)
     made = Path("out.mp4").read_bytes()
     _, said, _ = kairos("show", "out.mp4")

@@ -127,7 +127,10 @@ def load(
     apply_loras(pipeline.transformer, [parse_lora(lora) for lora in options.loras])
     about = describe(pipeline, options, dtype)
     if (precision := vae_precision(options, device)) is not None:
-        channels_last(pipeline.vae.to(dtype=precision))
+        pipeline.vae.to(dtype=precision)
+    # By the dtype alone, however it was chosen: another layout rounds in another way.
+    if device.type == "cpu" and str(pipeline.vae.dtype) == "torch.bfloat16":
+        channels_last(pipeline.vae)
     about["vae_dtype"] = str(pipeline.vae.dtype).removeprefix("torch.")
     if later:
         from kairos.placement import place, quantize
