@@ -23,7 +23,7 @@ def random_inputs(tokens: int, *, batch: int = 2, heads: int = 3, decay: float =
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 63, 64, 65, 144, 512, 513, 1100])
-@pytest.mark.parametrize("decay", [0.01, 3.0])
+@pytest.mark.parametrize("decay", [0.01, 3.0, 10.0])
 def test_the_chunked_form_equals_the_loop(tokens, decay):
     *inputs, state = random_inputs(tokens, decay=decay)
     expected = gated_delta_rule(*inputs, initial_state=state, backend="reference")

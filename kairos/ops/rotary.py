@@ -1,7 +1,7 @@
 """Rotary positions for video tokens (RoFormer, arXiv 2104.09864), split over frame, row and column.
 
 Angles are made in float64 from integer positions, so frame 1,000,000 of a rollout is as exact as frame 1; the
-rotation itself is real arithmetic on adjacent channel pairs.
+rotation itself is float32, of adjacent channel pairs.
 """
 
 from __future__ import annotations

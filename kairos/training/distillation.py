@@ -108,7 +108,7 @@ class DistillationObjective(FlowMatching):
             return self.options.truth * error, len(batch)
         made = self.make(model, batch, generator, last, with_gradient=True)
         loss = made.new_zeros(())
-        if self.options.matching or self.critic is not None:
+        if self.options.matching or self.critic:
             loss = loss + self.matching_loss(batch, made, generator)
         if self.options.score:
             other = self.make(model, batch, generator, last, with_gradient=False)
@@ -181,7 +181,7 @@ class DistillationObjective(FlowMatching):
         """One step of flow matching on what the student makes, of other batches than its own."""
         others = self.stage.steps + step * self.options.fake_score_updates + update
         batch = self.batch(student, others, 0)
-        if self.is_determined(batch, 0) or not (self.options.matching or self.critic is not None):
+        if self.is_determined(batch, 0) or not (self.options.matching or self.critic):
             return  # nobody asks it about those
         generator = self.generator(step, 0, update + 1)
         last = int(torch.randint(len(self.sigmas) - 1, (), generator=generator))
