@@ -23,6 +23,8 @@ from kairos.training.lora import add_lora
 from kairos.training.preference import PairSet, PreferenceObjective
 from kairos.training.samples import motion, sample_latents
 from kairos.training.stage import Distillation, LoRA, Preference
+from kairos.training.vae import build_vae
+from kairos.training.visible import cut_around, seen, visible_root
 from kairos.weights import load_transformer_file, save_original
 from kairos.weights.lora import apply_loras, parse_lora
 from kairos.weights.merge import dare, merge_files, parse_model, ties
@@ -363,6 +365,67 @@ def test_a_student_may_learn_from_the_clips_spread_alone(clips):
         losses.append(loss.item())
     assert np.mean(losses[-8:]) < 0.9 * np.mean(losses[:4])
     assert all(torch.equal(v, fake_before[n]) for n, v in objective.fake_score.state_dict().items())
+
+
+def test_errors_of_latents_count_by_what_they_change_in_the_picture(clips):
+    vae = build_vae(base_dim=8)
+    vae.register_to_config(latents_mean=[0.0] * 16, latents_std=[1.0] * 16)
+    with torch.no_grad():
+        vae.post_quant_conv.weight[:, 3] = 0.0  # nobody sees channel 3
+        vae.post_quant_conv.weight[:, 7] *= 5.0
+    vae.eval()
+    root = visible_root(vae, clips, 1.0)
+    assert torch.equal(root, visible_root(vae, clips, 1.0))
+    assert (root @ root).trace().item() == pytest.approx(16, rel=1e-4)
+    counted = root.square().sum(0)
+    assert counted[3] < 1e-6 and counted.argmax() == 7
+    mixed = visible_root(vae, clips, 0.25)
+    torch.testing.assert_close(mixed @ mixed, 0.25 * root @ root + 0.75 * torch.eye(16), atol=1e-4, rtol=0)
+
+    # What the matrix says of an error is what the picture says, but for the place that is asked.
+    latents = clips.latents([0, 1, 2, 3])
+    generator = torch.Generator().manual_seed(1)
+    said, shown = [], []
+    for _ in range(8):
+        error = torch.zeros_like(latents)
+        error[:, :, 2, 1, 2] = 0.3 * torch.randn(16, generator=generator)
+        said.append(seen(error, root).square().sum().item())
+        with torch.no_grad():
+            change = vae.decode(latents + error).sample - vae.decode(latents).sample
+        shown.append(change.square().sum().item())
+    assert np.corrcoef(said, shown)[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("place", [(0, 0, 0), (8, 20, 3), (4, 11, 19)])
+def test_a_window_lies_inside_the_clip_and_says_where_its_place_is(place):
+    clip = torch.arange(9 * 21 * 20).reshape(1, 9, 21, 20)
+    window, at = cut_around(clip, place)
+    assert window.shape == (1, 5, 8, 8)
+    assert window[(0, *at)] == clip[(0, *place)]
+    small = torch.arange(12).reshape(1, 1, 3, 4)
+    window, at = cut_around(small, (0, 2, 1))
+    assert torch.equal(window, small) and at == [0, 2, 1]
+
+
+@pytest.mark.parametrize("objective", ["flow", "truth", "score"])
+def test_what_is_not_seen_is_not_learned(clips, objective):
+    options = Distillation(
+        consistency=0.0, matching=0.0, truth=float(objective == "truth"), score=float(objective == "score")
+    )
+    mix = {"continuation": 1.0} if objective == "truth" else {"t2v": 1.0}
+    stage = small_stage(distillation=options, mix=mix, precision="float32")
+    model = stirred()
+
+    def loss(root):
+        if objective == "flow":
+            return FlowMatching([clips], stage, root=root).loss(model, 0, 0)[0].item()
+        return DistillationObjective(model, [clips], stage, options, root=root).loss(model, 0, 0)[0].item()
+
+    usual = loss(None)
+    assert loss(torch.eye(16)) == pytest.approx(usual, rel=1e-5)
+    one = torch.zeros(16, 16)
+    one[5, 5] = 1.0
+    assert 0 < loss(one) < 0.5 * usual
 
 
 def test_distribution_matching_moves_the_student_to_the_teacher_and_off_the_fake(clips):

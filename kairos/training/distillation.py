@@ -25,6 +25,7 @@ from kairos.training.flow import FlowMatching, predict
 from kairos.training.parallel import ALONE, Processes, average_gradients, prepare
 from kairos.training.samples import motion, sample_latents
 from kairos.training.stage import Distillation, Stage
+from kairos.training.visible import seen
 
 CRITIC_SIGMA = 0.5
 """The critic sees clips under noise up to this sigma; above it there is little left to tell them by."""
@@ -66,9 +67,10 @@ class DistillationObjective(FlowMatching):
         options: Distillation,
         here: Processes = ALONE,
         teacher: nn.Module | None = None,
+        root: Tensor | None = None,
     ) -> None:
-        """teacher: where it is not what the student starts from."""
-        super().__init__(sets, stage, here)
+        """teacher: where it is not what the student starts from. root: of `visible_root`."""
+        super().__init__(sets, stage, here, root)
         self.options = options
         self.scheduler = FewStepScheduler(sampling_times=options.sampling_times, shift=options.shift)
         self.sigmas: list[float] = self.scheduler.sigmas.tolist()
@@ -104,7 +106,7 @@ class DistillationObjective(FlowMatching):
         if self.is_determined(batch, last):
             start = batch.sample if batch.cut.past < 2 else None  # its own samples are of other clips
             made = self.make(model, batch, generator, last, start=start, with_gradient=True)
-            error = (made - batch.sample)[:, :, batch.cut.past :].square().mean()
+            error = seen(made - batch.sample, self.root)[:, :, batch.cut.past :].square().mean()
             return self.options.truth * error, len(batch)
         made = self.make(model, batch, generator, last, with_gradient=True)
         loss = made.new_zeros(())
@@ -112,7 +114,8 @@ class DistillationObjective(FlowMatching):
             loss = loss + self.matching_loss(batch, made, generator)
         if self.options.score:
             other = self.make(model, batch, generator, last, with_gradient=False)
-            loss = loss + self.options.score * energy_score(made, other, batch.sample, batch.cut.past)
+            one, two, true = (seen(latents, self.root) for latents in (made, other, batch.sample))
+            loss = loss + self.options.score * energy_score(one, two, true, batch.cut.past)
         if self.options.consistency:
             loss = loss + self.options.consistency * self.consistency_loss(model, batch, generator)
         return loss, len(batch)

@@ -12,6 +12,7 @@ from kairos.training.batches import Batch, draw_batch
 from kairos.training.cache import ClipSet
 from kairos.training.parallel import ALONE, Processes
 from kairos.training.stage import Stage
+from kairos.training.visible import seen
 
 
 def predict(
@@ -34,10 +35,10 @@ def predict(
     return velocity.float()
 
 
-def flow_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean squared error of the velocity over the frames after the past."""
+def flow_loss(model: nn.Module, batch: Batch, root: Tensor | None = None) -> Tensor:
+    """Mean squared error of the velocity over the frames after the past; `root`: of `visible_root`."""
     velocity = predict(model, batch, batch.noisy, batch.timestep, (batch.prompt_embeds, batch.prompt_mask))
-    return (velocity - batch.target)[:, :, batch.cut.past :].square().mean()
+    return seen(velocity - batch.target, root)[:, :, batch.cut.past :].square().mean()
 
 
 def is_causal(model: Any) -> bool:
@@ -51,6 +52,8 @@ class FlowMatching:
     sets: Sequence[ClipSet]
     stage: Stage
     processes: Processes = ALONE
+    root: Tensor | None = None
+    """Of `visible_root`: what errors of latents are multiplied by."""
 
     def batch(self, model: nn.Module, step: int, part: int) -> Batch:
         """This process's share of part `part` of the step's batch."""
@@ -68,7 +71,7 @@ class FlowMatching:
         """The loss of one part of the step's batch, and how many clips it has."""
         batch = self.batch(model, step, part)
         with self.processes.autocast(self.stage.precision):
-            return flow_loss(model, batch), len(batch)
+            return flow_loss(model, batch, self.root), len(batch)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps besides model and optimizer: nothing."""

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kairos.errors import UserError
 from kairos.models.transformer import KairosTransformer3DModel
+from kairos.models.vae_layers import quicken
 from kairos.training.cache import ClipSet, Encoders
 from kairos.training.checkpoint import load_checkpoint
 from kairos.training.flow import FlowMatching, is_causal
@@ -19,6 +21,7 @@ from kairos.training.loop import Objective, train
 from kairos.training.parallel import Processes, prepare
 from kairos.training.recipe import Recipe, clip_sets, load_encoders, load_start
 from kairos.training.stage import Distillation, Preference, Stage
+from kairos.training.visible import visible_root
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +108,11 @@ def build_objective(
         return preference(recipe, stage, model, encoders, output, here), None, None
     sets = clip_sets(recipe, stage, encoders)
     longest = max(sets, key=lambda clips: clips.bucket.frames)
+    root = None
+    if stage.visible:
+        vae = encoders.vae.to(here.device).eval()
+        quicken(vae)
+        root = visible_root(vae, longest, stage.visible, stage.seed)
     if stage.objective == "distillation":
         from kairos.training.distillation import DistillationObjective
 
@@ -113,14 +121,21 @@ def build_objective(
         model.to(here.device)
         options = stage.distillation or Distillation()
         teacher = load_start(recipe, options.teacher) if options.teacher else None
-        distilled = DistillationObjective(model, sets, stage, options, here, teacher)
+        distilled = DistillationObjective(model, sets, stage, options, here, teacher, root)
         return distilled, longest, distilled.scheduler
     if stage.state is not None:
-        return states(recipe, stage, model, sets, here), longest, None
-    return FlowMatching(sets, stage, here), longest, None
+        return states(recipe, stage, model, sets, here, root), longest, None
+    return FlowMatching(sets, stage, here, root), longest, None
 
 
-def states(recipe: Recipe, stage: Stage, model: Any, sets: Sequence[ClipSet], here: Processes) -> Objective:
+def states(
+    recipe: Recipe,
+    stage: Stage,
+    model: Any,
+    sets: Sequence[ClipSet],
+    here: Processes,
+    root: Tensor | None,
+) -> Objective:
     """Flow matching with the simulator's states beside it."""
     from kairos.training.clips import SimulatorSource
     from kairos.training.state import StateObjective
@@ -132,7 +147,7 @@ def states(recipe: Recipe, stage: Stage, model: Any, sets: Sequence[ClipSet], he
     if not 0 <= stage.state.block < len(model.blocks):
         most = len(model.blocks) - 1
         raise UserError(f"stage {stage.name}: state.block must be from 0 to {most}, got {stage.state.block}")
-    return StateObjective(model, sets, stage, stage.state, source, here)
+    return StateObjective(model, sets, stage, stage.state, source, here, root)
 
 
 def preference(

@@ -113,6 +113,7 @@ class Stage:
         text_dropout: share of the clips whose caption is left out.
         past_noise: in a quarter of the batches the past carries noise up to this sigma, told to the model.
         time_mean, time_std: the time is the logistic function of a normal variable, shifted by shape.
+        visible: share of a latent's error that counts by what it changes in the picture (`visible.py`).
         train: parts of parameter names; only those are trained. Empty: all.
     """
 
@@ -138,6 +139,7 @@ class Stage:
     past_noise: float = 0.1
     time_mean: float = 0.0
     time_std: float = 1.2
+    visible: float = 0.0
     train: tuple[str, ...] = ()
     lora: LoRA | None = None
     distillation: Distillation | None = None
@@ -166,7 +168,7 @@ class Stage:
         for name in ("steps", "batch_size", "accumulate", "warmup_steps"):
             if getattr(self, name) < 1:
                 refuse(f"{name} must be at least 1", getattr(self, name))
-        for name in ("images", "text_dropout", "ema", "past_noise"):
+        for name in ("images", "text_dropout", "ema", "past_noise", "visible"):
             if not 0 <= getattr(self, name) <= 1:
                 refuse(f"{name} must be from 0 to 1", getattr(self, name))
         for name in ("adamw_lr", "clip_norm"):
@@ -178,6 +180,8 @@ class Stage:
             refuse("betas must be two numbers", self.betas)
         if self.lora is not None and self.train:
             refuse("lora and train exclude each other", self.train)
+        if self.visible and self.objective == "preference":
+            refuse("visible goes with the objectives flow and distillation", self.visible)
         if self.state is not None and self.objective != "flow":
             refuse("state goes with the objective flow", self.objective)
 

@@ -43,8 +43,9 @@ class StateObjective(FlowMatching):
         options: StateMaps,
         source: SimulatorSource,
         here: Processes = ALONE,
+        root: Tensor | None = None,
     ) -> None:
-        super().__init__(sets, stage, here)
+        super().__init__(sets, stage, here, root)
         self.options, self.source = options, source
         self.head = nn.Linear(model.config.hidden_size, len(COLORS) * TEMPORAL, device=here.device)
         nn.init.zeros_(self.head.weight)
@@ -59,7 +60,7 @@ class StateObjective(FlowMatching):
     def loss(self, model: nn.Module, step: int, part: int) -> tuple[Tensor, int]:
         batch = self.batch(model, step, part)
         with self.processes.autocast(self.stage.precision):
-            flow = flow_loss(model, batch)
+            flow = flow_loss(model, batch, self.root)
         frames, height, width = batch.sample.shape[2:]
         target = state_maps(self.source, batch.keys, frames, height // 2, width // 2).to(flow.device)
         hidden = F.layer_norm(self.hidden.float(), self.hidden.shape[-1:])
