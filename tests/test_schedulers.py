@@ -89,5 +89,6 @@ def test_a_scheduler_survives_saving(kind, tmp_path):
 def test_steps_that_make_no_schedule_are_refused():
     with pytest.raises(UserError, match="num_inference_steps must be at least 1, got 0"):
         FlowMatchScheduler().set_timesteps(0, latent_frames=3, tokens_per_frame=4)
-    with pytest.raises(UserError, match="must fall"):
-        FewStepScheduler(sampling_times=(100, 500))
+    for times in [(), (100, 500), (500, 500), (1200, 500), (500, 0)]:  # equal times would be one step
+        with pytest.raises(UserError, match="must fall"):
+            FewStepScheduler(sampling_times=times)

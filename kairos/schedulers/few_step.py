@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401, diffusers looks for it here
@@ -25,8 +27,12 @@ class FewStepScheduler(FlowMatchScheduler):
         sampling_times: tuple[float, ...] = (1000, 800, 500, 100),
         shift: float = 5.0,
     ) -> None:
-        if not sampling_times or list(sampling_times) != sorted(sampling_times, reverse=True):
-            raise UserError(f"sampling_times must fall, got {list(sampling_times)}")
+        falling = all(now > later for now, later in pairwise([*sampling_times, 0]))
+        if not sampling_times or not falling or sampling_times[0] > num_train_timesteps:
+            raise UserError(
+                f"sampling_times must fall from at most {num_train_timesteps} to above 0, got "
+                f"{list(sampling_times)}"
+            )
         self._set_fixed(None)
 
     def set_timesteps(
