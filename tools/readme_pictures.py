@@ -19,7 +19,7 @@ PROMPTS = (
     "a small green ball moves slowly to the left",
     "a large yellow ball is thrown to the right and falls to the ground",
     "an orange ball drops to the floor and bounces",
-    "a purple ball swings on a rod",
+    "a purple ball on a rod swings to the right",
     "a cyan ball rolls to the right behind a wall and comes out again",
     "a pink ball rolls down a steep ramp",
     "a gripper pushes a green block to the right",

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from kairos.models.vae import quickest_dtype
 from kairos.models.vae_layers import quicken
 from kairos.training.muon import Muon, split_parameters
 from kairos.worlds import BACKGROUND, COLORS, simulate
@@ -111,7 +112,7 @@ def vae_loss(
     vae: AutoencoderKLWan, video: Tensor, kl_weight: float, placement: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """4 MSE + 0.5 L1 + the weighted losses of placement and of the KL divergence, and the MSE alone."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=quickest_dtype("cpu") is not None):
         with torch.set_grad_enabled(vae.quant_conv.weight.requires_grad):
             posterior = vae.encode(video).latent_dist
         output = vae.decode(posterior.sample()).sample
