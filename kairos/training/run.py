@@ -134,7 +134,7 @@ def states(
     model: Any,
     sets: Sequence[ClipSet],
     here: Processes,
-    root: Tensor | None,
+    root: Tensor | None = None,
 ) -> Objective:
     """Flow matching with the simulator's states beside it."""
     from kairos.training.clips import SimulatorSource
