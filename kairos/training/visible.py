@@ -1,6 +1,6 @@
 """What an error of the latents does to the picture, so that training minds what is seen.
 
-A VAE's latents are not alike: of kairos-tiny's sixteen directions one makes nearly half of what an error of
+A VAE's latents are not alike: of kairos-tiny's sixteen directions one makes two fifths of what an error of
 all shows, and two make nothing. A mean squared error of latents spends as much on each of them.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from kairos.models.vae import decode
 from kairos.training.cache import ClipSet
 
-CLIPS = 32
+CLIPS = 16
 """Places, each in a clip of its own, at which the decoder is asked."""
 WINDOW = 5, 8, 8
 """Frames, rows and columns of latents around such a place that are decoded."""
