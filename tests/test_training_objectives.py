@@ -16,6 +16,7 @@ from training_parts import clip_set, small_model, small_stage
 from kairos import KairosTransformer3DModel, UserError
 from kairos.schedulers import FewStepScheduler
 from kairos.training import run as stage_run
+from kairos.training.clips import Bucket
 from kairos.training.distillation import DistillationObjective, energy_score
 from kairos.training.flow import FlowMatching
 from kairos.training.loop import save_weights, train
@@ -405,6 +406,17 @@ def test_a_window_lies_inside_the_clip_and_says_where_its_place_is(place):
     small = torch.arange(12).reshape(1, 1, 3, 4)
     window, at = cut_around(small, (0, 2, 1))
     assert torch.equal(window, small) and at == [0, 2, 1]
+
+
+def test_one_picture_of_one_tone_has_a_place_to_ask_at(tmp_path):
+    root = visible_root(build_vae(base_dim=8).bfloat16(), clip_set(tmp_path, 1, Bucket(1, 32, 32)), 0.5)
+    assert root.dtype == torch.float32 and root.isfinite().all()
+
+
+def test_errors_are_not_rounded_on_their_way(clips):
+    latents = clips.latents([0]) + 1e-4
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(seen(latents, torch.eye(16)), latents)
 
 
 @pytest.mark.parametrize("objective", ["flow", "truth", "score"])

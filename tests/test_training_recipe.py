@@ -74,10 +74,15 @@ def test_the_recipe_of_kairos_tiny_makes_the_model_that_ships():
 
 def test_a_recipe_makes_a_model_that_makes_a_video(tmp_path, monkeypatch):
     from kairos.presets import load_pipeline
-    from kairos.training import vae
+    from kairos.training import distillation, flow, vae
+    from kairos.training.visible import seen
 
     monkeypatch.setattr(vae, "MEASURED_CLIPS", 1)
+    roots: dict[str, list[torch.Tensor | None]] = {"flow": [], "distillation": []}
+    for module, kept in ((flow, roots["flow"]), (distillation, roots["distillation"])):
+        monkeypatch.setattr(module, "seen", lambda x, root, kept=kept: (kept.append(root), seen(x, root))[1])
     content = copy.deepcopy(TINY) | {"output": str(tmp_path)}
+    content["stages"][0]["visible"] = 0.5
     content["stages"].append(
         {
             "name": "distillation",
@@ -85,12 +90,15 @@ def test_a_recipe_makes_a_model_that_makes_a_video(tmp_path, monkeypatch):
             "buckets": [{"frames": 9, "height": 64, "width": 64}],
             "steps": 1,
             "batch_size": 1,
-            "distillation": {"fake_score_updates": 1, "teacher_steps": 1, "motion_clips": 1},
+            "visible": 0.5,
+            "distillation": {"fake_score_updates": 1, "teacher_steps": 1, "motion_clips": 1, "score": 0.1},
         }
     )
     recipe = build_recipe(content, "recipe")
     assert recipe.steps == ("vae", "conditioner", "cache", "transformer", "distillation", "assemble")
     run_recipe(recipe)
+    for kept in roots.values():
+        assert kept and all(root is not None and root.shape == (16, 16) for root in kept)
     made = [tmp_path / "vae" / "config.json", tmp_path / "transformer" / "checkpoint.pt"]
     before = [file.stat().st_mtime_ns for file in made]
     run_recipe(recipe)  # everything is finished: nothing is made again
@@ -194,6 +202,11 @@ def changed(**changes):
         (changed(stages=[TINY["stages"][0]] * 2), "two stages are named 'transformer'"),
         (changed(stages=[TINY["stages"][0] | {"stepz": 1}]), r"stages\[0\]: unknown key 'stepz'"),
         (changed(stages=[TINY["stages"][0] | {"steps": "many"}]), "steps must be a whole number, got 'many'"),
+        (changed(stages=[TINY["stages"][0] | {"visible": 1.5}]), "visible must be from 0 to 1, got 1.5"),
+        (
+            changed(stages=[TINY["stages"][0] | {"visible": 0.5, "objective": "preference"}]),
+            "visible goes with the objectives flow and distillation",
+        ),
         (changed(stages=[TINY["stages"][0] | {"buckets": [{"frames": 8, "height": 64, "width": 64}]}]), "4n"),
     ],
 )

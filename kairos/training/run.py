@@ -13,7 +13,6 @@ from torch import Tensor
 
 from kairos.errors import UserError
 from kairos.models.transformer import KairosTransformer3DModel
-from kairos.models.vae_layers import quicken
 from kairos.training.cache import ClipSet, Encoders
 from kairos.training.checkpoint import load_checkpoint
 from kairos.training.flow import FlowMatching, is_causal
@@ -110,9 +109,7 @@ def build_objective(
     longest = max(sets, key=lambda clips: clips.bucket.frames)
     root = None
     if stage.visible:
-        vae = encoders.vae.to(here.device).eval()
-        quicken(vae)
-        root = visible_root(vae, longest, stage.visible, stage.seed)
+        root = visible_root(encoders.vae.to(here.device), longest, stage.visible, stage.seed)
     if stage.objective == "distillation":
         from kairos.training.distillation import DistillationObjective
 

@@ -6,6 +6,7 @@ all shows, and two make nothing. A mean squared error of latents spends as much 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from kairos.models.vae import decode
+from kairos.models.vae_layers import quicken
 from kairos.training.cache import ClipSet
 
 CLIPS = 16
@@ -34,10 +36,11 @@ def visible_root(vae: AutoencoderKLWan, clips: ClipSet, share: float, seed: int 
     d make, one at a time, in the decoded picture; it is the mean over places drawn where clips differ most
     from what is usual, and scaled to the trace of I. So R of a VAE whose channels are all alike is I.
     """
+    vae = quicken(copy.deepcopy(vae).float().eval())  # small changes would drown in bfloat16
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(clips), generator=generator)[:CLIPS].tolist()
     latents = clips.latents(rows)
-    unusual = (latents - latents.mean((0, 2), keepdim=True)).square().sum(1)
+    unusual = (latents - latents.mean((0, 2), keepdim=True)).square().sum(1).clamp(min=1e-6)
     channels = latents.shape[1]
     each, gram = torch.arange(channels), torch.zeros(channels, channels)
     for clip, weights in zip(latents, unusual, strict=True):
@@ -45,7 +48,7 @@ def visible_root(vae: AutoencoderKLWan, clips: ClipSet, share: float, seed: int 
         window, (frame, row, column) = cut_around(clip, np.unravel_index(place, weights.shape))
         changed = window.repeat(channels + 1, 1, 1, 1, 1)
         changed[each + 1, each, frame, row, column] += CHANGE
-        pictures = decode(vae, changed.to(vae.device, vae.dtype)).float().cpu()
+        pictures = decode(vae, changed.to(vae.device)).cpu()
         changes = (pictures[1:] - pictures[0]).flatten(1)
         gram += changes @ changes.T
     gram *= channels / gram.trace()
@@ -65,4 +68,7 @@ def cut_around(clip: Tensor, place: Sequence[Any]) -> tuple[Tensor, list[int]]:
 
 def seen(latents: Tensor, root: Tensor | None) -> Tensor:
     """Latents, or errors of them, (B, C, F, h, w) times `visible_root`'s matrix; as they are without one."""
-    return latents if root is None else torch.einsum("cd,bdfhw->bcfhw", root.to(latents.device), latents)
+    if root is None:
+        return latents
+    with torch.autocast(latents.device.type, enabled=False):
+        return torch.einsum("cd,bdfhw->bcfhw", root.to(latents), latents)
