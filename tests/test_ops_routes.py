@@ -56,6 +56,14 @@ def test_a_quick_route_with_other_results_is_left_out_and_said(caplog):
     assert "wrong is off by 1.0e-03, and left out" in caplog.text
 
 
+def test_small_results_are_held_to_their_own_size():
+    """A mean over thousands of keys is a hundredth: a wrong one must not pass for rounding."""
+    small = torch.full((3,), 0.01, dtype=torch.bfloat16)
+    found = {"safe": route("safe", slow=0.01), "wrong": lambda x: x + 1.01}
+    about_nothing = small - 1
+    assert torch.equal(quickest("product", found, (about_nothing,)), about_nothing + 1)
+
+
 def test_results_that_are_not_numbers_are_wrong():
     found = {"safe": route("safe", slow=0.01), "wrong": route("wrong", off=float("nan"))}
     assert quickest("product", found, (torch.zeros(3),)).isfinite().all()

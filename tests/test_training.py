@@ -20,6 +20,7 @@ from training_parts import MIX, clip_set, small_model, small_stage
 
 from kairos import MachineError, UserError
 from kairos.training import checkpoint
+from kairos.training.ahead import Ahead
 from kairos.training.batches import draw_batch, draw_cut, row_at
 from kairos.training.checkpoint import load_checkpoint, save_checkpoint
 from kairos.training.clips import Bucket
@@ -187,6 +188,39 @@ def test_twenty_steps_equal_ten_a_stop_and_ten_more(clips, tmp_path):
         assert torch.equal(value, ema_of_parts[name]), name
     one, other = (load_checkpoint(tmp_path / part)["model"] for part in ("whole", "parts"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_batches_that_workers_draw_ahead_are_those_that_are_drawn_at_once(
+    clips, tmp_path, monkeypatch, accumulate
+):
+    stage = small_stage(steps=6, accumulate=accumulate)
+    at_once, ahead = Recorded(clips, stage), Recorded(clips, stage)
+    train(small_model(), at_once, stage, tmp_path / "at_once")
+    monkeypatch.setattr("kairos.training.flow.workers_for", lambda device: 2)
+    train(small_model(), ahead, stage, tmp_path / "ahead")
+    assert ahead.keys == at_once.keys and ahead.losses == at_once.losses
+
+
+def test_a_call_made_ahead_is_made_once_by_another_process():
+    ahead = Ahead(lambda number: (os.getpid(), torch.full((3,), float(number))), workers=2)
+    ahead.begin(range(4))
+    ahead.begin(range(4))
+    made = [ahead.get(number) for number in range(4)]
+    assert all(process != os.getpid() for process, _ in made)
+    assert [tensor.tolist() for _, tensor in made] == [[float(number)] * 3 for number in range(4)]
+    assert ahead.get(9)[0] == os.getpid()  # nobody has begun it
+    ahead.close()
+    assert Ahead(lambda number: os.getpid(), workers=0).get(1) == os.getpid()
+
+
+def test_what_a_worker_cannot_do_is_said_where_it_is_asked_for():
+    ahead = Ahead(lambda number: 1 // number, workers=1)
+    ahead.begin([0, 1])
+    with pytest.raises(ZeroDivisionError):
+        ahead.get(0)
+    assert ahead.get(1) == 1
+    ahead.close()
 
 
 KILLED = """

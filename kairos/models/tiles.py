@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TILE = 512
-"""Tokens. Fewer cost more calls, more leave the cache: at width 192 the feed-forward's inside is 1.5 MB."""
+TILE = 1024
+"""Tokens for each of the CPU's threads, which share a tile. Fewer cost more calls, more leave the cache: at
+width 192 the feed-forward's inside is 3 MB."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,13 @@ def in_tiles(
     N / times of them. While training, on a GPU and inside a compiler there is one tile.
     """
     count = x.shape[1]
-    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling() or count <= TILE:
+    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return work(slice(None), slice(None))
+    tile = TILE * torch.get_num_threads()
+    if count <= tile:
         return work(slice(None), slice(None))
     shared = count // times if times > 1 else 1
-    step = max(1, TILE // shared) * shared
+    step = max(1, tile // shared) * shared
     whole: list[Tensor] = []
     for begin in range(0, count, step):
         tokens = slice(begin, begin + step)

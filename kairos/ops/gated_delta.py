@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 CHUNK = 32
 """Tokens that are solved together."""
-SEGMENT = 512
+SEGMENT = 1024
 """Tokens whose chunks are prepared together: enough for large products, few enough to stay in the cache."""
 GONE = -40.0
 """Log-decay from which on what has decayed is taken for 0: beside what has not, it is. Then the product of
@@ -61,7 +61,8 @@ def gated_delta_rule(
             f"backend of the gated delta rule must be one of {', '.join(BACKENDS)}, got {backend!r}"
         )
     if backend == "auto":
-        backend = "fla" if q.is_cuda and _fla_is_installed() else "chunked"
+        inputs = (q, k, v, g, beta) if initial_state is None else (q, k, v, g, beta, initial_state)
+        backend = "fla" if _fla_will_do(*inputs) else "chunked"
     say_once(logger, f"gated delta rule on {q.device.type}: {backend}")
     if backend == "fla":
         return _fla(q, k, v, g, beta, initial_state)
@@ -166,6 +167,18 @@ def _fla(
         output_final_state=True,
     )
     return out, state
+
+
+def _fla_will_do(*inputs: Tensor) -> bool:
+    """Whether the kernel runs for these and keeps their precision.
+
+    In inference only: its backward (fla-core 0.6) refuses to run on Hopper with Triton before 3.7.1. And not
+    in float32, whose products it makes in TF32.
+    """
+    q, _, v, *_ = inputs
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    half = v.dtype in (torch.float16, torch.bfloat16)
+    return q.is_cuda and half and not trained and _fla_is_installed()
 
 
 @cache

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 DENSE_TOKENS = 256
 """Up to so many keys, one product with one small mask is faster than a product for each frame."""
+DENSE_TOKENS_CUDA = 512
+"""The same on a GPU: nothing is gained there by less work than this, and training has many a layout."""
 MASK_ELEMENTS = 1 << 21
 """Frames whose masks differ are taken together up to this size of their masks."""
 RECOMPILE_LIMIT = 64
@@ -83,9 +85,10 @@ def windowed_attention(
     layout = Layout(tokens_per_frame, window_frames, dilation, frames, key_frames - frames, tuple(chunks))
 
     if backend == "auto":
-        if q.is_cuda:
+        if q.is_cuda and k.shape[1] > DENSE_TOKENS_CUDA:
             return quickest(f"windowed attention of {layout}", _on_cuda(q, k, v, layout), (q, k, v))
-        backend = "reference" if k.shape[1] <= DENSE_TOKENS else "blocked"
+        few = DENSE_TOKENS_CUDA if q.is_cuda else DENSE_TOKENS
+        backend = "reference" if k.shape[1] <= few else "blocked"
     say_once(logger, f"windowed attention on {q.device.type}: {backend}")
     return ROUTES[backend](q, k, v, layout)
 
@@ -128,7 +131,7 @@ def _chunk_of_frames(frames: int, key_frames: int, chunk_frames: Sequence[int] |
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """The reference: every query against every key, under one mask."""
-    mask = _kept_mask(layout, q.device) if k.shape[1] <= DENSE_TOKENS else _mask(layout, q.device)
+    mask = _kept_mask(layout, q.device) if k.shape[1] <= DENSE_TOKENS_CUDA else _mask(layout, q.device)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return attend(q, k, v, mask).transpose(1, 2)
 
@@ -140,7 +143,7 @@ def _mask(layout: Layout, device: torch.device) -> Tensor:
     return layout.sees(query[:, None], key[None, :], torch.tensor(layout.chunks, device=device))
 
 
-_kept_mask = lru_cache(maxsize=32)(_mask)
+_kept_mask = lru_cache(maxsize=128)(_mask)
 """Small ones are kept: making one takes as long as the product."""
 
 

@@ -27,6 +27,7 @@ from kairos.data.files import prepare_folder, write_atomically
 from kairos.errors import KairosError, UserError
 from kairos.models.vae import encode
 from kairos.models.vae_layers import quicken
+from kairos.training.ahead import Ahead, workers_for
 from kairos.training.clips import Bucket, ClipReference, ClipSource, Skipped
 from kairos.weights.fingerprint import fingerprint
 
@@ -136,50 +137,51 @@ def build_cache(
         b.name: stored_rows(folder / b.name, "vae", vae_hash, remove=True) for b in buckets
     }
     listed: list[dict[str, str]] = []
-    waiting: dict[str, list[ClipReference]] = {bucket.name: [] for bucket in buckets}
+    references: list[ClipReference] = []
+    ahead: Ahead[int, Any] = Ahead(lambda number: _read(references[number]), workers_for(device))
     writers = {
         bucket.name: ShardWriter(folder / bucket.name, "latents", {"vae": vae_hash}) for bucket in buckets
     }
     made: set[tuple[str, str]] = set()
     kept = 0
-
-    def encode_waiting(name: str) -> None:
-        group = []
-        for reference in waiting[name]:
-            try:
-                group.append((reference, reference.read()))
-            except (KairosError, MemoryError) as error:
-                skipped.add(reference.name, error)
-        waiting[name].clear()
-        if group:
-            frames = torch.stack([torch.from_numpy(frames.copy()) for _, frames in group])
-            video = frames.permute(0, 4, 1, 2, 3).to(device, vae.dtype) / 127.5 - 1
-            with torch.no_grad():
-                latents = encode(vae, video).to("cpu", torch.bfloat16)
-            for (reference, _), row in zip(group, latents, strict=True):
-                writers[name].add(reference.key, row[None])
-                listed.append(entry_of(reference))
-
     for reference in source.references(buckets, skipped):
         name = reference.bucket.name
         if reference.key in known[name] or (name, reference.key) in made:
             kept += 1
             listed.append(entry_of(reference))
-            continue
-        made.add((name, reference.key))
-        waiting[name].append(reference)
-        pixels = reference.bucket.frames * reference.bucket.height * reference.bucket.width
-        if len(waiting[name]) * pixels >= min(batch_size * 33 * 64 * 64, 1 << 24):
-            encode_waiting(name)
+        else:
+            made.add((name, reference.key))
+            references.append(reference)
     for bucket in buckets:
-        encode_waiting(bucket.name)
+        mine = [number for number, reference in enumerate(references) if reference.bucket.name == bucket.name]
+        pixels = bucket.frames * bucket.height * bucket.width
+        size = max(1, -(-min(batch_size * 33 * 64 * 64, 1 << 24) // pixels))
+        for first in range(0, len(mine), size):
+            ahead.begin(mine[first : first + size * (1 + ahead.workers)])
+            group = []
+            for number in mine[first : first + size]:
+                frames = ahead.get(number)
+                if isinstance(frames, Tensor):
+                    group.append((references[number], frames))
+                else:
+                    skipped.add(references[number].name, frames)
+            if not group:
+                continue
+            video = torch.stack([frames for _, frames in group]).to(device).permute(0, 4, 1, 2, 3)
+            with torch.no_grad():
+                latents = encode(vae, video.to(vae.dtype) / 127.5 - 1).to("cpu", torch.bfloat16)
+            for (reference, _), row in zip(group, latents, strict=True):
+                writers[bucket.name].add(reference.key, row[None])
+                listed.append(entry_of(reference))
         writers[bucket.name].close()
+    ahead.close()
     listed = [
         entry
         for entry in listed
         if entry["key"] in known[entry["bucket"]] or entry["key"] in writers[entry["bucket"]].written
     ]
-    embed_captions(folder / "prompts", {"", *(entry["caption"] for entry in listed)}, encoders, text_hash)
+    captions = {"", *(entry["caption"] for entry in listed)}
+    embed_captions(folder / "prompts", captions, encoders, text_hash, device)
     listed.sort(key=lambda entry: (entry["bucket"], entry["key"], entry["caption"]))
     report = {"made": len(listed) - kept, "kept": kept, "skipped": skipped.clips}
     content = {"vae": vae_hash, "text": text_hash, "clips": listed}
@@ -195,19 +197,34 @@ def build_cache(
     return report
 
 
+def _read(reference: ClipReference) -> Tensor | KairosError | MemoryError:
+    """The clip's frames, bytes, or why there are none."""
+    try:
+        return torch.from_numpy(reference.read().copy())
+    except (KairosError, MemoryError) as error:
+        return error
+
+
 def entry_of(reference: ClipReference) -> dict[str, str]:
     return {"bucket": reference.bucket.name, "key": reference.key, "caption": reference.caption}
 
 
-def embed_captions(folder: Path, captions: Iterable[str], encoders: Encoders, text_hash: str) -> None:
+def embed_captions(
+    folder: Path,
+    captions: Iterable[str],
+    encoders: Encoders,
+    text_hash: str,
+    device: torch.device | str = "cpu",
+) -> None:
     """Embed the captions that `folder` lacks."""
+    encoders.text_encoder.to(device)
     known = stored_rows(folder, "text", text_hash, remove=True)
     # Longest last: batches of equal length waste no padding.
     missing = sorted(set(captions) - set(known), key=lambda caption: (len(caption), caption))
     writer = ShardWriter(folder, "embeds", {"text": text_hash})
     for first in range(0, len(missing), PROMPTS_AT_ONCE):
         group = missing[first : first + PROMPTS_AT_ONCE]
-        for caption, embedding in zip(group, encoders.embed(group), strict=True):
+        for caption, embedding in zip(group, encoders.embed(group, device), strict=True):
             writer.add(caption, embedding)
     writer.close()
 

@@ -182,8 +182,7 @@ class DistillationObjective(FlowMatching):
 
     def update_fake_score(self, student: nn.Module, step: int, update: int) -> None:
         """One step of flow matching on what the student makes, of other batches than its own."""
-        others = self.stage.steps + step * self.options.fake_score_updates + update
-        batch = self.batch(student, others, 0)
+        batch = self.batch(student, self.others(step, update), 0)
         if self.is_determined(batch, 0) or not (self.options.matching or self.critic):
             return  # nobody asks it about those
         generator = self.generator(step, 0, update + 1)
@@ -206,6 +205,19 @@ class DistillationObjective(FlowMatching):
         nn.utils.clip_grad_norm_(self.fake_score.parameters(), self.stage.clip_norm)
         self.fake_optimizer.step()
         self.fake_optimizer.zero_grad(set_to_none=True)
+
+    def others(self, step: int, update: int) -> int:
+        """The step whose batch the fake score has at `step`: none of the student's own."""
+        return self.stage.steps + step * self.options.fake_score_updates + update
+
+    def asked(self, step: int) -> list[tuple[int, int]]:
+        """The fake score's batches, then the student's."""
+        updates = range(self.options.fake_score_updates)
+        return [(self.others(step, update), 0) for update in updates] + super().asked(step)
+
+    def step_of(self, drawn: int) -> int:
+        beyond = drawn - self.stage.steps
+        return drawn if beyond < 0 else beyond // self.options.fake_score_updates
 
     def critic_loss(self, batch: Batch, made: Tensor, generator: torch.Generator) -> Tensor:
         """Clips under their captions pass; the student's, and clips under another's caption, do not."""
@@ -241,8 +253,8 @@ class DistillationObjective(FlowMatching):
         scale = self.options.guidance_scale
         if scale == 1 or (batch.cut.past and not self.options.guide_continuation):
             return wanted
-        embeds, mask = self.sets[0].embeddings([""] * len(batch))
-        empty = embeds.to(noisy.device), mask.to(noisy.device)
+        embeds, mask = (part.to(noisy.device) for part in self.sets[0].embeddings([""]))
+        empty = embeds.expand(len(batch), -1, -1), mask.expand(len(batch), -1)
         without = self.velocity(self.teacher, batch, noisy, sigma, prompt=empty)
         return without + scale * (wanted - without)
 
@@ -271,7 +283,12 @@ class DistillationObjective(FlowMatching):
         return torch.cat([batch.sample[:, :, :past], latents[:, :, past:]], 2) if past else latents
 
     def draw(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        return torch.randn(batch.sample.shape, generator=generator).to(batch.sample.device)
+        """Noise for the batch; on a GPU it is drawn there, from a number of the generator's."""
+        device = batch.sample.device
+        if device.type == "cpu":
+            return torch.randn(batch.sample.shape, generator=generator)
+        there = torch.Generator(device).manual_seed(int(torch.randint(1 << 62, (), generator=generator)))
+        return torch.randn(batch.sample.shape, generator=there, device=device)
 
     def generator(self, step: int, part: int, use: int) -> torch.Generator:
         return torch.Generator().manual_seed(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
+from kairos.training.ahead import Ahead, workers_for
 from kairos.training.batches import Batch, draw_batch
 from kairos.training.cache import ClipSet
 from kairos.training.parallel import ALONE, Processes
@@ -55,23 +56,45 @@ class FlowMatching:
     root: Tensor | None = None
     """Of `visible_root`: what errors of latents are multiplied by."""
 
+    _ahead: Ahead[tuple[int, int], Batch] | None = field(default=None, init=False, repr=False)
+    _begun: int = field(default=-1, init=False, repr=False)
+    """The last step whose batches are being drawn."""
+
     def batch(self, model: nn.Module, step: int, part: int) -> Batch:
-        """This process's share of part `part` of the step's batch."""
-        world = self.processes.world
-        return draw_batch(
-            self.sets,
-            self.stage,
-            step,
-            causal=is_causal(model),
-            part=part * world + self.processes.rank,
-            parts=self.stage.accumulate * world,
-        ).to(self.processes.device)
+        """This process's share of part `part` of the batch of `step`."""
+        if self._ahead is None:
+            world, rank, causal = self.processes.world, self.processes.rank, is_causal(model)
+
+            def draw(key: tuple[int, int]) -> Batch:
+                part, parts = key[1] * world + rank, self.stage.accumulate * world
+                return draw_batch(self.sets, self.stage, key[0], causal=causal, part=part, parts=parts)
+
+            self._ahead = Ahead(draw, workers_for(self.processes.device))
+        now = self.step_of(step)
+        until = min(now + 1 + self._ahead.workers, self.stage.steps)
+        for later in range(max(self._begun + 1, now), until):
+            self._ahead.begin(self.asked(later))
+            self._begun = later
+        return self._ahead.get((step, part)).to(self.processes.device)
+
+    def asked(self, step: int) -> list[tuple[int, int]]:
+        """Step and part of each batch that training asks for at `step`, in their order."""
+        return [(step, part) for part in range(self.stage.accumulate)]
+
+    def step_of(self, drawn: int) -> int:
+        """The step of training at which batches of the step `drawn` are asked for."""
+        return drawn
 
     def loss(self, model: nn.Module, step: int, part: int) -> tuple[Tensor, int]:
         """The loss of one part of the step's batch, and how many clips it has."""
         batch = self.batch(model, step, part)
         with self.processes.autocast(self.stage.precision):
             return flow_loss(model, batch, self.root), len(batch)
+
+    def close(self) -> None:
+        """End the processes that draw batches."""
+        if self._ahead is not None:
+            self._ahead.close()
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps besides model and optimizer: nothing."""

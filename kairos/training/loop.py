@@ -45,6 +45,8 @@ class Objective(Protocol):
 
     def report(self, model: nn.Module, step: int) -> dict[str, float]: ...
 
+    def close(self) -> None: ...
+
 
 def train(
     model: Any,

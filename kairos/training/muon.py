@@ -43,24 +43,32 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            update = self._muon if group["muon"] else self._adamw
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    if group["weight_decay"]:
-                        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    update(parameter, parameter.grad, self.state[parameter], group)
+            trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if group["weight_decay"]:
+                torch._foreach_mul_(trained, 1 - group["lr"] * group["weight_decay"])
+            if group["muon"]:
+                self._muon(trained, group)
+                continue
+            for parameter in trained:
+                self._adamw(parameter, parameter.grad, self.state[parameter], group)
 
-    @staticmethod
-    def _muon(parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> None:
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        momentum = state["momentum"].lerp_(gradient, 1 - group["momentum"])
-        # A matrix that is spread over processes is put together: orthogonal is a property of the whole.
-        direction = whole(gradient.lerp(momentum, group["momentum"])).flatten(1)
-        rows, columns = direction.shape
-        scale = max(1.0, rows / columns) ** 0.5
-        update = laid_like(orthogonalise(direction).view(parameter.shape), parameter)
-        parameter.add_(update, alpha=-group["lr"] * scale)
+    def _muon(self, parameters: list[nn.Parameter], group: dict) -> None:
+        """Matrices of one shape are made orthogonal together: for a GPU each alone would be too little."""
+        alike: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = {}
+        for parameter in parameters:
+            gradient, state = parameter.grad, self.state[parameter]
+            assert gradient is not None
+            if not state:
+                state["momentum"] = torch.zeros_like(parameter)
+            momentum = state["momentum"].lerp_(gradient, 1 - group["momentum"])
+            # A matrix that is spread over processes is put together: orthogonal is a property of the whole.
+            direction = whole(gradient.lerp(momentum, group["momentum"])).flatten(1)
+            alike.setdefault((direction.shape[0], direction.shape[1]), []).append((parameter, direction))
+        for (rows, columns), members in alike.items():
+            scale = max(1.0, rows / columns) ** 0.5
+            updates = orthogonalise(torch.stack([direction for _, direction in members]))
+            for (parameter, _), update in zip(members, updates, strict=True):
+                parameter.add_(laid_like(update.view(parameter.shape), parameter), alpha=-group["lr"] * scale)
 
     @staticmethod
     def _adamw(parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> None:
@@ -77,12 +85,15 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrix, roughly: five Newton-Schulz steps of the quintic of the source."""
+    """The nearest semi-orthogonal matrix, roughly: five Newton-Schulz steps of the quintic of the source.
+
+    Takes (rows, columns), or a batch of them.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrix.to(torch.bfloat16)
-    wide = x.shape[0] <= x.shape[1]
+    wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT
-    x = x / (x.norm() + 1e-7)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x

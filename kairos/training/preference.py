@@ -258,6 +258,9 @@ class PreferenceObjective:
     def load_state(self, state: dict[str, Any]) -> None:
         """Nothing to go on from."""
 
+    def close(self) -> None:
+        """Nothing to end."""
+
     def report(self, model: nn.Module, step: int) -> dict[str, float]:
         """The share of this step's pairs on which the model favours the better clip, more than before."""
         right, self._right = float(np.mean(self._right)), []

@@ -25,6 +25,7 @@ from kairos.training.stage import Stage
 logger = logging.getLogger(__name__)
 
 SMOOTHED_STEPS = 50
+READ_TOGETHER = 20
 
 
 class Progress:
@@ -35,6 +36,7 @@ class Progress:
         self.seconds = {"forward": 0.0, "backward": 0.0}
         self.writer: Any = None
         self._losses: list[Tensor] = []
+        self._waiting: list[tuple[int, Tensor, Tensor, float]] = []
         self._clips = self._since_clips = 0
         self._average: float | None = None
         self._began = self._reported = time.monotonic()
@@ -71,26 +73,24 @@ class Progress:
 
     def step(self, step: int, norm: Tensor, rate: float, more: Callable[[], dict[str, float]]) -> None:
         """After each step. `more` gives further numbers, often none."""
-        loss = self.here.mean(torch.stack(self._losses).mean())
+        self._waiting.append((step, torch.stack(self._losses).mean(), norm.detach(), rate))
         self._losses.clear()
-        self._average = (
-            loss if self._average is None else self._average + (loss - self._average) / SMOOTHED_STEPS
-        )
-        scalars = {"loss": loss, "gradient_norm": float(norm), "learning_rate_share": rate} | more()
-        if not self.here.first:
-            return
-        for name, value in scalars.items():
-            if self.writer is not None:
-                self.writer.add_scalar(name, value, step)
+        extra = more()
         now = time.monotonic()
         last = step == self.stage.steps
+        # Reading a number waits for all that a GPU has to do, so there it is put off; on all alike.
+        at_once = self.here.device.type == "cpu" or self._average is None or last
+        if at_once or len(self._waiting) >= READ_TOGETHER:
+            self._read()
+        if not self.here.first:
+            return
+        if self.writer is not None:
+            for name, value in extra.items():
+                self.writer.add_scalar(name, value, step)
         if now - self._reported < self.stage.report_every_s and not last:
             return
         seconds, steps = max(now - self._reported, 1e-9), step - self._reported_step
         clips = self._clips - self._since_clips
-        shown = {
-            k: v for k, v in scalars.items() if k not in ("loss", "gradient_norm", "learning_rate_share")
-        }
         logger.info(
             "step %d/%d: loss %.4f, %.2f steps/s, %.1f clips/s, %s, %s left%s",
             step,
@@ -100,11 +100,23 @@ class Progress:
             clips / seconds,
             memory(self.here.device),
             duration((self.stage.steps - step) * seconds / max(steps, 1)),
-            "".join(f", {name} {value:.3f}" for name, value in shown.items()),
+            "".join(f", {name} {value:.3f}" for name, value in extra.items()),
         )
         self._reported, self._reported_step, self._since_clips = now, step, self._clips
         if last:
             logger.info("%s: %s", self.stage.name, json.dumps(self.summary(step)))
+
+    def _read(self) -> None:
+        """The numbers of the steps that were put off, into the average and to TensorBoard."""
+        for step, mean_loss, norm, rate in self._waiting:
+            loss = self.here.mean(mean_loss)
+            average = self._average
+            self._average = loss if average is None else average + (loss - average) / SMOOTHED_STEPS
+            scalars = {"loss": loss, "gradient_norm": float(norm), "learning_rate_share": rate}
+            if self.writer is not None:
+                for name, value in scalars.items():
+                    self.writer.add_scalar(name, value, step)
+        self._waiting.clear()
 
     def summary(self, step: int) -> dict[str, float]:
         """Pace of the run, and the share of its time that was not forward or backward."""

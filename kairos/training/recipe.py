@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,13 +160,15 @@ def run_recipe(recipe: Recipe, only: tuple[str, ...] = ()) -> None:
 
 def run_step(recipe: Recipe, name: str, here: Processes) -> None:
     """One stage of the recipe. What is not the LinearDiT is made by the first process alone."""
-    by_hand = {"vae": make_vae, "conditioner": make_conditioner, "assemble": assemble}
-    if name in by_hand:
+    alone: dict[str, Callable[[Recipe, Processes], None]] = {
+        "vae": make_vae,
+        "conditioner": make_conditioner,
+        "cache": make_cache,
+        "assemble": assemble,
+    }
+    if name in alone:
         if here.first:
-            by_hand[name](recipe)
-    elif name == "cache":
-        if here.first:
-            make_cache(recipe, here)
+            alone[name](recipe, here)
     else:
         from kairos.training.run import run_stage
 
@@ -173,18 +176,18 @@ def run_step(recipe: Recipe, name: str, here: Processes) -> None:
         run_stage(recipe, numbers.index(name), here)
 
 
-def make_vae(recipe: Recipe) -> None:
+def make_vae(recipe: Recipe, here: Processes) -> None:
     from kairos.training.vae import train_vae
 
     output = recipe.output / "vae"
     if (output / "finished").exists():
         logger.info("%s is finished", output)
         return
-    train_vae(output, stages=recipe.vae, scenes=recipe.scenes, seed=recipe.seed)
+    train_vae(output, stages=recipe.vae, scenes=recipe.scenes, seed=recipe.seed, device=here.device)
     (output / "finished").touch()
 
 
-def make_conditioner(recipe: Recipe) -> None:
+def make_conditioner(recipe: Recipe, here: Processes) -> None:
     from kairos.training.conditioner import train_conditioner
 
     output = recipe.output / "conditioner"
@@ -238,13 +241,12 @@ def load_encoders(recipe: Recipe) -> Encoders:
     from kairos.training.cache import Encoders
     from kairos.weights import load_vae_file
 
-    # A GPU's memory is for training; on a CPU the small encoder is more exact, and quicker, in float32.
-    text_dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    # The released encoder is large; a small one is more exact, and on a CPU quicker, in float32.
     if recipe.vae:
         for part in ("vae", "conditioner"):
             if not (recipe.output / part).is_dir():
                 raise UserError(f"{recipe.output} has no {part} yet; run the recipe's stage {part} first")
-        encoder, tokenizer, _ = load_text_encoder(recipe.output / "conditioner", dtype=text_dtype)
+        encoder, tokenizer, _ = load_text_encoder(recipe.output / "conditioner", dtype=torch.float32)
         return Encoders(
             load_vae_file(recipe.output / "vae", dtype=torch.bfloat16), encoder, tokenizer, "tiny"
         )
@@ -252,9 +254,11 @@ def load_encoders(recipe: Recipe) -> Encoders:
     if preset is not None and preset.kind == "released":
         files = presets.local_files(preset, folder)
         vae_file, text_folder, template = files["vae"], files["text_encoder"], preset.template
+        text_dtype = torch.bfloat16
     else:
         assert folder is not None
         vae_file = text_folder = folder
+        text_dtype = torch.float32
         template = str(presets.read_json(folder / "model_index.json").get("prompt_template"))
     if TEMPLATES[template].image_in_prompt:
         raise UserError(
@@ -289,7 +293,7 @@ def load_start(recipe: Recipe, source: str, dtype: str = "float32") -> Any:
     return load_transformer_file(base / "transformer", **options)
 
 
-def assemble(recipe: Recipe) -> None:
+def assemble(recipe: Recipe, here: Processes) -> None:
     """One folder in diffusers' layout, of the last stage that trained a whole LinearDiT."""
     import torch
 

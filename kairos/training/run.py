@@ -66,7 +66,10 @@ def run_stage(recipe: Recipe, number: int, here: Processes) -> None:
             guide_continuation=bool(recipe.defaults.get("guide_continuation", True)),
             fps=recipe.defaults.get("fps", 16),
         )
-    train(model, objective, stage, output, here=here, make_samples=make_samples)
+    try:
+        train(model, objective, stage, output, here=here, make_samples=make_samples)
+    finally:
+        objective.close()
 
 
 def starting_model(recipe: Recipe, stage: Stage, number: int) -> Any:

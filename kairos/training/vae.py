@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from kairos.models.vae import quickest_dtype
 from kairos.models.vae_layers import quicken
+from kairos.training.ahead import Ahead, workers_for
 from kairos.training.muon import Muon, split_parameters
 from kairos.worlds import BACKGROUND, COLORS, simulate
 
@@ -95,24 +97,33 @@ def draw_shapes(rng: np.random.Generator, batch: int, num_frames: int, size: int
     return clips
 
 
+def draw_clip(rng: np.random.Generator, stage: VAEStage, scenes: tuple[str, ...]) -> np.ndarray:
+    """(F, 64, 64, 3) in [0, 255]: shapes, or for the stage's share a clip of the physics scenes."""
+    if rng.random() >= stage.scenes:
+        return draw_shapes(rng, 1, stage.num_frames)[0]
+    scene = scenes[rng.integers(len(scenes))]
+    frames = simulate(scene, split="train", seed=1, index=int(rng.integers(1 << 30))).frames
+    start = rng.integers(len(frames) - stage.num_frames + 1)
+    return frames[start : start + stage.num_frames]
+
+
 def draw_batch(rng: np.random.Generator, stage: VAEStage, scenes: tuple[str, ...]) -> Tensor:
-    """(B, 3, F, 64, 64) in [-1, 1]: shapes, and for the stage's share clips of the physics scenes."""
-    clips = draw_shapes(rng, stage.batch_size, stage.num_frames)
-    if stage.scenes:
-        for slot in range(stage.batch_size):
-            if rng.random() < stage.scenes:
-                scene = scenes[rng.integers(len(scenes))]
-                frames = simulate(scene, split="train", seed=1, index=int(rng.integers(1 << 30))).frames
-                start = rng.integers(len(frames) - stage.num_frames + 1)
-                clips[slot] = frames[start : start + stage.num_frames]
-    return torch.from_numpy(clips).permute(0, 4, 1, 2, 3) / 127.5 - 1
+    """(B, F, 64, 64, 3) in [0, 255], as bytes."""
+    clips = [draw_clip(rng, stage, scenes) for _ in range(stage.batch_size)]
+    return torch.from_numpy(np.stack(clips).round().astype(np.uint8))
+
+
+def pixels(clips: Tensor, device: torch.device | str) -> Tensor:
+    """Bytes (B, F, H, W, 3) as what a VAE takes: (B, 3, F, H, W) in [-1, 1]."""
+    return clips.to(device).permute(0, 4, 1, 2, 3) / 127.5 - 1
 
 
 def vae_loss(
     vae: AutoencoderKLWan, video: Tensor, kl_weight: float, placement: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """4 MSE + 0.5 L1 + the weighted losses of placement and of the KL divergence, and the MSE alone."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=quickest_dtype("cpu") is not None):
+    device = video.device.type
+    with torch.autocast(device, torch.bfloat16, enabled=device != "cpu" or quickest_dtype("cpu") is not None):
         with torch.set_grad_enabled(vae.quant_conv.weight.requires_grad):
             posterior = vae.encode(video).latent_dist
         output = vae.decode(posterior.sample()).sample
@@ -151,13 +162,13 @@ def train_vae(
     kl_weight: float = 1e-4,
     seed: int = 0,
     resume: Path | None = None,
+    device: torch.device | str = "cpu",
 ) -> None:
     """Train and write `output` (a diffusers folder) after each stage, its latents_mean and latents_std
-    measured."""
+    measured. `resume`: a folder with the weights to begin with."""
     torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    vae = AutoencoderKLWan.from_pretrained(resume) if resume else build_vae()
-    vae.train()
+    vae = AutoencoderKLWan.from_pretrained(resume, torch_dtype=torch.float32) if resume else build_vae()
+    vae.train().to(device)
     quicken(vae)
     logger.info("VAE of %.2f M parameters", sum(p.numel() for p in vae.parameters()) / 1e6)
     for number, stage in enumerate(stages):
@@ -165,25 +176,38 @@ def train_vae(
             part.requires_grad_(not stage.decoder_only)
         optimizer = Muon(split_parameters(vae, muon_lr=stage.muon_lr, adamw_lr=stage.muon_lr / 10))
         base = [group["lr"] for group in optimizer.param_groups]
-        reported, average = time.monotonic(), math.nan
+        reported, average = time.monotonic(), torch.tensor(math.nan)
+        ahead = Ahead(partial(_draw, seed, number, stage, scenes), workers_for(device))
         for step in range(stage.steps):
+            ahead.begin(range(step, min(step + 1 + 2 * ahead.workers, stage.steps)))
             rate = min(1.0, (step + 1) / 20) * (1 + (stage.final_lr - 1) * step / stage.steps)
             for group, full in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = full * rate
-            loss, squared = vae_loss(vae, draw_batch(rng, stage, scenes), kl_weight, stage.placement)
+            loss, squared = vae_loss(vae, pixels(ahead.get(step), device), kl_weight, stage.placement)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
             optimizer.step()
-            average = squared.item() if math.isnan(average) else 0.95 * average + 0.05 * squared.item()
+            average = average.to(squared) if step else squared.detach()
+            average = average.lerp(squared.detach(), 0.05)
             if time.monotonic() - reported > 15:
                 reported = time.monotonic()
                 logger.info(
-                    "stage %d step %d/%d: %.1f dB", number, step, stage.steps, 10 * math.log10(4 / average)
+                    "stage %d step %d/%d: %.1f dB",
+                    number,
+                    step,
+                    stage.steps,
+                    10 * math.log10(4 / float(average)),
                 )
+        ahead.close()
         if not stage.decoder_only:
             measure_latents(vae, scenes)
         vae.save_pretrained(output)
+
+
+def _draw(seed: int, number: int, stage: VAEStage, scenes: tuple[str, ...], step: int) -> Tensor:
+    """The batch of a step of stage `number`."""
+    return draw_batch(np.random.default_rng((seed, number, step)), stage, scenes)
 
 
 @torch.no_grad()
@@ -197,8 +221,8 @@ def measure_latents(vae: AutoencoderKLWan, scenes: tuple[str, ...]) -> None:
     means = []
     for index in range(MEASURED_CLIPS):
         frames = simulate(scenes[index % len(scenes)], split="train", seed=2, index=index).frames
-        video = torch.from_numpy(frames).permute(3, 0, 1, 2)[None] / 127.5 - 1
-        means.append(vae.encode(video).latent_dist.mode()[0])
+        video = pixels(torch.from_numpy(frames)[None], vae.device)
+        means.append(vae.encode(video).latent_dist.mode()[0].cpu())
     latents = torch.stack(means).transpose(0, 1).flatten(1)
     std = latents.std(1)
     vae.register_to_config(

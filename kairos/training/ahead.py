@@ -1,0 +1,77 @@
+"""What steps to come will need, made by other processes while a GPU is busy with the step at hand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from typing import Any, Generic, TypeVar
+
+import torch
+import torch.multiprocessing
+
+Key = TypeVar("Key", bound=Hashable)
+Made = TypeVar("Made")
+
+MOST_WORKERS = 14
+"""What one GPU keeps busy, in a training of kairos-tiny, is less."""
+
+_make: Callable[[Any], Any] | None = None
+
+
+class Ahead(Generic[Key, Made]):
+    """Calls of a function that other processes have begun before their results are asked for.
+
+    The processes are forks: the function may close over anything, and must not touch a GPU. Without workers
+    a call is made when its result is asked for, in this process.
+    """
+
+    def __init__(self, make: Callable[[Key], Made], workers: int) -> None:
+        self.make, self.workers = make, workers
+        self._begun: dict[Key, Future[Made]] = {}
+        self._pool: ProcessPoolExecutor | None = None
+
+    def begin(self, keys: Iterable[Key]) -> None:
+        """Have the calls of these keys made; those that are being made already are left alone."""
+        if not self.workers:
+            return
+        if self._pool is None:
+            fork = torch.multiprocessing.get_context("fork")
+            self._pool = ProcessPoolExecutor(
+                self.workers, mp_context=fork, initializer=_become_worker, initargs=(self.make,)
+            )
+        for key in keys:
+            if key not in self._begun:
+                self._begun[key] = self._pool.submit(_call, key)
+
+    def get(self, key: Key) -> Made:
+        """The result of a key: waited for where it was begun, else made here."""
+        begun = self._begun.pop(key, None)
+        return self.make(key) if begun is None else begun.result()
+
+    def close(self) -> None:
+        """End the workers; what they have begun is lost."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        self._pool = None
+        self._begun.clear()
+
+
+def workers_for(device: torch.device | str) -> int:
+    """As many as there are spare cores beside a GPU, for each process that trains on this machine; none on a
+    CPU, whose cores do the step's own work."""
+    if torch.device(device).type == "cpu" or not hasattr(os, "sched_getaffinity"):
+        return 0
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(0, min(cores - 2, MOST_WORKERS))
+
+
+def _become_worker(make: Callable[[Any], Any]) -> None:
+    global _make
+    _make = make
+    torch.set_num_threads(1)
+
+
+def _call(key: Any) -> Any:
+    assert _make is not None
+    return _make(key)
