@@ -10,16 +10,19 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 from training_parts import MIX, clip_set, small_model, small_stage
 
 from kairos import MachineError, UserError
-from kairos.training import checkpoint
+from kairos.training import checkpoint, muon, vae
 from kairos.training.ahead import Ahead
 from kairos.training.batches import draw_batch, draw_cut, row_at
 from kairos.training.checkpoint import load_checkpoint, save_checkpoint
@@ -27,8 +30,10 @@ from kairos.training.clips import Bucket
 from kairos.training.flow import FlowMatching, flow_loss
 from kairos.training.loop import train
 from kairos.training.muon import Muon, orthogonalise, split_parameters
+from kairos.training.parallel import Processes
+from kairos.training.progress import Progress
 from kairos.training.stage import Stage
-from kairos.training.vae import build_vae, draw_shapes, vae_loss
+from kairos.training.vae import VAEStage, build_vae, draw_shapes, vae_loss
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +178,9 @@ def test_changing_a_later_chunk_leaves_every_earlier_output_unchanged(clips):
     assert not torch.equal(first[:, :, 3:], second[:, :, 3:])
 
 
-def test_twenty_steps_equal_ten_a_stop_and_ten_more(clips, tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_twenty_steps_equal_ten_a_stop_and_ten_more(clips, tmp_path, monkeypatch, workers):
+    monkeypatch.setattr("kairos.training.flow.workers_for", lambda device: workers)
     stage = small_stage(steps=20, decay_steps=8)
     whole = Recorded(clips, stage)
     ema = train(small_model(), whole, stage, tmp_path / "whole")
@@ -200,6 +207,42 @@ def test_batches_that_workers_draw_ahead_are_those_that_are_drawn_at_once(
     monkeypatch.setattr("kairos.training.flow.workers_for", lambda device: 2)
     train(small_model(), ahead, stage, tmp_path / "ahead")
     assert ahead.keys == at_once.keys and ahead.losses == at_once.losses
+    assert not ahead._ahead._begun  # nothing was drawn that nobody asked for
+    ahead.close()
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_muon_takes_matrices_together_that_are_alike_and_none_at_all(weight_decay, monkeypatch):
+    def updated(together: int) -> list[Tensor]:
+        monkeypatch.setattr(muon, "TOGETHER", together)
+        torch.manual_seed(0)
+        matrices = [nn.Parameter(torch.randn(6, 4)) for _ in range(3)] + [nn.Parameter(torch.randn(4, 6))]
+        groups = [{"params": matrices, "muon": True, "lr": 0.1}, {"params": [], "lr": 0.1}]
+        optimizer = Muon([group | {"weight_decay": weight_decay} for group in groups])
+        for _ in range(2):
+            sum(matrix.square().sum() for matrix in matrices).backward()
+            optimizer.step()
+        return [matrix.detach() for matrix in matrices]
+
+    for one, other in zip(updated(1), updated(1 << 24), strict=True):
+        assert torch.allclose(one, other, atol=2e-3)  # products are bfloat16, and a batch sums otherwise
+
+
+def test_numbers_that_are_read_later_are_those_that_are_read_at_once(tmp_path):
+    def written(device: str) -> list[tuple[str, float, int]]:
+        scalars: list[tuple[str, float, int]] = []
+        here = Processes(device=SimpleNamespace(type=device))
+        progress = Progress(tmp_path, small_stage(steps=100, report_every_s=1e9), 1, 0, here)
+        progress.writer = SimpleNamespace(add_scalar=lambda *written: scalars.append(written))
+        for step in range(1, 46):
+            progress.add(torch.tensor(float(step)), 1)
+            progress.step(step, torch.tensor(step / 10), 1.0, dict)
+            if device == "cuda" and step == 10:
+                assert len(scalars) == 3  # the first step's, and no more
+        progress.catch_up()
+        return scalars
+
+    assert written("cuda") == written("cpu")
 
 
 def test_a_call_made_ahead_is_made_once_by_another_process():
@@ -211,7 +254,34 @@ def test_a_call_made_ahead_is_made_once_by_another_process():
     assert [tensor.tolist() for _, tensor in made] == [[float(number)] * 3 for number in range(4)]
     assert ahead.get(9)[0] == os.getpid()  # nobody has begun it
     ahead.close()
+    ahead.close()
     assert Ahead(lambda number: os.getpid(), workers=0).get(1) == os.getpid()
+
+
+ORPHANS = """
+import os, time
+from kairos.training.ahead import Ahead
+ahead = Ahead(lambda number: os.getpid(), workers=2)
+ahead.begin(range(8))
+print(*{ahead.get(number) for number in range(8)}, flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_workers_do_not_outlive_a_training_that_is_killed():
+    killed = subprocess.run([sys.executable, "-c", ORPHANS], stdout=subprocess.PIPE, text=True, timeout=120)
+    workers = [int(number) for number in killed.stdout.split()]
+    until = time.monotonic() + 30
+    while any(is_alive(worker) for worker in workers) and time.monotonic() < until:
+        time.sleep(0.2)
+    assert workers and not any(is_alive(worker) for worker in workers)
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except FileNotFoundError:
+        return False
 
 
 def test_what_a_worker_cannot_do_is_said_where_it_is_asked_for():
@@ -433,6 +503,17 @@ def test_a_decoder_stage_gives_the_encoder_no_gradient():
     vae_loss(vae, torch.rand(2, 3, 5, 16, 16) * 2 - 1, 1e-4)[0].backward()
     assert all(p.grad is None for p in vae.encoder.parameters())
     assert any(p.grad is not None for p in vae.decoder.parameters())
+
+
+def test_a_batch_of_the_vae_is_a_function_of_the_seed_the_stage_and_the_step():
+    stage = VAEStage(steps=9, num_frames=5, batch_size=2, scenes=0.5)
+    drawn = {
+        key: vae._draw(*key[:2], stage, ("uniform",), key[2]) for key in ((0, 0, 3), (0, 0, 4), (0, 1, 3))
+    }
+    first = drawn[0, 0, 3]
+    assert first.dtype == torch.uint8 and first.shape == (2, 5, 64, 64, 3)
+    assert torch.equal(first, vae._draw(0, 0, stage, ("uniform",), 3))
+    assert not any(torch.equal(first, other) for other in list(drawn.values())[1:])
 
 
 def test_drawn_shapes_move_and_stay_in_range():

@@ -260,6 +260,17 @@ def test_a_cache_is_computed_once_and_read_by_content(manifest, tmp_path, encode
     assert all(torch.equal(again[key], value) for key, value in before.items())
 
 
+def test_clips_that_workers_read_ahead_are_those_that_are_read_at_once(
+    manifest, tmp_path, encoders, monkeypatch
+):
+    source = ManifestSource(manifest)
+    report, (clips,) = build(tmp_path / "at_once", source, encoders, SMALL)
+    monkeypatch.setattr("kairos.training.cache.workers_for", lambda device: 2)
+    report_ahead, (ahead,) = build(tmp_path / "ahead", source, encoders, SMALL)
+    assert report_ahead == report and len(report["skipped"]) == 4
+    assert ahead.keys == clips.keys and torch.equal(ahead.latents([0, 1]), clips.latents([0, 1]))
+
+
 def test_another_vae_invalidates_the_latents_and_not_the_prompts(tmp_path, encoders):
     source = SimulatorSource(("uniform",), clips=3)
     build(tmp_path, source, encoders, SMALL)

@@ -161,6 +161,23 @@ def test_the_student_learns_from_a_teacher_that_is_guided_as_it_is_sampled(
     assert torch.equal(objective.guided(batch, batch.noise, 0.7), plain) is not guided
 
 
+def test_a_distillation_asks_for_the_batches_that_it_says_in_the_order_that_it_says(clips, monkeypatch):
+    options = Distillation(fake_score_updates=2, consistency=0.0)
+    stage = small_stage(steps=3, accumulate=2, objective="distillation", distillation=options)
+    objective, got = DistillationObjective(stirred(), [clips], stage, options), []
+
+    def noted(model, step, part):
+        got.append((step, part))
+        return FlowMatching.batch(objective, model, step, part)
+
+    monkeypatch.setattr(objective, "batch", noted)
+    for step in range(3):
+        for part in range(2):
+            objective.loss(stirred(), step, part)
+    assert got == [key for step in range(3) for key in objective.asked(step)]
+    assert [objective.step_of(step) for step, _ in got] == [step for step in range(3) for _ in range(4)]
+
+
 @pytest.mark.parametrize(("causal", "adversarial"), [("chunk", 0.5), ("none", 0.0)])
 def test_distillation_goes_on_to_the_bit_and_reports_motion(clips, tmp_path, causal, adversarial):
     mix = {"t2v": 0.5, "ti2v": 0.5}

@@ -34,7 +34,7 @@ losses = {{}}
 class Recorded(FlowMatching):
     def loss(self, model, step, part):
         loss, clips = super().loss(model, step, part)
-        losses[name].append(self.processes.mean(loss))
+        losses[name].append(self.processes.means(loss[None])[0])
         return loss, clips
 with processes() as here:
     clips = clip_set(folder / "cache" / str(here.rank))

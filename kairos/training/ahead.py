@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import pickle
+import signal
+import threading
+import time
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any, Generic, TypeVar
 
 import torch
-import torch.multiprocessing
 
 Key = TypeVar("Key", bound=Hashable)
 Made = TypeVar("Made")
 
 MOST_WORKERS = 14
-"""What one GPU keeps busy, in a training of kairos-tiny, is less."""
+"""For one process that trains; each holds its own copy of what it has touched."""
 
 _make: Callable[[Any], Any] | None = None
 
@@ -22,13 +26,14 @@ _make: Callable[[Any], Any] | None = None
 class Ahead(Generic[Key, Made]):
     """Calls of a function that other processes have begun before their results are asked for.
 
-    The processes are forks: the function may close over anything, and must not touch a GPU. Without workers
-    a call is made when its result is asked for, in this process.
+    The processes are forks: the function may close over anything, and must not touch a GPU. Results come
+    back as bytes, not as shared memory, of which a system gives only so many pieces. Without workers a call
+    is made when its result is asked for, in this process.
     """
 
     def __init__(self, make: Callable[[Key], Made], workers: int) -> None:
         self.make, self.workers = make, workers
-        self._begun: dict[Key, Future[Made]] = {}
+        self._begun: dict[Key, Future[bytes]] = {}
         self._pool: ProcessPoolExecutor | None = None
 
     def begin(self, keys: Iterable[Key]) -> None:
@@ -36,9 +41,11 @@ class Ahead(Generic[Key, Made]):
         if not self.workers:
             return
         if self._pool is None:
-            fork = torch.multiprocessing.get_context("fork")
             self._pool = ProcessPoolExecutor(
-                self.workers, mp_context=fork, initializer=_become_worker, initargs=(self.make,)
+                self.workers,
+                mp_context=get_context("fork"),
+                initializer=_become_worker,
+                initargs=(self.make, os.getpid()),
             )
         for key in keys:
             if key not in self._begun:
@@ -47,7 +54,7 @@ class Ahead(Generic[Key, Made]):
     def get(self, key: Key) -> Made:
         """The result of a key: waited for where it was begun, else made here."""
         begun = self._begun.pop(key, None)
-        return self.make(key) if begun is None else begun.result()
+        return self.make(key) if begun is None else pickle.loads(begun.result())
 
     def close(self) -> None:
         """End the workers; what they have begun is lost."""
@@ -55,6 +62,12 @@ class Ahead(Generic[Key, Made]):
             self._pool.shutdown(cancel_futures=True)
         self._pool = None
         self._begun.clear()
+
+    def __enter__(self) -> Ahead[Key, Made]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def workers_for(device: torch.device | str) -> int:
@@ -66,12 +79,22 @@ def workers_for(device: torch.device | str) -> int:
     return max(0, min(cores - 2, MOST_WORKERS))
 
 
-def _become_worker(make: Callable[[Any], Any]) -> None:
+def _become_worker(make: Callable[[Any], Any], parent: int) -> None:
+    """Ctrl-C is the parent's to answer, and a worker does not outlive it."""
     global _make
     _make = make
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
 
+    def follow() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
 
-def _call(key: Any) -> Any:
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _call(key: Any) -> bytes:
     assert _make is not None
-    return _make(key)
+    return pickle.dumps(_make(key), protocol=pickle.HIGHEST_PROTOCOL)

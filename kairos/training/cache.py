@@ -152,29 +152,29 @@ def build_cache(
         else:
             made.add((name, reference.key))
             references.append(reference)
-    for bucket in buckets:
-        mine = [number for number, reference in enumerate(references) if reference.bucket.name == bucket.name]
-        pixels = bucket.frames * bucket.height * bucket.width
-        size = max(1, -(-min(batch_size * 33 * 64 * 64, 1 << 24) // pixels))
-        for first in range(0, len(mine), size):
-            ahead.begin(mine[first : first + size * (1 + ahead.workers)])
-            group = []
-            for number in mine[first : first + size]:
-                frames = ahead.get(number)
-                if isinstance(frames, Tensor):
-                    group.append((references[number], frames))
-                else:
-                    skipped.add(references[number].name, frames)
-            if not group:
-                continue
-            video = torch.stack([frames for _, frames in group]).to(device).permute(0, 4, 1, 2, 3)
-            with torch.no_grad():
-                latents = encode(vae, video.to(vae.dtype) / 127.5 - 1).to("cpu", torch.bfloat16)
-            for (reference, _), row in zip(group, latents, strict=True):
-                writers[bucket.name].add(reference.key, row[None])
-                listed.append(entry_of(reference))
-        writers[bucket.name].close()
-    ahead.close()
+    with ahead:
+        for bucket in buckets:
+            mine = [i for i, reference in enumerate(references) if reference.bucket.name == bucket.name]
+            pixels = bucket.frames * bucket.height * bucket.width
+            size = max(1, -(-min(batch_size * 33 * 64 * 64, 1 << 24) // pixels))
+            for first in range(0, len(mine), size):
+                ahead.begin(mine[first : first + max(2 * size, ahead.workers)])
+                group = []
+                for number in mine[first : first + size]:
+                    frames = ahead.get(number)
+                    if isinstance(frames, Tensor):
+                        group.append((references[number], frames))
+                    else:
+                        skipped.add(references[number].name, frames)
+                if not group:
+                    continue
+                video = torch.stack([frames for _, frames in group]).to(device).permute(0, 4, 1, 2, 3)
+                with torch.no_grad():
+                    latents = encode(vae, video.to(vae.dtype) / 127.5 - 1).to("cpu", torch.bfloat16)
+                for (reference, _), row in zip(group, latents, strict=True):
+                    writers[bucket.name].add(reference.key, row[None])
+                    listed.append(entry_of(reference))
+            writers[bucket.name].close()
     listed = [
         entry
         for entry in listed

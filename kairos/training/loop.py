@@ -96,6 +96,7 @@ def train(
                 progress.show(make_samples(model, output, step), step)
             due = here.any(time.monotonic() - saved > stage.save_every_s)
             if stopped or due or step == stage.steps:
+                progress.catch_up()
                 store(output, model, trained, ema, optimizer, objective, step, here)
                 saved = time.monotonic()
             if stopped and step < stage.steps:

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from kairos.training.parallel import laid_like, whole
 
+TOGETHER = 1 << 24
+"""Elements that are made orthogonal at once, at most; of the 4B model's matrices each is more."""
+
 
 class Muon(torch.optim.Optimizer):
     """Two kinds of parameter group: `muon=True` (orthogonalised momentum) and `muon=False` (AdamW).
@@ -44,7 +47,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             trained = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if group["weight_decay"]:
+            if group["weight_decay"] and trained:
                 torch._foreach_mul_(trained, 1 - group["lr"] * group["weight_decay"])
             if group["muon"]:
                 self._muon(trained, group)
@@ -53,22 +56,29 @@ class Muon(torch.optim.Optimizer):
                 self._adamw(parameter, parameter.grad, self.state[parameter], group)
 
     def _muon(self, parameters: list[nn.Parameter], group: dict) -> None:
-        """Matrices of one shape are made orthogonal together: for a GPU each alone would be too little."""
-        alike: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = {}
+        """Small matrices of one shape are made orthogonal together: each alone is too little for a GPU."""
+        alike: dict[torch.Size, list[nn.Parameter]] = {}
         for parameter in parameters:
-            gradient, state = parameter.grad, self.state[parameter]
-            assert gradient is not None
-            if not state:
-                state["momentum"] = torch.zeros_like(parameter)
-            momentum = state["momentum"].lerp_(gradient, 1 - group["momentum"])
-            # A matrix that is spread over processes is put together: orthogonal is a property of the whole.
-            direction = whole(gradient.lerp(momentum, group["momentum"])).flatten(1)
-            alike.setdefault((direction.shape[0], direction.shape[1]), []).append((parameter, direction))
-        for (rows, columns), members in alike.items():
-            scale = max(1.0, rows / columns) ** 0.5
-            updates = orthogonalise(torch.stack([direction for _, direction in members]))
-            for (parameter, _), update in zip(members, updates, strict=True):
-                parameter.add_(laid_like(update.view(parameter.shape), parameter), alpha=-group["lr"] * scale)
+            alike.setdefault(parameter.shape, []).append(parameter)
+        for shape, members in alike.items():
+            rows, columns = shape[0], shape[1:].numel()
+            together = max(1, TOGETHER // shape.numel())
+            for first in range(0, len(members), together):
+                some = members[first : first + together]
+                updates = orthogonalise(torch.stack([self._direction(one, group) for one in some]))
+                rate = group["lr"] * max(1.0, rows / columns) ** 0.5
+                for parameter, update in zip(some, updates, strict=True):
+                    parameter.add_(laid_like(update.view(shape), parameter), alpha=-rate)
+
+    def _direction(self, parameter: nn.Parameter, group: dict) -> Tensor:
+        """The gradient with its momentum, as a matrix (rows, columns)."""
+        gradient, state = parameter.grad, self.state[parameter]
+        assert gradient is not None
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        momentum = state["momentum"].lerp_(gradient, 1 - group["momentum"])
+        # A matrix that is spread over processes is put together: orthogonal is a property of the whole.
+        return whole(gradient.lerp(momentum, group["momentum"])).flatten(1)
 
     @staticmethod
     def _adamw(parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> None:

@@ -30,14 +30,14 @@ class Processes:
     def autocast(self, precision: str) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
-    def mean(self, value: Tensor) -> float:
-        """The mean of a number over the processes."""
-        value = value.detach().float()
+    def means(self, values: Tensor) -> list[float]:
+        """The means of some numbers over the processes."""
+        values = values.detach().float()
         if self.world > 1:
-            value = value.clone()
-            dist.all_reduce(value)
-            value /= self.world
-        return float(value)
+            values = values.clone()
+            dist.all_reduce(values)
+            values /= self.world
+        return values.tolist()
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is raised in one of the processes."""

@@ -78,10 +78,10 @@ class Progress:
         extra = more()
         now = time.monotonic()
         last = step == self.stage.steps
-        # Reading a number waits for all that a GPU has to do, so there it is put off; on all alike.
+        # Reading a number waits for all that a GPU has to do, so there it is put off; on all ranks alike.
         at_once = self.here.device.type == "cpu" or self._average is None or last
         if at_once or len(self._waiting) >= READ_TOGETHER:
-            self._read()
+            self.catch_up()
         if not self.here.first:
             return
         if self.writer is not None:
@@ -106,17 +106,20 @@ class Progress:
         if last:
             logger.info("%s: %s", self.stage.name, json.dumps(self.summary(step)))
 
-    def _read(self) -> None:
-        """The numbers of the steps that were put off, into the average and to TensorBoard."""
-        for step, mean_loss, norm, rate in self._waiting:
-            loss = self.here.mean(mean_loss)
+    def catch_up(self) -> None:
+        """Read the numbers of the steps that were put off: all ranks at once."""
+        if not self._waiting:
+            return
+        steps, losses, norms, rates = zip(*self._waiting, strict=True)
+        self._waiting.clear()
+        read = self.here.means(torch.stack(losses)), torch.stack(norms).tolist()
+        for step, loss, norm, rate in zip(steps, *read, rates, strict=True):
             average = self._average
             self._average = loss if average is None else average + (loss - average) / SMOOTHED_STEPS
-            scalars = {"loss": loss, "gradient_norm": float(norm), "learning_rate_share": rate}
+            scalars = {"loss": loss, "gradient_norm": norm, "learning_rate_share": rate}
             if self.writer is not None:
                 for name, value in scalars.items():
                     self.writer.add_scalar(name, value, step)
-        self._waiting.clear()
 
     def summary(self, step: int) -> dict[str, float]:
         """Pace of the run, and the share of its time that was not forward or backward."""

@@ -215,7 +215,13 @@ def make_cache(recipe: Recipe, here: Processes) -> None:
         done.append(what)
         buckets = [replace(bucket, batch_size=0) for bucket in stage.buckets]
         report = build_cache(
-            recipe.output / "cache", source, buckets, encoders, described=what, device=here.device
+            recipe.output / "cache",
+            source,
+            buckets,
+            encoders,
+            described=what,
+            batch_size=8 if here.device.type == "cpu" else 128,
+            device=here.device,
         )
         if not report["made"] and not report["kept"]:
             raise UserError(
@@ -241,12 +247,12 @@ def load_encoders(recipe: Recipe) -> Encoders:
     from kairos.training.cache import Encoders
     from kairos.weights import load_vae_file
 
-    # The released encoder is large; a small one is more exact, and on a CPU quicker, in float32.
     if recipe.vae:
         for part in ("vae", "conditioner"):
             if not (recipe.output / part).is_dir():
                 raise UserError(f"{recipe.output} has no {part} yet; run the recipe's stage {part} first")
-        encoder, tokenizer, _ = load_text_encoder(recipe.output / "conditioner", dtype=torch.float32)
+        made = recipe.output / "conditioner"
+        encoder, tokenizer, _ = load_text_encoder(made, dtype=encoder_dtype(made))
         return Encoders(
             load_vae_file(recipe.output / "vae", dtype=torch.bfloat16), encoder, tokenizer, "tiny"
         )
@@ -254,19 +260,26 @@ def load_encoders(recipe: Recipe) -> Encoders:
     if preset is not None and preset.kind == "released":
         files = presets.local_files(preset, folder)
         vae_file, text_folder, template = files["vae"], files["text_encoder"], preset.template
-        text_dtype = torch.bfloat16
     else:
         assert folder is not None
         vae_file = text_folder = folder
-        text_dtype = torch.float32
         template = str(presets.read_json(folder / "model_index.json").get("prompt_template"))
     if TEMPLATES[template].image_in_prompt:
         raise UserError(
             f"the prompts of {recipe.base} hold pictures (template {template}), which training "
             "does not cache; choose a base whose template is words alone"
         )
-    encoder, tokenizer, _ = load_text_encoder(text_folder, dtype=text_dtype)
+    encoder, tokenizer, _ = load_text_encoder(text_folder, dtype=encoder_dtype(text_folder))
     return Encoders(load_vae_file(vae_file, dtype=torch.bfloat16), encoder, tokenizer, template)
+
+
+def encoder_dtype(folder: Path) -> Any:
+    """bfloat16 for a large encoder beside a GPU, whose memory is for training; else float32, which is more
+    exact and on a CPU quicker."""
+    import torch
+
+    size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    return torch.bfloat16 if torch.cuda.is_available() and size > 1e9 else torch.float32
 
 
 def load_start(recipe: Recipe, source: str, dtype: str = "float32") -> Any:

@@ -51,7 +51,7 @@ class StateObjective(FlowMatching):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=options.lr, weight_decay=0.0)
-        self.error = torch.tensor(float("nan"))
+        self.error = float("nan")
         model.blocks[options.block].register_forward_hook(self._keep)
 
     def _keep(self, block: nn.Module, inputs: Any, outputs: Any) -> None:
@@ -66,7 +66,7 @@ class StateObjective(FlowMatching):
         hidden = F.layer_norm(self.hidden.float(), self.hidden.shape[-1:])
         self.update_head(hidden.detach(), target)
         error = map_error(F.linear(hidden, self.head.weight.detach(), self.head.bias.detach()), target)
-        self.error = error.detach()
+        self.error = float(error.detach())
         return flow + self.options.weight * error, len(batch)
 
     def update_head(self, hidden: Tensor, target: Tensor) -> None:
@@ -86,7 +86,7 @@ class StateObjective(FlowMatching):
 
     def report(self, model: nn.Module, step: int) -> dict[str, float]:
         """The error of the maps; 0.28 for one ball in the middle that the head knows nothing of."""
-        return {"state_error": float(self.error)}
+        return {"state_error": self.error}
 
 
 def map_error(maps: Tensor, target: Tensor) -> Tensor:

@@ -177,29 +177,28 @@ def train_vae(
         optimizer = Muon(split_parameters(vae, muon_lr=stage.muon_lr, adamw_lr=stage.muon_lr / 10))
         base = [group["lr"] for group in optimizer.param_groups]
         reported, average = time.monotonic(), torch.tensor(math.nan)
-        ahead = Ahead(partial(_draw, seed, number, stage, scenes), workers_for(device))
-        for step in range(stage.steps):
-            ahead.begin(range(step, min(step + 1 + 2 * ahead.workers, stage.steps)))
-            rate = min(1.0, (step + 1) / 20) * (1 + (stage.final_lr - 1) * step / stage.steps)
-            for group, full in zip(optimizer.param_groups, base, strict=True):
-                group["lr"] = full * rate
-            loss, squared = vae_loss(vae, pixels(ahead.get(step), device), kl_weight, stage.placement)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-            optimizer.step()
-            average = average.to(squared) if step else squared.detach()
-            average = average.lerp(squared.detach(), 0.05)
-            if time.monotonic() - reported > 15:
-                reported = time.monotonic()
-                logger.info(
-                    "stage %d step %d/%d: %.1f dB",
-                    number,
-                    step,
-                    stage.steps,
-                    10 * math.log10(4 / float(average)),
-                )
-        ahead.close()
+        with Ahead(partial(_draw, seed, number, stage, scenes), workers_for(device)) as ahead:
+            for step in range(stage.steps):
+                ahead.begin(range(step, min(step + 1 + 2 * ahead.workers, stage.steps)))
+                rate = min(1.0, (step + 1) / 20) * (1 + (stage.final_lr - 1) * step / stage.steps)
+                for group, full in zip(optimizer.param_groups, base, strict=True):
+                    group["lr"] = full * rate
+                loss, squared = vae_loss(vae, pixels(ahead.get(step), device), kl_weight, stage.placement)
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+                optimizer.step()
+                average = average.to(squared) if step else squared.detach()
+                average = average.lerp(squared.detach(), 0.05)
+                if time.monotonic() - reported > 15:
+                    reported = time.monotonic()
+                    logger.info(
+                        "stage %d step %d/%d: %.1f dB",
+                        number,
+                        step,
+                        stage.steps,
+                        10 * math.log10(4 / float(average)),
+                    )
         if not stage.decoder_only:
             measure_latents(vae, scenes)
         vae.save_pretrained(output)
