@@ -129,7 +129,7 @@ def load(
     if (precision := vae_precision(options, device)) is not None:
         pipeline.vae.to(dtype=precision)
     # By the dtype alone, however it was chosen: another layout rounds in another way.
-    if str(pipeline.vae.dtype) == "torch.bfloat16":
+    if device.type in ("cpu", "cuda") and str(pipeline.vae.dtype) == "torch.bfloat16":
         channels_last(pipeline.vae)
     about["vae_dtype"] = str(pipeline.vae.dtype).removeprefix("torch.")
     if later:

@@ -31,7 +31,7 @@ def compile_blocks(transformer: KairosTransformer3DModel, backend: str = "induct
 def compile_decoder(vae: AutoencoderKLWan) -> None:
     """Compile the VAE's decoder in place, with channels last as a GPU's convolutions want them.
 
-    Not checked on a GPU. On a CPU oneDNN's convolutions are as quick as they are.
+    Compiling was not tried on a GPU. On a CPU oneDNN's convolutions are as quick as they are.
     """
     channels_last(vae).decoder.compile()
 

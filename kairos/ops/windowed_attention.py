@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 DENSE_TOKENS = 256
 """Up to so many keys, one product with one small mask is faster than a product for each frame."""
 DENSE_TOKENS_CUDA = 512
-"""The same on a GPU: nothing is gained there by less work than this, and training has many a layout."""
+"""The same on a GPU, where so few are hardly work, and training has many a layout: to measure and compile for
+each would take longer than the training."""
 MASK_ELEMENTS = 1 << 21
 """Frames whose masks differ are taken together up to this size of their masks."""
 RECOMPILE_LIMIT = 64
