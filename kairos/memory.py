@@ -26,10 +26,13 @@ ENCODER_SHARE = 0.93
 """Of the encoder's parameters that are in its large products; the rest is its table of words."""
 CUDA_CONTEXT_GB = 0.6
 """What CUDA, its libraries and the allocator's gaps take beside tensors; an estimate."""
-PEAK_TFLOPS, EFFICIENCY = 989.4, 0.4
-"""H100 SXM, dense bfloat16 (NVIDIA's data sheet), and the share of it that is assumed."""
+PEAK_TFLOPS, EFFICIENCY, VAE_EFFICIENCY = 989.4, 0.3, 0.18
+"""H100 and H200 SXM, dense bfloat16 (NVIDIA's data sheet), and the shares of it that the LinearDiT and the
+decoder reached on an H200 (docs/performance.md)."""
 FLOAT32_SHARE = 0.5
-"""Of that peak in float32 products, which CUDA's convolutions make in TF32."""
+"""Of that peak in float32 products, which CUDA's convolutions make in TF32; assumed."""
+FLA_CHUNK = 64
+"""Tokens for each of which flash-linear-attention keeps a state of the gated delta rule."""
 HOST_GB_S = 20.0
 """What is assumed to travel a second from the machine's memory to the GPU."""
 TEXT_TOKENS, FEW_STEPS = 512, 4
@@ -252,7 +255,7 @@ def _way(
     forwards = clip.steps * (2 if clip.guided else 1)
     shape = sizes.clip_shape(model.config, clip.height, clip.width, clip.num_frames)
     work = sum(sizes.forward_flops(model.config, shape, TEXT_TOKENS).values())
-    vae_flops = flops * (FLOAT32_SHARE if vae_dtype == "float32" else 1)
+    vae_flops = peak_tflops * 1e12 * VAE_EFFICIENCY * (FLOAT32_SHARE if vae_dtype == "float32" else 1)
     vae_share = model.parameters["vae"] / sizes.RELEASED_VAE
     pixels = clip.height * clip.width
     repeated = _tile_work(clip) if tiled else 1.0
@@ -263,7 +266,7 @@ def _way(
     }
     activations = {
         "encode prompt": 0.05 * weights["text_encoder"].gb,
-        "denoise": _denoising_gb(model, own_dtype, shape, clip.guided),
+        "denoise": _denoising_gb(model, own_dtype, shape, clip.guided, device),
         "decode frames": _decoding_gb(model, vae_dtype, clip, tiled),
     }
     stages = []
@@ -305,11 +308,23 @@ def _streamed_gb(model: Model, part: Part) -> float:
     )  # layer by layer; the largest is the table of words, 7 %, and the next comes already
 
 
-def _denoising_gb(model: Model, dtype: str, shape: sizes.Shape, guided: bool) -> float:
-    """What a block holds while it works, and the prompt's keys and values in every block."""
-    width = sizes.BYTES[dtype]
-    dim = model.config["hidden_size"]
-    block = shape.tokens * (2 * model.config["ffn_dim"] + 10 * dim) * width
+def _denoising_gb(model: Model, dtype: str, shape: sizes.Shape, guided: bool, device: str) -> float:
+    """What a block holds while it works, and the prompt's keys and values in every block.
+
+    On a GPU a gated delta block works on all tokens at once and holds the most: queries, keys and values
+    seven times over on their way, and a state for each of fla's chunks. By that the 4B model takes 9.3 GB at
+    25,200 tokens and 27.2 at 73,920; measured on an H200 were 9.2 and 26.7.
+    """
+    width, config = sizes.BYTES[dtype], model.config
+    dim = config["hidden_size"]
+    held = 2 * config["ffn_dim"] + 10 * dim
+    if device == "cuda" and "G" in sizes.kinds(config):
+        keys = config["num_attention_heads"] * config["gated_delta_head_dim"]
+        values = keys * config["gated_delta_expand_v"]
+        held = max(
+            held, 7 * (2 * keys + values) + keys * values // config["num_attention_heads"] // FLA_CHUNK
+        )
+    block = shape.tokens * held * width
     prompts = (1 + guided) * model.config["num_layers"] * TEXT_TOKENS * 2 * dim * width
     return (block + prompts) / 1e9
 

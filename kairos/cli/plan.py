@@ -113,6 +113,7 @@ def plan(
         tflops = memory.PEAK_TFLOPS if peak is None else peak
         out.print(
             f"about {made.seconds:.3g} s in all, computed and not measured: {memory.EFFICIENCY:.0%} of "
-            f"{tflops:g} TFLOP/s, copies at {memory.HOST_GB_S:g} GB/s; activations are estimates",
+            f"{tflops:g} TFLOP/s, {memory.VAE_EFFICIENCY:.0%} in the VAE, copies at "
+            f"{memory.HOST_GB_S:g} GB/s; activations are estimates",
             highlight=False,
         )
