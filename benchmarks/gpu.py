@@ -1,8 +1,8 @@
 """The released model's parts and others' LinearDiTs on one GPU, in one process, in bfloat16, random weights.
 
-    python benchmarks/gpu.py --output benchmarks/results/gpu-h100.json [--sizes 480p,720p] [--runs 3]
+    python benchmarks/gpu.py --output benchmarks/results/gpu-h200.json [--sizes 480p,720p] [--runs 3]
                              [--limit-s 100] [--only TEXT] [--fla-configs 3]
-    python benchmarks/gpu.py --device cpu --tiny --output /tmp/tiny.json     (tries the script)
+    python benchmarks/gpu.py --device cpu --tiny --output tiny.json     (tries the script)
 
 First the ceilings (the largest product, a copy), then what is worth most first: a forward of the LinearDiT,
 the decoder, the other models at the same clip. The first call of each, which compiles and measures routes, is
@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from kairos import sizes
-from kairos.bench import DIFFUSERS, TEXT_TOKENS, _own, matmul_flops
+from kairos.bench import DIFFUSERS, TEXT_TOKENS, matmul_flops, random_transformer
 
 Item = tuple[str, Callable[[], dict[str, Any]]]
 BEGAN = time.perf_counter()
@@ -62,25 +62,6 @@ QWEN_7B: dict[str, Any] = {
         "window_size": 112,
     },
     "tie_word_embeddings": False,
-}
-TINY_QWEN: dict[str, Any] = {
-    "text_config": QWEN_7B["text_config"]
-    | {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
-    },
-    "vision_config": {
-        "depth": 1,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_heads": 2,
-        "out_hidden_size": 32,
-        "fullatt_block_indexes": [0],
-    },
 }
 
 
@@ -187,7 +168,7 @@ class Bench:
 
     def _kairos(self) -> nn.Module:
         with torch.device(self.device):  # in float32, so that the gates begin well and stay so
-            model = _own(self.model_name, full=False)
+            model = random_transformer(self.model_name, full=False)
         model = model.to(self.dtype).eval()
         for parameter in model.parameters():
             if parameter.ndim > 1:  # norms, biases and gates are as they begin
@@ -398,33 +379,6 @@ class Bench:
             "kernels_ms": [[row.key[:120], row.count, getattr(row, which) / 1e3] for row in rows],
         }
 
-    def delta_rule(self, clip: Clip) -> dict[str, Any]:
-        """The rule alone, by each route, at the size that it has in a step."""
-        from importlib.util import find_spec
-
-        from kairos.ops.gated_delta import gated_delta_rule
-
-        config = self.kairos().config
-        self.free()
-        tokens = sizes.clip_shape(config, clip.height, clip.width, 4 * clip.latent_frames - 3).tokens
-        heads, dim = config.num_attention_heads, config.gated_delta_head_dim
-        q, k = (nn.functional.normalize(self.randn(1, tokens, heads, dim), dim=-1) for _ in range(2))
-        v = self.randn(1, tokens, heads, dim * config.gated_delta_expand_v)
-        g = -0.5 * torch.rand(1, tokens, heads, device=self.device)
-        beta = torch.rand(1, tokens, heads, device=self.device)
-        names = ["fla", "chunked"] if self.cuda and find_spec("fla") else ["chunked"]
-        by_route: dict[str, Any] = {}
-        made: dict[str, Tensor] = {}
-
-        def rule(name: str) -> None:
-            made[name] = gated_delta_rule(q, k, v, g, beta, backend=name)[0]
-
-        for name in names:
-            by_route[name] = self.timed(partial(rule, name))
-        found, expected = made[names[0]].float(), made["chunked"].float()
-        difference = (found - expected).square().mean().sqrt() / expected.square().mean().sqrt()
-        return {"by_route": by_route, "relative_difference": difference.item()}
-
     def decode(self, clip: Clip, kind: str = "bfloat16") -> dict[str, Any]:
         """All frames. In float32 its convolutions are made in TF32, as torch's default is."""
         from kairos.models import vae as video_vae
@@ -444,7 +398,7 @@ class Bench:
         """512 tokens through Qwen2.5-VL-7B, as kairos.conditioning.encoder asks for them."""
         from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-        config = Qwen2_5_VLConfig(**(TINY_QWEN if self.tiny else QWEN_7B))
+        config = Qwen2_5_VLConfig(**QWEN_7B)
         encoder = self.take("encoder", lambda: self.built(lambda: Qwen2_5_VLForConditionalGeneration(config)))
         ids = torch.randint(1000, 100_000, (1, TEXT_TOKENS), device=self.device)
         return self.timed(
@@ -455,7 +409,7 @@ class Bench:
                 logits_to_keep=1,
                 use_cache=False,
             ),
-            None if self.tiny else 2 * TEXT_TOKENS * 6.53e9 / 1e12,  # the blocks' weights, not the words'
+            2 * TEXT_TOKENS * 6.53e9 / 1e12,  # the blocks' weights, not the words'
         )
 
     def other(self, name: str, clip: Clip) -> dict[str, Any]:
@@ -518,11 +472,9 @@ def items_of(bench: Bench, names: list[str]) -> list[Item]:
             late += [last, four, kernels, *others]
         late.insert(0, (f"{name}, encode a frame", partial(bench.encode, clip)))
     first = bench.clips[names[0]]
-    middle: list[Item] = [
-        ("encode a prompt", bench.prompt),
-        (f"{names[0]}, delta rule by route", partial(bench.delta_rule, first)),
-        (f"{names[0]}, decode, float32", partial(bench.decode, first, "float32")),
-    ]
+    middle: list[Item] = [(f"{names[0]}, decode, float32", partial(bench.decode, first, "float32"))]
+    if not bench.tiny:  # there is no small one of the encoder
+        middle.insert(0, ("encode a prompt", bench.prompt))
     return [*early, *middle, *late]
 
 
@@ -542,8 +494,6 @@ def table(results: dict[str, Any]) -> str:
             lines.append(
                 f"{name:38} {item['matmul_tflop_per_s']:.4g} TFLOP/s, {item['copy_gb_per_s']:.4g} GB/s"
             )
-        for route, times in item.get("by_route", {}).items():
-            lines.append(f"{name + ', ' + route:38} {times['seconds']:9.4g} {times['first_call_s']:8.3g}")
         for route in item.get("routes", []):
             lines.append(f"    {route['operation'][:60]}: {route['taken']} of {route['ms']} ms")
     if results["skipped"]:
@@ -551,17 +501,17 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def limit_tuning(configs: int) -> None:
-    """Let Triton try so many configurations of each kernel at most; compiling all of fla's takes minutes."""
+def limit_tuning(most: int) -> None:
+    """Let Triton try so many configurations of each kernel; compiling all of fla's takes minutes."""
     import triton
 
     tune = triton.autotune
 
-    def autotune(configs_of_kernel: list[Any], *args: Any, **options: Any) -> Any:
-        step = max(1, (len(configs_of_kernel) - 1) // max(configs - 1, 1))
-        return tune(configs_of_kernel[::step][:configs], *args, **options)
+    def autotune(configs: list[Any], *args: Any, **options: Any) -> Any:
+        step = max(1, (len(configs) - 1) // max(most - 1, 1))
+        return tune(configs[::step][:most], *args, **options)
 
-    triton.autotune = lambda configs, *args, **options: autotune(configs, *args, **options)
+    triton.autotune = autotune
 
 
 def main() -> None:

@@ -118,7 +118,7 @@ def _forward(run: Run) -> dict[str, Any]:
         if foreign:
             model = getattr(diffusers, foreign["class"])(**foreign["config"])
         else:
-            model = _own(run.model, full=run.kind == "full")
+            model = random_transformer(run.model, full=run.kind == "full")
     model = model.to(dtype).eval()
     if run.compiled and not foreign:
         compile_blocks(model)
@@ -281,7 +281,7 @@ def matmul_flops(device: str, dtype: torch.dtype, size: int = 2048, clock: str =
     return 2 * size**3 / best
 
 
-def _own(name: str, *, full: bool) -> nn.Module:
+def random_transformer(name: str, *, full: bool) -> nn.Module:
     """The LinearDiT of a model by name or folder with random weights; `full`: with full attention instead."""
     from kairos import sizes
     from kairos.models.transformer import KairosTransformer3DModel

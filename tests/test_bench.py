@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from kairos.bench import DIFFUSERS, Run, _own, check_kind, measure, measure_here
+from kairos.bench import DIFFUSERS, Run, check_kind, measure, measure_here, random_transformer
 from kairos.cli import main
 from kairos.cli.bench import curve_svg
 from kairos.errors import UserError
@@ -43,7 +43,7 @@ def test_a_hybrid_grows_with_the_length_and_full_attention_faster():
 
 @torch.no_grad()
 def test_full_attention_sees_the_whole_clip():
-    model = _own("kairos-tiny", full=True).eval()
+    model = random_transformer("kairos-tiny", full=True).eval()
     for parameter in model.parameters():
         parameter.add_(0.1 * torch.randn_like(parameter))
     latents, prompt = torch.randn(1, 16, 12, 4, 4), torch.randn(1, 3, model.config.text_dim)

@@ -15,7 +15,7 @@ import yaml
 from kairos import KairosTransformer3DModel, MachineError, UserError
 from kairos.training.parallel import ALONE
 from kairos.training.plan import check_memory, plan_stage, refuse_too_large
-from kairos.training.recipe import build_recipe, read_recipe, run_recipe
+from kairos.training.recipe import build_recipe, encoder_dtype, read_recipe, run_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 
@@ -287,3 +287,15 @@ def test_the_command_plans_and_refuses_in_one_line(tmp_path):
     file.write_text("name: [")
     done = kairos("train", str(file))
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "is not YAML" in done.stderr
+
+
+def test_a_large_encoder_beside_a_gpu_is_bfloat16_and_any_other_float32(tmp_path, monkeypatch):
+    large, small = tmp_path / "large" / "text_encoder", tmp_path / "small" / "text_encoder"
+    for folder, size in ((large, 2 << 30), (small, 1 << 20), (tmp_path / "small" / "transformer", 2 << 30)):
+        folder.mkdir(parents=True)
+        with (folder / "model.safetensors").open("wb") as file:
+            file.truncate(size)  # holds nothing on a disk
+    for there, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert encoder_dtype(large) == encoder_dtype(large.parent) == expected
+        assert encoder_dtype(small) == encoder_dtype(small.parent) == torch.float32

@@ -47,8 +47,9 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             trained = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if group["weight_decay"] and trained:
-                torch._foreach_mul_(trained, 1 - group["lr"] * group["weight_decay"])
+            if group["weight_decay"]:
+                for parameter in trained:
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
             if group["muon"]:
                 self._muon(trained, group)
                 continue

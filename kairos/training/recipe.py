@@ -275,10 +275,11 @@ def load_encoders(recipe: Recipe) -> Encoders:
 
 def encoder_dtype(folder: Path) -> Any:
     """bfloat16 for a large encoder beside a GPU, whose memory is for training; else float32, which is more
-    exact and on a CPU quicker."""
+    exact and on a CPU quicker. `folder` is the encoder's, or a whole model's."""
     import torch
 
-    size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    own = folder / "text_encoder"
+    size = sum(file.stat().st_size for file in (own if own.is_dir() else folder).rglob("*.safetensors"))
     return torch.bfloat16 if torch.cuda.is_available() and size > 1e9 else torch.float32
 
 
