@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from kairos.errors import UserError
+from kairos.heap import keep_freed_memory
 from kairos.request import did_you_mean
 
 if TYPE_CHECKING:
@@ -319,4 +320,5 @@ def _peak_gb(device: str) -> float:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.stdout.write(json.dumps(measure_here(Run(**json.loads(sys.argv[1])))) + "\n")

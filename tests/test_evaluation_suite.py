@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from kairos import presets
 from kairos.cli import main
@@ -19,6 +23,7 @@ from kairos.worlds import simulate
 from kairos.worlds.export import export
 
 SMALL = {"scenes": ("uniform", "occlusion"), "splits": ("in", "out"), "clips": 2, "drift_seconds": 0}
+ONE_CLIP = Settings(scenes=("uniform",), splits=("in",), clips=1, drift_seconds=0)
 
 
 class Oracle:
@@ -112,8 +117,12 @@ def test_a_student_is_compared_with_its_teacher(tmp_path):
     slow = Oracle(lambda frames, given: frames[np.r_[:given, given - 1 + np.arange(1, 29) // 2]])
     results = evaluate(slow, settings, teacher=tmp_path / "teacher")
     assert 0.3 < results["scenes"]["uniform"]["motion_to_teacher"]["value"] < 0.7
-    with pytest.raises(UserError, match="no results of an evaluation"):
+    with pytest.raises(UserError, match="no results of a model's evaluation"):
         evaluate(slow, settings, teacher=tmp_path)
+    with pytest.raises(
+        UserError, match="of other clips: their seed, given frames and frames are 0, 5 and 33"
+    ):
+        evaluate(slow, replace(settings, seed=1), teacher=tmp_path / "teacher")
 
 
 @pytest.mark.parametrize(
@@ -253,6 +262,63 @@ def test_a_pipeline_that_goes_on_with_videos_gets_all_given_frames():
     assert pipeline.got == 1
 
 
+def test_a_pipeline_is_asked_for_what_its_call_names_in_the_unit_of_its_vae():
+    class Other:
+        """Like LTX and Sana: no picture is the default and yet refused, eight frames to a latent one."""
+
+        vae_temporal_compression_ratio = 8
+        components: dict[str, Any] = {}
+
+        def __call__(self, prompt, image=None, frames=81, generator=None):
+            assert image is not None
+            self.got = frames
+            return SimpleNamespace(frames=[[image] * frames])
+
+    pipeline, clip = Other(), simulate("uniform", split="in", index=0)
+    (video,) = generate(DiffusersModel(pipeline), [""], clip.frames[None, :5], 33, [0])
+    assert pipeline.got == 33 and video.shape == (33, 64, 64, 3)  # 29 are needed
+    DiffusersModel(pipeline, frames_unit=4)("", clip.frames[:5], 33)
+    assert pipeline.got == 29
+    assert "colors" not in evaluate(DiffusersModel(pipeline), ONE_CLIP)["scenes"]["uniform"]
+    assert DiffusersModel(pipeline, from_text=True).from_text
+
+
+def test_a_pipelines_records_are_those_of_its_weights():
+    first, second = ImageToVideo(), ImageToVideo()
+    first.components = {"net": nn.Linear(2, 2), "scheduler": object()}
+    second.components = {"net": nn.Linear(2, 2), "away": nn.Linear(2, 2, device="meta")}
+    assert DiffusersModel(first).identity == DiffusersModel(first).identity
+    assert DiffusersModel(first).identity != DiffusersModel(second).identity
+
+
+def test_records_of_another_model_or_precision_are_not_taken(tmp_path):
+    frozen = evaluate(lambda prompt, first, n: first[-1:].repeat(n, 0), ONE_CLIP, output=tmp_path, name="a")
+    black = evaluate(
+        lambda prompt, first, n: first[-1:].repeat(n, 0) * 0, ONE_CLIP, output=tmp_path, name="b"
+    )
+    assert frozen["key"] != black["key"]
+    kept = [results["scenes"]["uniform"]["conserved"]["value"] for results in (frozen, black)]
+    assert kept == [1, 0]
+
+    pipeline = presets.load_pipeline("kairos-tiny", dtype=torch.float32)
+    identity = KairosModel(pipeline).identity
+    pipeline.to(torch.bfloat16)
+    assert KairosModel(pipeline).identity == f"{identity}-bfloat16"
+
+
+def test_a_few_step_model_says_that_its_steps_are_its_own(caplog):
+    pipeline = presets.load_pipeline("kairos-tiny")
+    with caplog.at_level(logging.WARNING, "kairos.evaluation"):
+        assert KairosModel(pipeline, steps=4, guidance=1).steps == 4 and not caplog.messages
+        assert KairosModel(pipeline, steps=7).steps == 4
+    assert caplog.messages == ["this model samples in 4 steps without guidance, whatever is asked for"]
+
+
+def test_nothing_to_measure_is_refused():
+    with pytest.raises(UserError, match="without given frames only a model with from_text"):
+        evaluate(lambda prompt, first, n: first, replace(ONE_CLIP, given=0))
+
+
 def test_a_diffusers_pipeline_runs_through_the_suite_and_freezing_scores_badly():
     settings = Settings(scenes=("uniform",), splits=("in",), clips=2)
     results = evaluate(DiffusersModel(ImageToVideo(), name="still"), settings, name="still")
@@ -330,6 +396,8 @@ def test_exported_videos_are_scored_without_a_model(command, tmp_path):
         (("--clips", "0"), "clips must be at least 1"),
         (("--videos", "nowhere"), "no folder of videos: nowhere"),
         (("--videos", "."), "no video in . is named as a clip"),
+        (("--videos", ".", "--model", "kairos-tiny"), "--model goes with a model; --videos scores"),
+        (("--videos", ".", "--steps", "4"), "--steps goes with a model; --videos scores"),
         (("--model", "kairos-huge"), "kairos-huge"),
     ],
 )

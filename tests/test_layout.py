@@ -17,6 +17,7 @@ PACKAGE = ROOT / "kairos"
 # Imports point down or sideways, never up.
 LAYERS = {
     "errors": 0,
+    "heap": 0,
     "ops": 1,
     "conditioning": 2,
     "data": 2,

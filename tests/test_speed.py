@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -157,6 +160,30 @@ def test_a_video_is_the_same_under_a_cache_that_never_skips_and_another_under_on
     assert not torch.equal(sampled(10.0), plain)
     with pytest.raises(UserError, match="step_cache must be above 0"):
         sampled(0.0)
+
+
+FRESH_PAGES = """
+import resource
+from kairos.heap import keep_freed_memory
+keep_freed_memory()
+import torch
+def fresh_pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(3 << 20) for _ in range(16)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(*(fresh_pages() for _ in range(4)))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the heap of glibc")
+@pytest.mark.parametrize("said", [{}, {"MALLOC_TRIM_THRESHOLD_": "1000000"}])
+def test_freed_memory_is_used_again_unless_the_environment_says_otherwise(said, monkeypatch):
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    made = subprocess.run([sys.executable, "-c", FRESH_PAGES], check=True, capture_output=True, text=True)
+    first, *_, last = (int(pages) for pages in made.stdout.split())
+    assert first > 40_000
+    assert (last < first / 10) == (not said)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from kairos.errors import KairosError, MachineError
+from kairos.heap import keep_freed_memory
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -21,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
     from kairos.cli.console import say
 
+    keep_freed_memory()
     try:
         from kairos.cli.app import app
 

@@ -17,8 +17,13 @@ WHAT, HOW = "What is measured", "How"
 
 def evaluate(
     model: Annotated[
-        str, typer.Option(metavar="NAME|PATH", help="A model's name or folder.", rich_help_panel=WHAT)
-    ] = presets.DEFAULT,
+        str | None,
+        typer.Option(
+            metavar="NAME|PATH",
+            help=f"A model's name or folder. Default: {presets.DEFAULT}.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
     videos: Annotated[
         Path | None,
         typer.Option(
@@ -122,9 +127,15 @@ def evaluate(
     if videos is not None:
         from kairos.evaluation.videos import score_videos
 
+        unused = {"--model": model, "--teacher": teacher, "--steps": steps, "--guidance": guidance}
+        for option, value in unused.items():
+            if value is not None:
+                raise UserError(f"{option} goes with a model; --videos scores what is there already")
         results = score_videos(videos, settings, output=output)
     else:
-        results = measured(model, settings, frames, steps, guidance, device, dtype, teacher, output)
+        results = measured(
+            model or presets.DEFAULT, settings, frames, steps, guidance, device, dtype, teacher, output
+        )
     out.print(table(results))
     out.print(LEGEND, style="dim", highlight=False)
     if output is not None:

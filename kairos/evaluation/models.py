@@ -6,14 +6,15 @@ takes a caption, the first k frames (k, H, W, 3) uint8 (k = 0: from the caption 
 frames in all, and returns (num_frames, H, W, 3) uint8 that begin with the given ones. It draws its noise from
 torch's own generator, or from one seeded with `torch.initial_seed()`: the suite seeds it before each call.
 
-A model may have more: `identity`, a name for its weights and settings; `from_text`, False where it cannot do
-without a frame; `batch`, for many videos at once; `reconstruct`, for the floor of its VAE; `surprise`, for
-violation of expectation; `rolls` and `rollout`, for drift.
+A model may have more: `identity`, a name for its weights and settings; `from_text`, True where it can do
+without any frame (else it is not asked to); `batch`, for many videos at once; `reconstruct`, for the floor of
+its VAE; `surprise`, for violation of expectation; `rolls` and `rollout`, for drift.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from kairos.conditioning import TEMPLATES
 from kairos.errors import UserError
@@ -34,10 +35,14 @@ from kairos.streaming import stream
 from kairos.streaming.rollout import joined
 from kairos.weights.fingerprint import fingerprint
 
+logger = logging.getLogger(__name__)
+
 Frames = NDArray[np.uint8]
 """(F, H, W, 3), RGB."""
 SURPRISE_SIGMAS = (0.2, 0.4, 0.6, 0.8)
 """Before the shift of the clip's shape."""
+TEMPORAL_UNITS = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
+"""What diffusers' pipelines call the frames that their VAE makes one latent frame of."""
 
 
 class VideoModel(Protocol):
@@ -85,8 +90,14 @@ class KairosModel:
         self.guidance = float(defaults["guidance_scale"] if guidance is None else guidance)
         if isinstance(pipeline.scheduler, FewStepScheduler):
             self.steps, self.guidance = len(pipeline.scheduler.timesteps), 1.0
+            if (steps or self.steps) != self.steps or (guidance or 1) != 1:
+                logger.warning(
+                    "this model samples in %d steps without guidance, whatever is asked for", self.steps
+                )
         parts = {name: getattr(pipeline, name) for name in ("transformer", "vae", "text_encoder")}
         self.identity = f"{fingerprint(parts)}-{self.steps}-{self.guidance:g}"
+        if pipeline.transformer.dtype != torch.float32:
+            self.identity += f"-{str(pipeline.transformer.dtype).removeprefix('torch.')}"
 
     def __call__(self, prompt: str, first_frames: Frames, num_frames: int) -> Frames:
         return self.batch([prompt], first_frames[None], num_frames, [torch.initial_seed()])[0]
@@ -215,10 +226,11 @@ class KairosModel:
 class DiffusersModel:
     """Any image-to-video pipeline of diffusers.
 
-    The pipeline gets what its call knows of: `prompt`, `height`, `width`, `num_frames`, `generator`, and the
-    given frames as `video` where it takes image and video (then the video is the start to go on from), or
-    the last of them as `image`; what it makes of that image follows the frames before it. The square world
-    is scaled to the smaller side of the pipeline's picture, its borders repeated to fill the rest.
+    The pipeline gets what its call knows of: `prompt`, `height`, `width`, `num_frames` (or `frames`),
+    `generator`, and the given frames as `video` where it takes image and video (then the video is the start
+    to go on from), or the last of them as `image`; what it makes of that image follows the frames before it.
+    The square world is scaled to the smaller side of the pipeline's picture, its borders repeated to fill the
+    rest.
     """
 
     def __init__(
@@ -227,16 +239,21 @@ class DiffusersModel:
         *,
         height: int | None = None,
         width: int | None = None,
-        frames_unit: int = 4,
+        frames_unit: int | None = None,
         given: str | None = None,
+        from_text: bool = False,
         name: str | None = None,
         **options: Any,
     ) -> None:
         """height, width: of the pipeline's picture; None: the world's own size. frames_unit: it makes
-        `frames_unit` n + 1 frames, what is too much is cut off. given: "image" or "video" to choose.
-        options: more arguments of the call, such as guidance_scale. name: the identity in results."""
+        `frames_unit` n + 1 frames, what is too much is cut off; None: what its VAE makes one latent frame of,
+        else 4. given: "image" or "video" to choose. from_text: whether it can do without either, which its
+        call does not tell. options: more arguments of the call, such as guidance_scale. name: the identity in
+        results, beside a fingerprint of the weights."""
         self.pipeline, self.options = pipeline, options
-        self.height, self.width, self.frames_unit = height, width, frames_unit
+        self.height, self.width, self.from_text = height, width, from_text
+        units = (getattr(pipeline, name, None) for name in TEMPORAL_UNITS)
+        self.frames_unit = frames_unit or next((int(unit) for unit in units if unit), TEMPORAL)
         signature = inspect.signature(pipeline.__call__)
         self.known = set(signature.parameters)
         self.given = given or (
@@ -246,10 +263,9 @@ class DiffusersModel:
             raise UserError(f'given must be "image" or "video", got {self.given!r}')
         if self.given not in self.known:
             raise UserError(f"{type(pipeline).__name__} takes no {self.given}: it cannot go on with a video")
-        required = signature.parameters[self.given].default is inspect.Parameter.empty
-        self.from_text = "prompt" in self.known and not required
         chosen = ",".join(f"{key}={value}" for key, value in sorted(options.items()))
-        self.identity = f"{name or type(pipeline).__name__}-{height}x{width}-{self.given}-{chosen}"
+        called = f"{name or type(pipeline).__name__}-{weights_of(pipeline)}"
+        self.identity = f"{called}-{height}x{width}-{self.given}-{chosen}"
 
     def __call__(self, prompt: str, first_frames: Frames, num_frames: int) -> Frames:
         size = first_frames.shape[1:3]
@@ -263,7 +279,8 @@ class DiffusersModel:
             else:
                 call["video"] = canvas
         wanted = num_frames - len(kept)
-        call["num_frames"] = -(-(wanted - 1) // self.frames_unit) * self.frames_unit + 1
+        count = "frames" if "frames" in self.known else "num_frames"
+        call[count] = -(-(wanted - 1) // self.frames_unit) * self.frames_unit + 1
         call["height"], call["width"] = self.height or size[0], self.width or size[1]
         call["generator"] = torch.Generator().manual_seed(torch.initial_seed())
         call |= self.options
@@ -271,8 +288,10 @@ class DiffusersModel:
             call = {key: value for key, value in call.items() if key in self.known}
         made = frames_of(self.pipeline(**call))
         if len(made) < wanted:
-            name = type(self.pipeline).__name__
-            raise UserError(f"{name} makes {len(made)} frames, {wanted} are needed; evaluate fewer frames")
+            raise UserError(
+                f"{type(self.pipeline).__name__} makes {len(made)} frames, {wanted} are needed; evaluate "
+                f"fewer, or give frames_unit, if it makes other numbers than {self.frames_unit} n + 1"
+            )
         return np.concatenate([kept, self._cropped(made[:wanted], size)])
 
     def _fitted(self, frames: Frames) -> Frames:
@@ -290,6 +309,14 @@ class DiffusersModel:
         side = min(height, width)
         top, left = (height - side) // 2, (width - side) // 2
         return resized(frames[:, top : top + side, left : left + side], *size)
+
+
+def weights_of(pipeline: Any) -> str:
+    """A fingerprint of a diffusers pipeline's weights, but for those that an offload keeps elsewhere."""
+    parts: dict[str, Any] = getattr(pipeline, "components", {})
+    modules = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+    here = {name: part for name, part in modules.items() if not any(p.is_meta for p in part.parameters())}
+    return fingerprint(here)
 
 
 def frames_of(output: Any) -> Frames:

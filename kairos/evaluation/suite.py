@@ -123,8 +123,10 @@ def evaluate(
     """
     if output is not None:
         prepare_folder(output)
-    records = Records(output, record_key(model, settings))
-    taught = None if teacher is None else Records.of_results(teacher)
+    if not settings.given and not getattr(model, "from_text", False):
+        raise UserError("without given frames only a model with from_text can be measured")
+    records = Records(output, record_key(model, settings, name))
+    taught = None if teacher is None else Records.of_results(teacher, settings)
     every = range(settings.clips)
     result: dict[str, Any] = {}
     drift: dict[str, Any] = {}
@@ -146,7 +148,7 @@ def evaluate(
             logger.info("%s, %s: %s", scene, split, short(result[split][scene]))
     about = {
         "model": name,
-        "identity": identity(model),
+        "identity": identity(model, name),
         "key": records.key,
         "seed": settings.seed,
         "clips": settings.clips,
@@ -284,13 +286,24 @@ class Records:
         self.known: dict[tuple[str, str, int], Record] = {}
 
     @classmethod
-    def of_results(cls, folder: Path) -> Records:
-        """Those behind a results.json. Raises UserError where there is none."""
+    def of_results(cls, folder: Path, settings: Settings) -> Records:
+        """Those behind a results.json. Raises UserError where there is none, or of other clips."""
         try:
-            key = json.loads((folder / "results.json").read_text(encoding="utf-8"))["key"]
+            results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+            key, said = (
+                str(results["key"]),
+                [results[name] for name in ("seed", "given_frames", "num_frames")],
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"no results of an evaluation in {folder}: give its --output folder") from error
-        return cls(folder, str(key))
+            raise UserError(
+                f"no results of a model's evaluation in {folder}: give its --output folder"
+            ) from error
+        if said != (own := [settings.seed, settings.given, settings.num_frames]):
+            raise UserError(
+                f"the results in {folder} are of other clips: their seed, given frames and frames are "
+                f"{said[0]}, {said[1]} and {said[2]}, here {own[0]}, {own[1]} and {own[2]}"
+            )
+        return cls(folder, key)
 
     def get(self, split: str, scene: str, index: int) -> Record | None:
         place = (split, scene, index)
@@ -310,14 +323,15 @@ class Records:
         return self.folder / "clips" / self.key / split / f"{scene}-{index:05d}.json"
 
 
-def identity(model: VideoModel) -> str:
-    """What tells a model's records from another's: its own word for that, or its name in Python."""
-    return str(getattr(model, "identity", getattr(model, "__qualname__", type(model).__qualname__)))
+def identity(model: VideoModel, name: str = "") -> str:
+    """What tells a model's records from another's: its own word for that, or its names here and in Python."""
+    known = getattr(model, "__qualname__", type(model).__qualname__)
+    return str(getattr(model, "identity", f"{known}-{name}" if name else known))
 
 
-def record_key(model: VideoModel, settings: Settings) -> str:
+def record_key(model: VideoModel, settings: Settings, name: str = "") -> str:
     """The name of the folder of records: what they depend on, but for scene, split and index."""
-    said = [VERSION, identity(model), settings.seed, settings.num_frames, settings.given, settings.size]
+    said = [VERSION, identity(model, name), settings.seed, settings.num_frames, settings.given, settings.size]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12]
 
 

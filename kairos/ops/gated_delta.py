@@ -125,14 +125,15 @@ def _segment(
     scores = (q @ k.mT) * decay
     q_state, k_left, kept = q * grown, (k * left).mT, grown[..., -1:, :]
 
-    # One product after the other, so each is one call: heads as one batch, sums inside the products.
+    # One product after the other, so each is one call: heads as one batch, sums inside the products, and into
+    # what has just been made (not into `free`: autograd has need of the solution).
     walk = (x.flatten(0, 1).unbind(1) for x in (u_free, u_state, q_state, scores, k_left, kept))
     shape, state = state.shape, state.flatten(0, 1)
     outputs = []
     for free, by_state, query, score, key, keep in zip(*walk, strict=True):
         u = torch.baddbmm(free, by_state, state, alpha=-1)
-        outputs.append(torch.baddbmm(score @ u, query, state))
-        state = torch.baddbmm(keep * state, key, u)
+        outputs.append((score @ u).baddbmm_(query, state))
+        state = (keep * state).baddbmm_(key, u)
     out = torch.cat(outputs, dim=1).unflatten(0, shape[:2])[:, :, :tokens]
     return out.transpose(1, 2), state.unflatten(0, shape[:2])
 
