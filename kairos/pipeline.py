@@ -144,7 +144,9 @@ class KairosPipeline(DiffusionPipeline):
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         height, width = self._rounded_size(height or defaults["height"], width or defaults["width"])
         num_frames = self._rounded_frames(num_frames or defaults["num_frames"])
-        steps = num_inference_steps or int(defaults["num_inference_steps"])
+        steps = int(defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps)
+        if steps < 1:
+            raise UserError(f"num_inference_steps must be at least 1, got {steps}")
         guidance = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
         if isinstance(self.scheduler, FewStepScheduler):
             guidance = 1.0
@@ -329,6 +331,8 @@ class KairosPipeline(DiffusionPipeline):
         if image is not None and video is not None:
             raise UserError("image and video exclude each other: the video's first frame is the image")
         if video is None:
+            if image is not None and num_frames == 1:
+                raise UserError("num_frames counts the image too, so it must be 5 or more, got 1")
             return [] if image is None else [image.convert("RGB")]
         given = [
             f.convert("RGB") if isinstance(f, Image.Image) else Image.fromarray(np.asarray(f)) for f in video

@@ -306,7 +306,10 @@ def _load_saved(folder: Path, dtype: torch.dtype, weights: Any) -> KairosPipelin
 
 
 def _check_parts(pipeline: KairosPipeline, name: object) -> None:
-    """The parts speak to each other: widths of embeddings, channels of latents."""
+    """The parts speak to each other: widths of embeddings, channels of latents; and defaults are numbers."""
+    for key in ("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "fps"):
+        if not isinstance(value := pipeline.config.defaults.get(key), int | float):
+            raise UserError(f"{name}: the pipeline's default {key} must be a number, got {value!r}")
     config = pipeline.transformer.config
     assert pipeline.text_encoder is not None
     width = pipeline.text_encoder.config.get_text_config().hidden_size

@@ -19,6 +19,7 @@ from typing import Any
 
 from kairos.errors import UserError
 
+MAX_FRAMES = 100_001  # more than an hour and a half at 16 fps; longer ones are rolled out
 MIN_SIZE = 16  # pixels: one token of a model with 8x8 latents in patches of 2x2
 
 ALIASES = {
@@ -77,13 +78,16 @@ class Request:
         _check_within("seed", self.seed, 0, 2**63 - 1)
         for name in ("height", "width"):
             _check_within(name, getattr(self, name), MIN_SIZE, 16384)
-        _check_frames("num_frames", self.num_frames)
-        _check_frames("input_frames", self.input_frames)
+        for name in ("num_frames", "input_frames"):
+            _check_frames(name, getattr(self, name))
+            _check_within(name, getattr(self, name), 1, MAX_FRAMES)
         if self.input_frames and self.num_frames and self.input_frames >= self.num_frames:
             raise UserError(
                 f"num_frames counts the {self.input_frames} given frames too, so it must be above that, "
                 f"got {self.num_frames}"
             )
+        if self.input_image and self.num_frames == 1:
+            raise UserError("num_frames counts the image too, so it must be 5 or more, got 1")
         _check_within("num_inference_steps", self.num_inference_steps, 1, 1000)
         _check_within("guidance_scale", self.guidance_scale, 0, 100)
         _check_within("fps", self.fps, 1, 240)

@@ -1,5 +1,6 @@
 """The command line, around a pipeline that draws noise in no time."""
 
+import errno
 import json
 import os
 import shlex
@@ -20,8 +21,10 @@ from torch import nn
 
 from kairos import presets
 from kairos.cli import main, show
+from kairos.cli.run import RunOptions, vae_precision
 from kairos.data import files
 from kairos.data.media import read_metadata, read_video, write_video
+from kairos.schedulers import FewStepScheduler
 
 ROOT = Path(__file__).parent.parent
 
@@ -188,6 +191,60 @@ def test_a_few_step_model_says_and_records_its_own_steps(kairos: Any, fake: Fake
     status, _, said = kairos("generate", "x", "--steps", 50, "-o", "out.mp4")
     assert (status, said) == (0, "warning: this model samples in 2 steps, whatever is asked for\n")
     assert read_metadata("out.mp4")["request"]["num_inference_steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("few_step", "said"),
+    [
+        (True, ["this model samples without guidance", "without guidance a negative prompt changes nothing"]),
+        (False, []),
+    ],
+)
+def test_what_a_model_without_guidance_does_not_use_is_said_and_not_recorded(
+    kairos: Any, fake: FakePipeline, few_step: bool, said: list[str]
+) -> None:
+    fake.scheduler = FewStepScheduler() if few_step else fake.scheduler
+    steps = len(fake.scheduler.timesteps)
+    options = ("--steps", steps, "--guidance", 7, "--negative", "blur")
+    status, _, warnings = kairos("generate", "x", *options, "-o", "out.mp4")
+    assert status == 0 and warnings.count("warning") == len(said)
+    assert all(part in warnings for part in said)
+    used = read_metadata("out.mp4")["request"]
+    assert used["guidance_scale"] == (1 if few_step else 7)
+    assert used.get("negative_prompt", "") == ("" if few_step else "blur")
+
+
+def test_frames_that_are_no_numbers_become_no_video(
+    kairos: Any, fake: FakePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    black = SimpleNamespace(frames=torch.full((1, 5, 32, 32, 3), torch.nan).numpy())
+    monkeypatch.setattr(FakePipeline, "__call__", lambda *_, **__: black)
+    status, _, complaint = kairos("generate", "x", "-o", "out.mp4")
+    assert status == 2 and "no finite numbers" in complaint and not Path("out.mp4").exists()
+
+
+def test_half_precision_leaves_the_vae_in_one_that_holds_it() -> None:
+    assert vae_precision(RunOptions(dtype="float16"), torch.device("cpu")) == torch.float32
+    assert vae_precision(RunOptions(dtype="float16", vae_dtype="bfloat16"), "cpu") == torch.bfloat16
+    assert vae_precision(RunOptions(dtype="float32"), torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("option", ["-o", "--model", "--weights", "--image", "--lora"])
+def test_a_path_that_may_not_be_entered_is_bad_input(
+    kairos: Any, fake: FakePipeline, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    """As the superuser, who may enter all: so the system's answer is made here."""
+    refused = os.stat
+
+    def stat(path: Any, *arguments: Any, **options: Any) -> Any:
+        if "secret" in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return refused(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    status, _, complaint = kairos("generate", "x", option, "secret/file.mp4")
+    assert status == 2 and complaint.count("\n") == 1
+    assert "ermission denied" in complaint and "secret" in complaint
 
 
 def test_a_rewritten_prompt_stands_in_the_file_beside_the_words_it_came_from(

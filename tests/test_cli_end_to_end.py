@@ -122,6 +122,15 @@ def test_the_references_script_says_which_weights_are_missing_and_how_to_get_the
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_references_script_takes_the_folder_of_a_download_for_a_whole_model(tmp_path: Path) -> None:
+    (tmp_path / presets.MARK).write_text('{"preset": "kairos-4b-480p"}')
+    done = run_script(
+        *("configs/kairos_4b/kairos_4b_config.py", tmp_path, "examples/kairos/example_t2v.json"),
+        tmp_path / "output",
+    )
+    assert done.returncode == 2 and f"kairos-4b-480p --dir {tmp_path}" in done.stderr
+
+
 def test_the_references_script_says_how_it_is_used() -> None:
     done = run_script("only", "three", "arguments")
     assert done.returncode == 2

@@ -332,6 +332,10 @@ def test_encoders_that_are_missing_torn_or_incomplete_are_refused_in_one_line(to
     del states["model.language_model.norm.weight"]
     encoder.save_pretrained(tmp_path, state_dict=states)
     assert "lacks model.language_model.norm.weight" in refusal()
+    states = encoder.state_dict()
+    states["model.language_model.norm.weight"] = torch.ones(3)
+    encoder.save_pretrained(tmp_path, state_dict=states)
+    assert "has misshapen model.language_model.norm.weight" in refusal()
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     assert "cannot load the text encoder" in refusal()

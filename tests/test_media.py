@@ -77,6 +77,15 @@ def test_a_video_without_a_request_says_so(tmp_path: Path) -> None:
         media.read_metadata(tmp_path / "out.mp4")
 
 
+def test_a_title_in_another_encoding_is_no_hindrance(tmp_path: Path) -> None:
+    media.write_video(tmp_path / "out.mp4", moving_square(), fps=16, metadata={"title": "cafe"})
+    data = (tmp_path / "out.mp4").read_bytes()
+    assert b"cafe" in data
+    (tmp_path / "old.mp4").write_bytes(data.replace(b"cafe", b"caf\xe9"))
+    assert len(media.read_video(tmp_path / "old.mp4")) == len(moving_square())
+    assert "caf" in media.read_metadata(tmp_path / "old.mp4")["title"]
+
+
 def test_the_file_plays_at_the_rate_asked_for_in_a_format_that_players_know(tmp_path: Path) -> None:
     media.write_video(tmp_path / "out.mp4", moving_square(), fps=12.5)
     with av.open(str(tmp_path / "out.mp4")) as container:
@@ -137,6 +146,22 @@ def test_a_cut_off_image_gets_one_line(tmp_path: Path) -> None:
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:900])
     with pytest.raises(UserError, match=r"cannot read image .*cut\.png"):
         media.read_image(tmp_path / "cut.png")
+
+
+def test_a_large_image_is_read_without_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (40, 30)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert media.read_image(tmp_path / "large.png").size == (40, 30)  # a warning would be an error here
+
+
+def test_whatever_a_decoder_raises_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(path: Path) -> Image.Image:
+        raise RuntimeError("Failed to decode image: Missing or empty image item")
+
+    (tmp_path / "broken.avif").write_bytes(b"x")
+    monkeypatch.setattr(Image, "open", broken)
+    with pytest.raises(UserError, match=r"cannot read image .*broken\.avif: Failed to decode"):
+        media.read_image(tmp_path / "broken.avif")
 
 
 def test_a_still_image_reads_as_a_video_of_one_frame(tmp_path: Path) -> None:

@@ -362,6 +362,17 @@ def test_a_saved_pipeline_loads_strictly(pipeline, tmp_path):
     assert "cannot read" in refusal(load_pipeline, tmp_path)
 
 
+def test_configurations_edited_by_hand_are_refused_in_one_line(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    index, vae = tmp_path / "model_index.json", tmp_path / "vae" / "config.json"
+    whole = {file: json.loads(file.read_text()) for file in (index, vae)}
+    index.write_text(json.dumps(whole[index] | {"defaults": whole[index]["defaults"] | {"height": "x"}}))
+    assert "the pipeline's default height must be a number, got 'x'" in refusal(load_pipeline, tmp_path)
+    index.write_text(json.dumps(whole[index]))
+    vae.write_text(json.dumps(whole[vae] | {"base_dim": "eight"}))
+    assert "the configuration fits no WAN2.1 VAE" in refusal(load_pipeline, tmp_path)
+
+
 def test_what_is_no_model_is_refused(tmp_path):
     assert "model_index.json is missing" in refusal(load_pipeline, tmp_path)
     (tmp_path / "dit.safetensors").write_bytes(b"x")

@@ -65,6 +65,12 @@ def test_the_mode_is_told_by_what_is_empty(given: dict, mode: str) -> None:
         ({"prompt": " "}, "nothing to make a video of"),
         ({"prompt": "x", "num_frames": 80}, "num_frames must be 4n + 1, got 80; try 81 or 77"),
         ({"prompt": "x", "num_frames": 0}, "num_frames must be 4n + 1, got 0; try 1 or 5"),
+        ({"prompt": "x", "num_frames": 4 * 10**18 + 1}, "num_frames must be at most 100001, got 4000"),
+        ({"input_video": "b.mp4", "input_frames": 4 * 10**18 + 1}, "input_frames must be at most 100001"),
+        (
+            {"input_image": "a.png", "num_frames": 1},
+            "num_frames counts the image too, so it must be 5 or more",
+        ),
         ({"prompt": "x", "height": 8}, "height must be at least 16, got 8"),
         ({"prompt": "x", "width": -64}, "width must be at least 16, got -64"),
         ({"prompt": "x", "width": 10**9}, "width must be at most 16384, got 1000000000"),

@@ -15,7 +15,7 @@ config=$1 pretrained=$2 request=$3 output=$4
 shift 4
 
 arguments=(generate --config "$config" --request "$request" --output "$output")
-if [ -f "$pretrained/model_index.json" ]; then
+if [ -f "$pretrained/model_index.json" ] || [ -f "$pretrained/kairos-model.json" ]; then
     arguments+=(--model "$pretrained")
 elif [ "$pretrained" != none ]; then
     arguments+=(--weights "$pretrained")

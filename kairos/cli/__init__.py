@@ -11,6 +11,13 @@ from typing import NoReturn
 from kairos.errors import KairosError, MachineError
 from kairos.heap import keep_freed_memory
 
+REFUSED = {
+    errno.ENAMETOOLONG: "the file name is too long",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+}
+"""What the system says of a path that somebody gave."""
+
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command and leave with its exit status.
@@ -18,11 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     0 done, 1 the machine failed, 2 the input cannot be used, 130 interrupted. Bad input and a failing machine
     get one line on stderr; anything else is a bug of ours and shows its traceback.
     """
+    keep_freed_memory()
     import typer
 
     from kairos.cli.console import say
 
-    keep_freed_memory()
     try:
         from kairos.cli.app import app
 
@@ -34,9 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except MemoryError:
         message, status = "not enough memory; try a smaller size, fewer frames or --tiled", 1
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
+        if error.errno not in REFUSED:
             raise
-        message, status = f"the file name is too long: {error.filename}", 2
+        message, status = f"{REFUSED[error.errno]}: {error.filename}", 2
     except (KeyboardInterrupt, typer.Abort):
         message, status = "", 130
     else:

@@ -146,11 +146,14 @@ def load(
 
 
 def vae_precision(options: RunOptions, device: Any) -> Any:
-    """The VAE's dtype; None leaves its own, as "auto" does where nothing is quicker or --dtype is given."""
+    """The VAE's dtype; None leaves its own, as "auto" does where nothing is quicker or --dtype is given.
+
+    float16 does not hold what is inside this VAE: there it is float32.
+    """
     from kairos.models.vae import quickest_dtype
 
-    if options.vae_dtype != "auto":
-        return dtype_named(options.vae_dtype)
+    if options.vae_dtype != "auto" or options.dtype == "float16":
+        return dtype_named("float32" if options.vae_dtype == "auto" else options.vae_dtype)
     return quickest_dtype(device) if options.dtype == "auto" else None
 
 
@@ -226,11 +229,26 @@ def make_job(
     if (steps := len(pipeline.scheduler.timesteps)) != request.num_inference_steps:
         logger.warning("this model samples in %d steps, whatever is asked for", steps)
         request = replace(request, num_inference_steps=steps)
+    request = without_guidance(request, pipeline)
     with clock.stage("write"):
         made_from = {"request": replace(request, output="").to_dict(), "mode": request.mode}
         assert request.fps
         write_video(job.path, frames, request.fps, made_from | about | job.remarks, options.scale)
     _report(job.path, frames.shape, request.fps, options.scale)
+
+
+def without_guidance(request: Request, pipeline: "KairosPipeline") -> Request:
+    """The request as it was used: where nothing is guided, a scale and a negative prompt changed nothing."""
+    from kairos.schedulers import FewStepScheduler
+
+    assert request.guidance_scale is not None
+    if isinstance(pipeline.scheduler, FewStepScheduler) and request.guidance_scale > 1:
+        logger.warning("this model samples without guidance, whatever is asked for")
+        request = replace(request, guidance_scale=1.0)
+    if request.guidance_scale <= 1 and request.negative_prompt:
+        logger.warning("without guidance a negative prompt changes nothing")
+        request = replace(request, negative_prompt="")
+    return request
 
 
 def check_inputs(request: Request) -> None:
@@ -299,6 +317,7 @@ def make(
     step_cache: float | None = None,
 ) -> Any:
     """The request's frames, (F, H, W, 3) uint8. For the last two see KairosPipeline."""
+    import numpy as np
     import torch
 
     from kairos.data.media import read_image
@@ -326,7 +345,10 @@ def make(
         )
     finally:
         pipeline.register_to_config(prompt_template=own_template)
-    return (made.frames[0] * 255).round().astype("uint8")
+    frames = made.frames[0]
+    if not np.isfinite(frames).all():
+        raise UserError("the frames are no finite numbers: this precision does not hold them; try bfloat16")
+    return (frames * 255).round().astype("uint8")
 
 
 def start_of_video(request: Request) -> Any:

@@ -99,7 +99,8 @@ def load_text_encoder(
         dtype: of the weights; None keeps the stored one. Quantised weights keep theirs.
 
     Raises:
-        UserError: for a folder that cannot be read, and naming weights that are missing or left over.
+        UserError: for a folder that cannot be read, and naming weights that are missing, left over or
+            misshapen.
     """
     path = Path(path)
     folders = {
@@ -114,11 +115,16 @@ def load_text_encoder(
             dtype="auto" if dtype is None or '"quantization_config"' in config.read_text() else dtype,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # named below
         )
     encoder, info = loaded
-    for kind in ("missing_keys", "unexpected_keys"):
-        if names := sorted(info[kind]):
-            verb = "lacks" if kind == "missing_keys" else "has no place for"
+    verbs = {
+        "missing_keys": "lacks",
+        "unexpected_keys": "has no place for",
+        "mismatched_keys": "has misshapen",
+    }
+    for kind, verb in verbs.items():
+        if names := sorted(entry if isinstance(entry, str) else entry[0] for entry in info[kind]):
             shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
             raise UserError(f"the text encoder in {folders['text_encoder']} {verb} {shown}")
     if not any((folders["tokenizer"] / name).exists() for name in ("tokenizer.json", "vocab.json")):

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
@@ -33,14 +34,18 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     """An image file as RGB, upright as its EXIF orientation says. Raises UserError if it cannot be read."""
     path = _existing_file(path, "image")
     try:
-        with Image.open(path) as image:
+        # Large ones are read as well: what is too large is an error of its own.
+        with (
+            warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
+            Image.open(path) as image,
+        ):
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I;16"):  # Pillow would clip 16-bit greys to white
                 upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
             return upright.convert("RGB")
     except UnidentifiedImageError as error:
         raise UserError(f"cannot read image {path}: not a PNG, JPEG, WebP or other known image") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read image {path}: {_one_line(error)}") from error
 
 
@@ -233,7 +238,7 @@ def _ticks_before(time_s: float, fps: float) -> int:
 @contextmanager
 def _reading(path: Path) -> Iterator[Any]:
     try:
-        with av.open(str(path), mode="r") as container:
+        with av.open(str(path), mode="r", metadata_errors="replace") as container:
             if not container.streams.video:
                 raise UserError(f"cannot read video {path}: there is no video in it")
             yield container

@@ -358,7 +358,7 @@ def probe(path: Path, fps: float) -> tuple[int, int, int]:
     import av
 
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise UserError("there is no video in it")
             stream = container.streams.video[0]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan
 
-from kairos.errors import UserError
+from kairos.errors import UserError, one_line
 from kairos.weights.files import StoredTensor, fill, open_weights, written_config
 
 ORIGINAL_FILE = "Wan2.1_VAE.pth"
@@ -54,8 +54,11 @@ def load_vae_file(path: str | os.PathLike[str], *, dtype: torch.dtype | None = N
         config = infer_vae_config(stored, source=str(original))
         names = {name: diffusers_name(name, config["num_res_blocks"]) for name in stored}
         stored = {names[name]: tensor for name, tensor in stored.items()}
-    with torch.device("meta"):
-        vae = AutoencoderKLWan.from_config(config)
+    try:
+        with torch.device("meta"):
+            vae = AutoencoderKLWan.from_config(config)
+    except (TypeError, ValueError, IndexError, KeyError) as error:
+        raise UserError(f"{path}: the configuration fits no WAN2.1 VAE: {one_line(error)}") from error
     fill(vae, stored, dtype=dtype, source=str(path))
     return vae.eval()
 
