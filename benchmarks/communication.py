@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+from kairos.bench import processor
 from kairos.distributed import cost
 from kairos.sizes import RELEASED_TRANSFORMER, clip_shape
 
@@ -44,7 +44,7 @@ def main() -> None:
     measured = launch(measure, (options.ranks, options.forwards), size=options.ranks)[0]
     results = {
         "date": date.today().isoformat(),
-        "hardware": f"{platform.machine()}, gloo over loopback",
+        "hardware": f"{processor()}, gloo over loopback",
         "measured": measured,
         "computed": [computed(name, ranks) for name in CLIPS for ranks in (2, 4, 8)],
     }

@@ -24,6 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
+from kairos.bench import processor
+
 QUICK = {
     "shots": {"detectors": ["adaptive"]},
     "split": {"min_s": 2, "piece_s": 3, "max_s": 6, "frame_step": 8},
@@ -103,7 +105,7 @@ def main() -> None:
         return
     result: dict[str, object] = {
         "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
+        "machine": f"{processor()}, {os.cpu_count()} cores, {platform.system()}",
         "load_at_start": os.getloadavg()[0],
     }
     if arguments.what == "throughput":

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,8 @@ from datetime import date
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from kairos.bench import processor
 
 COMPUTE = ("prompt", "steps", "frames")
 
@@ -58,7 +59,7 @@ def main() -> None:
     summary = {
         "date": date.today().isoformat(),
         "command": " ".join(["python", *sys.argv]),
-        "machine": f"{platform.processor() or platform.machine()}, {options.threads} threads, float32",
+        "machine": f"{processor()}, {options.threads} threads, float32",
         "clock": options.clock,
         "seconds": seconds,
         "compute_s": compute,

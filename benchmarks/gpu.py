@@ -17,7 +17,6 @@ import gc
 import json
 import logging
 import os
-import platform
 import re
 import statistics
 import sys
@@ -34,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from kairos import sizes
-from kairos.bench import DIFFUSERS, TEXT_TOKENS, matmul_flops, random_transformer
+from kairos.bench import DIFFUSERS, TEXT_TOKENS, matmul_flops, processor, random_transformer
 
 Item = tuple[str, Callable[[], dict[str, Any]]]
 BEGAN = time.perf_counter()
@@ -123,7 +122,7 @@ class Bench:
         self.results: dict[str, Any] = {
             "date": date.today().isoformat(),
             "command": " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
-            "device": torch.cuda.get_device_name() if self.cuda else platform.machine(),
+            "device": torch.cuda.get_device_name() if self.cuda else processor(),
             "torch": torch.__version__,
             "dtype": "bfloat16",
             "weights": "random",

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import platform
 import statistics
 import sys
 import time
@@ -25,6 +24,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from kairos.bench import processor
 
 Pair = tuple[Callable[[], Tensor], Callable[[], Tensor]]
 
@@ -85,7 +86,7 @@ def main() -> None:
     summary = {
         "date": date.today().isoformat(),
         "command": " ".join(["python", *sys.argv]),
-        "machine": f"{platform.processor() or platform.machine()}, {options.threads} threads, float32",
+        "machine": f"{processor()}, {options.threads} threads, float32",
         "torch": torch.__version__,
         "operations": results,
     }

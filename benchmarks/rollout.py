@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -20,6 +19,8 @@ import sys
 import time
 from datetime import date
 from typing import Any
+
+from kairos.bench import processor
 
 PROMPT = "a red ball rolls to the right"
 
@@ -44,7 +45,7 @@ def main() -> None:
     summary = {
         "date": date.today().isoformat(),
         "command": " ".join(["python", *sys.argv]),
-        "machine": f"{platform.processor() or platform.machine()}, {options.threads} threads",
+        "machine": f"{processor()}, {options.threads} threads",
         "rollout": streamed,
         "last_to_first": {
             name: round(streamed[-1][name] / streamed[0][name], 4)

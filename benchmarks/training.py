@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
 import time
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 
+from kairos.bench import processor
 from kairos.models.transformer import KairosTransformer3DModel
 from kairos.models.vae import encode
 from kairos.training.batches import draw_batch
@@ -79,7 +79,7 @@ def main() -> None:
     clips, seconds, inside = (a + b for a, b in zip(system, again, strict=True))
     result = {
         "date": date.today().isoformat(),
-        "machine": f"{platform.processor() or platform.machine()}, {options.threads} threads",
+        "machine": f"{processor()}, {options.threads} threads",
         "torch": torch.__version__,
         "command": " ".join(["python", *sys.argv]),
         "system_clips_per_s": round(clips / seconds, 2),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import resource
 import statistics
 import subprocess
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kairos.errors import UserError
@@ -28,6 +30,17 @@ if TYPE_CHECKING:
 
 TEXT_TOKENS = 512
 WARM_UPS = 2
+
+QWEN_7B: dict[str, Any] = {
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+}
+"""The language model of Qwen2.5-VL-7B, which encodes the prompts of the released models."""
 
 DIFFUSERS: dict[str, dict[str, Any]] = {
     "Wan2.1-1.3B": {
@@ -107,20 +120,18 @@ def measure_here(run: Run) -> dict[str, Any]:
 
 def _forward(run: Run) -> dict[str, Any]:
     """One forward of a transformer with random weights, its operations counted."""
-    import diffusers
     import torch
-    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
     from kairos.models.compiled import compile_blocks
 
     dtype = getattr(torch, run.dtype)
     foreign = DIFFUSERS.get(run.kind.removeprefix("diffusers:"), {})
-    with torch.device(run.device):
-        if foreign:
-            model = getattr(diffusers, foreign["class"])(**foreign["config"])
-        else:
-            model = random_transformer(run.model, full=run.kind == "full")
-    model = model.to(dtype).eval()
+    if foreign:
+        model: Any = _foreign(foreign, run.device, dtype)
+    else:
+        model = with_random_weights(
+            lambda: random_transformer(run.model, full=run.kind == "full"), run.device, dtype
+        )
     if run.compiled and not foreign:
         compile_blocks(model)
     config, spatial = model.config, foreign.get("spatial", 8)
@@ -132,19 +143,58 @@ def _forward(run: Run) -> dict[str, Any]:
         "encoder_hidden_states": torch.randn(1, TEXT_TOKENS, width, device=run.device, dtype=dtype),
         "return_dict": False,
     }
-    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch counts only those of CUDA
-    formulas = {attention: lambda q, k, v, *_, out_shape, **options: sdpa_flop_count(q, k, v)}
-    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        model(**inputs)
-    found = _timed(lambda: model(**inputs), run)
-    flops = counter.get_total_flops()
-    peak = matmul_flops(run.device, dtype, clock=run.clock)
-    return found | {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "tflop": flops / 1e12,
-        "share_of_peak": flops / found["seconds"] / peak,
-        "weights": "random",
+    parameters = sum(p.numel() for p in model.parameters())
+    return _measured(lambda: model(**inputs), run, dtype) | {"parameters": parameters, "weights": "random"}
+
+
+def _foreign(entry: dict[str, Any], device: str, dtype: torch.dtype) -> nn.Module:
+    """A transformer of diffusers' with random weights; built in its dtype, for memory's peak is measured."""
+    import diffusers
+    import torch
+
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return getattr(diffusers, entry["class"])(**entry["config"]).to(dtype).eval()
+    finally:
+        torch.set_default_dtype(usual)
+
+
+def with_random_weights(build: Callable[[], nn.Module], device: str, dtype: torch.dtype) -> Any:
+    """What `build` makes, on the device and in its dtype from the first: never in float32 before."""
+    import torch
+
+    with torch.device("meta"):
+        model = build().to(dtype).eval()
+    model.to_empty(device=device)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.normal_(std=0.02)
+    return model
+
+
+def _measured(work: Callable[[], object], run: Run, dtype: torch.dtype) -> dict[str, float]:
+    """Seconds, operations and their share of what the device reaches."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_flop_count
+
+    aten = torch.ops.aten  # torch counts only what runs on CUDA
+    formulas = {
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape, **options: (
+            sdpa_flop_count(q, k, v)
+        ),
+        aten.mkldnn_convolution: lambda x, weight, *_, out_shape, **options: conv_flop_count(
+            x, weight, out_shape
+        ),
     }
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        work()
+    flops = counter.get_total_flops()
+    if run.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    found = _timed(work, run)
+    peak = matmul_flops(run.device, dtype, clock=run.clock)
+    return found | {"tflop": flops / 1e12, "share_of_peak": flops / found["seconds"] / peak}
 
 
 def _stages(run: Run) -> dict[str, Any]:
@@ -152,29 +202,66 @@ def _stages(run: Run) -> dict[str, Any]:
     import torch
 
     from kairos.models import vae as video_vae
-    from kairos.presets import load_pipeline
 
     dtype = getattr(torch, run.dtype)
-    pipeline = load_pipeline(run.model, device=run.device, dtype=dtype)
-    config = pipeline.transformer.config
-    latents = torch.randn(
-        1, config.in_channels, run.latent_frames, run.height // 8, run.width // 8, device=run.device
-    ).to(dtype)
-    frame = torch.rand(1, 3, 1, run.height, run.width, device=run.device).to(pipeline.vae.dtype) * 2 - 1
-    embeds, mask = pipeline.encode_prompt(["a red ball rolls to the right"])
-    count = iter(range(1 << 30))
-    parts: dict[str, Callable[[], object]] = {
-        "encode prompt": lambda: pipeline.encode_prompt([f"ball {next(count)}"]),  # not from the cache
-        "encode a frame": lambda: video_vae.encode(pipeline.vae, frame),
-        "one step, one branch": lambda: pipeline.transformer(
-            latents,
-            torch.tensor([500.0], device=run.device),
-            embeds.to(run.device, dtype),
-            encoder_attention_mask=mask.to(run.device),
+    parts, weights = _parts(run, dtype)
+    transformer, vae = parts["transformer"], parts["vae"]
+    size = (1, transformer.config.in_channels, run.latent_frames, run.height // 8, run.width // 8)
+    latents = torch.randn(size, device=run.device).to(dtype)
+    frame = torch.rand(1, 3, 1, run.height, run.width, device=run.device).to(vae.dtype) * 2 - 1
+    embeds, mask = (part.to(run.device) for part in parts["prompt"])
+    stages: dict[str, tuple[torch.dtype, Callable[[], object]]] = {
+        "encode prompt": (dtype, parts["encode"]),
+        "encode a frame": (vae.dtype, lambda: video_vae.encode(vae, frame)),
+        "one step, one branch": (
+            dtype,
+            lambda: transformer(
+                latents,
+                torch.tensor([500.0], device=run.device),
+                embeds.to(dtype),
+                encoder_attention_mask=mask,
+            ),
         ),
-        "decode frames": lambda: video_vae.decode(pipeline.vae, latents.to(pipeline.vae.dtype)),
+        "decode frames": (vae.dtype, lambda: video_vae.decode(vae, latents.to(vae.dtype))),
     }
-    return {"stages": {name: _timed(part, run) for name, part in parts.items()}, "weights": "the model's"}
+    found = {name: _measured(work, run, kind) for name, (kind, work) in stages.items()}
+    return {"stages": found, "weights": weights}
+
+
+def _parts(run: Run, dtype: torch.dtype) -> tuple[dict[str, Any], str]:
+    """LinearDiT, VAE, a call that encodes a prompt, and a prompt encoded; and whose weights they have.
+
+    A released model that is not downloaded has random ones, and prompts are random tokens.
+    """
+    import torch
+
+    from kairos.models.vae_layers import quicken
+    from kairos.presets import is_downloaded, load_pipeline, locate
+
+    preset, folder = locate(run.model)
+    if preset is None or folder is not None or is_downloaded(preset):
+        pipeline = load_pipeline(run.model, device=run.device, dtype=dtype)
+        count = iter(range(1 << 30))
+        parts = {
+            "transformer": pipeline.transformer,
+            "vae": pipeline.vae,
+            "encode": lambda: pipeline.encode_prompt([f"ball {next(count)}"]),  # not from the cache
+            "prompt": pipeline.encode_prompt(["a red ball rolls to the right"]),
+        }
+        return parts, "the model's"
+    from diffusers import AutoencoderKLWan
+    from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
+
+    transformer = with_random_weights(lambda: random_transformer(run.model, full=False), run.device, dtype)
+    with torch.device(run.device):
+        vae = quicken(AutoencoderKLWan().to(dtype).eval())
+        encoder = with_random_weights(
+            lambda: Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**QWEN_7B)), run.device, dtype
+        )
+        tokens = torch.randint(QWEN_7B["vocab_size"], (1, TEXT_TOKENS))
+        prompt = torch.randn(1, TEXT_TOKENS, QWEN_7B["hidden_size"]), torch.ones(1, TEXT_TOKENS)
+    parts = {"transformer": transformer, "vae": vae, "prompt": prompt}
+    return parts | {"encode": lambda: encoder(input_ids=tokens, use_cache=False)}, "random"
 
 
 PROMPTS = (
@@ -185,17 +272,28 @@ PROMPTS = (
 
 
 def calibrate_step_cache(
-    model: str, thresholds: Sequence[float], *, device: str, dtype: str, clock: str = "wall", videos: int = 3
-) -> list[dict[str, float]]:
+    model: str,
+    thresholds: Sequence[float],
+    *,
+    device: str,
+    dtype: str,
+    threads: int | None = None,
+    runs: int = 3,
+    clock: str = "wall",
+    videos: int = 3,
+) -> list[dict[str, Any]]:
     """What a step cache saves and costs at each threshold, against the same videos without it.
 
-    Returns a row for each threshold: "threshold", "speed" (of the sampling, 1 without), and of the worst
-    video "error" (of the latents, root mean square relative to theirs) and "psnr" (of the frames, dB).
+    Each video is made with and without it in turn, `runs` times. Returns a row for each threshold:
+    "threshold", "speed" (of the sampling: of the medians, 1 without), and of the worst video "error" (of the
+    latents, root mean square relative to theirs) and "psnr" (of the frames, dB).
     """
     import torch
 
     from kairos.presets import load_pipeline
 
+    if threads:
+        torch.set_num_threads(threads)
     pipeline = load_pipeline(model, device=device, dtype=getattr(torch, dtype))
     pipeline.set_progress_bar_config(disable=True)
     nothing = pipeline.encode_prompt([""])
@@ -221,24 +319,33 @@ def calibrate_step_cache(
     def frames_of(latents: Tensor) -> Tensor:
         return torch.as_tensor(pipeline._decode(latents, "np", False))
 
-    sample(0, None)  # a warm-up
-    plain = [sample(number, None) for number in range(len(encoded))]
-    expected = [frames_of(latents) for latents, _ in plain]
+    for _ in range(WARM_UPS):
+        sample(0, None)
     rows = []
     for threshold in thresholds:
-        made = [sample(number, threshold) for number in range(len(encoded))]
-        pairs = list(zip(made, plain, strict=True))
-        errors = [((a - b).square().mean() / b.square().mean()).sqrt().item() for (a, _), (b, _) in pairs]
-        squares = [
-            (frames_of(latents) - frames).square().mean().item()
-            for (latents, _), frames in zip(made, expected, strict=True)
-        ]
+        plain_s = cached_s = worst = largest = 0.0
+        for number in range(len(encoded)):
+            turns = [(sample(number, None), sample(number, threshold)) for _ in range(runs)]
+            (latents, _), (cached, _) = turns[0]
+            plain_s += statistics.median(took for (_, took), _ in turns)
+            cached_s += statistics.median(took for _, (_, took) in turns)
+            error = (cached - latents).square().mean() / latents.square().mean()
+            worst = max(worst, error.sqrt().item())
+            difference = frames_of(cached) - frames_of(latents)
+            largest = max(largest, difference.square().mean().item())
         rows.append(
             {
+                "model": model,
+                "device": device,
+                "dtype": dtype,
+                "threads": torch.get_num_threads(),
+                "steps": len(pipeline.scheduler.timesteps),
+                "runs": runs,
+                "clock": clock,
                 "threshold": threshold,
-                "speed": sum(took for _, took in plain) / sum(took for _, took in made),
-                "error": max(errors),
-                "psnr": -10 * math.log10(max(max(squares), 1e-12)),
+                "speed": plain_s / cached_s,
+                "error": worst,
+                "psnr": -10 * math.log10(max(largest, 1e-12)),
             }
         )
     return rows
@@ -280,6 +387,16 @@ def matmul_flops(device: str, dtype: torch.dtype, size: int = 2048, clock: str =
             torch.cuda.synchronize()
         best = min(best, now() - since)
     return 2 * size**3 / best
+
+
+def processor() -> str:
+    """What the system calls this machine's processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    said = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(said, "") or platform.processor() or platform.machine()
 
 
 def random_transformer(name: str, *, full: bool) -> nn.Module:

@@ -10,9 +10,20 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from kairos.bench import DIFFUSERS, Run, check_kind, measure, measure_here, random_transformer
+from kairos import bench, presets
+from kairos.bench import (
+    DIFFUSERS,
+    QWEN_7B,
+    Run,
+    calibrate_step_cache,
+    check_kind,
+    measure,
+    measure_here,
+    random_transformer,
+    with_random_weights,
+)
 from kairos.cli import main
-from kairos.cli.bench import curve_svg
+from kairos.cli.bench import curve_svg, hardware
 from kairos.errors import UserError
 
 SMALL = {"model": "kairos-tiny", "height": 32, "width": 32, "runs": 1}
@@ -26,8 +37,52 @@ def test_the_stages_of_a_video_are_timed_apart():
         "one step, one branch",
         "decode frames",
     ]
+    assert all(times["seconds"] > 0 and times["share_of_peak"] > 0 for times in found["stages"].values())
+    assert found["peak_gb"] > 0 and found["weights"] == "the model's"
+    # Five frames: about 0.9 GFLOP, nearly all in convolutions.
+    assert 0.5e-3 < found["stages"]["decode frames"]["tflop"] < 2e-3
+
+
+def test_a_model_that_is_not_here_is_timed_with_random_weights(monkeypatch):
+    small = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 50}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
+    monkeypatch.setattr(bench, "QWEN_7B", QWEN_7B | small | heads)
+    monkeypatch.setattr(
+        bench, "random_transformer", lambda *_, **__: random_transformer("kairos-tiny", full=False)
+    )
+    monkeypatch.setattr(presets, "is_downloaded", lambda preset: False)
+    found = measure_here(Run("stages", latent_frames=1, **SMALL | {"model": "kairos-4b-480p"}))
+    assert found["weights"] == "random"
     assert all(times["seconds"] > 0 for times in found["stages"].values())
-    assert found["peak_gb"] > 0
+
+
+def test_random_weights_are_in_their_dtype_from_the_first_and_the_gates_in_theirs():
+    built: list[torch.nn.Module] = []
+
+    def build() -> torch.nn.Module:
+        built.append(random_transformer("kairos-tiny", full=False))
+        assert all(parameter.is_meta for parameter in built[0].parameters())
+        return built[0]
+
+    model = with_random_weights(build, "cpu", torch.bfloat16)
+    kinds = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    assert {kind for name, kind in kinds.items() if "A_log" in name} == {torch.float32}
+    assert kinds["blocks.0.ffn.0.weight"] == torch.bfloat16
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_step_cache_is_compared_with_the_same_videos_in_turn():
+    rows = calibrate_step_cache(
+        "kairos-tiny", [1e-9, 10.0], device="cpu", dtype="float32", threads=1, runs=1, videos=1
+    )
+    kept, skipped = rows
+    assert kept["error"] == 0 and skipped["error"] > 0.01
+    assert kept["psnr"] > 100 > skipped["psnr"]
+    assert (kept["model"], kept["steps"], kept["threads"]) == ("kairos-tiny", 4, 1)
+
+
+def test_results_name_the_processor():
+    assert bench.processor() and bench.processor() in hardware("cpu", 3) and "3 threads" in hardware("cpu", 3)
 
 
 def test_a_hybrid_grows_with_the_length_and_full_attention_faster():
@@ -94,6 +149,12 @@ def test_results_and_their_plot_are_written(tmp_path: Path, capsys: Any):
         (["--frames", "6"], "frames must be 4n + 1, got 6"),
         (["--height", "20"], "height must be a multiple of 16, got 20"),
         (["--against", "ful"], "did you mean 'full'?"),
+        (["-o", "curve.svg"], "--output must end in .json, got curve.svg"),
+        (
+            ["--step-cache", "0.1", "--frames", "5"],
+            "--step-cache makes whole videos as the model does; leave out --f",
+        ),
+        (["--step-cache", "0.1", "--compile"], "leave out --compile"),
         (["--model", "kairos-tin"], "did you mean 'kairos-tiny'?"),
     ],
 )

@@ -76,7 +76,14 @@ def bench(
     thresholds = [] if step_cache is None else [threshold_of(text) for text in step_cache.split(",")]
     sizes = [] if lengths is None else [length_of(text) for text in lengths.split(",")]
     if output is not None:
+        if output.suffix.lower() != ".json":
+            raise UserError(f"--output must end in .json, got {output}")
         prepare_file(output)
+    if thresholds:
+        unused = {"--frames": frames, "--height": height, "--width": width, "--compile": compiled or None}
+        for option, value in (unused | {"--against": against, "--lengths": lengths}).items():
+            if value is not None:
+                raise UserError(f"--step-cache makes whole videos as the model does; leave out {option}")
     made_for = info(model).defaults
     if frames is not None and (frames < 1 or frames % 4 != 1):
         raise UserError(f"frames must be 4n + 1, got {frames}")
@@ -112,6 +119,8 @@ def bench(
                 thresholds,
                 device=str(chosen),
                 dtype=str(precision).removeprefix("torch."),
+                threads=threads,
+                runs=runs,
                 clock=clock,
             )
         print_step_cache(results, model)
@@ -124,7 +133,9 @@ def bench(
         print_stages(results[0])
     if output is not None:
         said = {"date": date.today().isoformat(), "command": " ".join(["kairos", *sys.argv[1:]])}
-        text = json.dumps(said | {"hardware": hardware(str(chosen)), "runs": results}, indent=1) + "\n"
+        text = (
+            json.dumps(said | {"hardware": hardware(str(chosen), threads), "runs": results}, indent=1) + "\n"
+        )
         write_atomically(output, text.encode())
         if len(sizes) > 1:
             plot = output.with_suffix(".svg")
@@ -163,36 +174,49 @@ def print_step_cache(rows: list[dict[str, Any]], model: str) -> None:
 def print_stages(result: dict[str, Any]) -> None:
     from rich.table import Table
 
-    table = Table("stage", "seconds", "spread", title=f"{result['model']}, {clip_of(result)}")
-    for stage, times in result["stages"].items():
-        table.add_row(stage, f"{times['seconds']:.4f}", f"{times['spread_s']:.4f}")
+    title = f"{result['model']}, {clip_of(result)}, weights: {result['weights']}"
+    table = Table("stage", "seconds", "spread", "TFLOP", "of peak", title=title)
+    for stage, found in result["stages"].items():
+        table.add_row(
+            stage,
+            f"{found['seconds']:.4f}",
+            f"{found['spread_s']:.4f}",
+            f"{found['tflop']:.3g}",
+            f"{found['share_of_peak']:.0%}",
+        )
     out.print(table)
     out.print(f"peak memory {result['peak_gb']:.2f} GB; two warm-ups, the median of {result['runs']}")
+    out.print(OF_PEAK)
 
 
 def print_curve(results: list[dict[str, Any]]) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     first = {row["kind"]: row for row in reversed(results)}
     hybrid = {row["latent_frames"]: row["seconds"] for row in results if row["kind"] == "hybrid"}
     title = f"one forward, {clip_of(results[0], length=False)}, random weights"
-    columns = ("frames", "model", "weights", "s", "spread", "to ours", "growth", "TFLOP", "of peak", "GB")
-    table = Table(*columns, title=title)
+    columns = ("frames", "model", "weights", "s", "to ours", "growth", "TFLOP", "of peak", "GB")
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    for name in columns:
+        table.add_column(name, no_wrap=True, justify="left" if name == "model" else "right")
     for row in results:
         table.add_row(
             str(row["latent_frames"]),
-            row["kind"],
-            f"{row['parameters'] / 1e6:,.1f} M",
-            f"{row['seconds']:.4g}",
-            f"{row['spread_s']:.2g}",
+            row["kind"].removeprefix("diffusers:"),
+            f"{row['parameters'] / 1e6:,.0f} M",
+            f"{row['seconds']:.3g}",
             f"{row['seconds'] / hybrid[row['latent_frames']]:.2f}",
             f"{row['seconds'] / first[row['kind']]['seconds']:.2f}",
-            f"{row['tflop']:.3g}",
+            f"{row['tflop']:.2g}",
             f"{row['share_of_peak']:.0%}",
             f"{row['peak_gb']:.2f}",
         )
     out.print(table)
-    out.print("frames: latent ones; of peak: of what this device reaches in large products of this precision")
+    out.print(f"frames: latent ones; {OF_PEAK}")
+
+
+OF_PEAK = "of peak: of what this device reaches in large products of this precision"
 
 
 def clip_of(row: dict[str, Any], length: bool = True) -> str:
@@ -200,14 +224,14 @@ def clip_of(row: dict[str, Any], length: bool = True) -> str:
     return f"{frames}{row['width']} x {row['height']}, {row['dtype']} on {row['device']}"
 
 
-def hardware(device: str) -> str:
-    import platform
-
+def hardware(device: str, threads: int | None) -> str:
     import torch
+
+    from kairos.bench import processor
 
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} cores"
+    return f"{processor()}, {threads or torch.get_num_threads()} threads"
 
 
 def curve_svg(results: list[dict[str, Any]]) -> str:

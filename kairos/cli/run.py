@@ -241,11 +241,11 @@ def without_guidance(request: Request, pipeline: "KairosPipeline") -> Request:
     """The request as it was used: where nothing is guided, a scale and a negative prompt changed nothing."""
     from kairos.schedulers import FewStepScheduler
 
-    assert request.guidance_scale is not None
-    if isinstance(pipeline.scheduler, FewStepScheduler) and request.guidance_scale > 1:
+    guidance = request.guidance_scale or 0.0
+    if isinstance(pipeline.scheduler, FewStepScheduler) and guidance > 1:
         logger.warning("this model samples without guidance, whatever is asked for")
-        request = replace(request, guidance_scale=1.0)
-    if request.guidance_scale <= 1 and request.negative_prompt:
+        request = replace(request, guidance_scale=(guidance := 1.0))
+    if guidance <= 1 and request.negative_prompt:
         logger.warning("without guidance a negative prompt changes nothing")
         request = replace(request, negative_prompt="")
     return request

@@ -34,15 +34,14 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     """An image file as RGB, upright as its EXIF orientation says. Raises UserError if it cannot be read."""
     path = _existing_file(path, "image")
     try:
-        # Large ones are read as well: what is too large is an error of its own.
-        with (
-            warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
-            Image.open(path) as image,
-        ):
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I;16"):  # Pillow would clip 16-bit greys to white
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            return upright.convert("RGB")
+        with warnings.catch_warnings():
+            # Large ones are read as well; what is too large is an error of its own.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                upright = ImageOps.exif_transpose(image)
+                if upright.mode.startswith("I;16"):  # Pillow would clip 16-bit greys to white
+                    upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+                return upright.convert("RGB")
     except UnidentifiedImageError as error:
         raise UserError(f"cannot read image {path}: not a PNG, JPEG, WebP or other known image") from error
     except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
