@@ -25,6 +25,7 @@ from kairos.bench import (
 from kairos.cli import main
 from kairos.cli.bench import curve_svg, hardware
 from kairos.errors import UserError
+from kairos.training.vae import build_vae
 
 SMALL = {"model": "kairos-tiny", "height": 32, "width": 32, "runs": 1}
 
@@ -50,6 +51,7 @@ def test_a_model_that_is_not_here_is_timed_with_random_weights(monkeypatch):
     monkeypatch.setattr(
         bench, "random_transformer", lambda *_, **__: random_transformer("kairos-tiny", full=False)
     )
+    monkeypatch.setattr("diffusers.AutoencoderKLWan", partial(build_vae, base_dim=8))
     monkeypatch.setattr(presets, "is_downloaded", lambda preset: False)
     found = measure_here(Run("stages", latent_frames=1, **SMALL | {"model": "kairos-4b-480p"}))
     assert found["weights"] == "random"

@@ -163,15 +163,20 @@ def test_a_video_is_the_same_under_a_cache_that_never_skips_and_another_under_on
 
 
 FRESH_PAGES = """
-import resource
+import ctypes, resource
 from kairos.heap import keep_freed_memory
 keep_freed_memory()
-import torch
+libc, size = ctypes.CDLL(None), 12 << 20
+libc.malloc.restype = ctypes.c_void_p
 def fresh_pages():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    tensors = [torch.ones(3 << 20) for _ in range(16)]
+    blocks = [ctypes.c_void_p(libc.malloc(size)) for _ in range(16)]
+    for block in blocks:
+        ctypes.memset(block, 1, size)
+    for block in blocks:
+        libc.free(block)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(*(fresh_pages() for _ in range(4)))
+print(*(fresh_pages() for _ in range(3)))
 """
 
 

@@ -26,10 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     get one line on stderr; anything else is a bug of ours and shows its traceback.
     """
     keep_freed_memory()
-    import typer
+    try:
+        import typer
 
-    from kairos.cli.console import say
-
+        from kairos.cli.console import say
+    except KeyboardInterrupt:
+        sys.exit(130)
     try:
         from kairos.cli.app import app
 

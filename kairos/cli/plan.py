@@ -9,6 +9,7 @@ import typer
 from kairos import presets
 from kairos.cli.console import out
 from kairos.errors import UserError
+from kairos.request import Request
 
 
 def plan(
@@ -65,6 +66,15 @@ def plan(
     device = "cuda" if cpu_memory is None else "cpu"
     budget = gpu_memory if cpu_memory is None else cpu_memory
     assert budget is not None
+    # What no video can be is refused as `generate` refuses it.
+    Request(
+        "any",
+        height=height,
+        width=width,
+        num_frames=frames,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+    )
     about = info(model)
     clip = memory.clip_of(about.defaults, about.scheduler, height, width, frames, steps, guidance)
     made = memory.plan(

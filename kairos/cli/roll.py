@@ -21,6 +21,7 @@ from kairos.cli.run import (
     load,
     planned,
     quiet_libraries,
+    without_guidance,
 )
 from kairos.data.files import prepare_file
 from kairos.data.growing_video import GrowingFile, GrowingVideo
@@ -102,7 +103,9 @@ def roll(plan: Plan, options: RunOptions) -> None:
         pipeline.set_progress_bar_config(disable=True)
         fps = pipeline.config.defaults["fps"]
         rollout = begin(plan, pipeline, world, options.model)
-        request = {} if plan.request is None else {"request": plan.request.to_dict()}
+        request = {}
+        if plan.request is not None:
+            request = {"request": without_guidance(plan.request, pipeline).to_dict()}
         said = request | {"rollout": plan.to_dict()} | about
         video = GrowingVideo(plan.output, fps, said, options.scale)
         write(plan, rollout, video)

@@ -241,7 +241,8 @@ def without_guidance(request: Request, pipeline: "KairosPipeline") -> Request:
     """The request as it was used: where nothing is guided, a scale and a negative prompt changed nothing."""
     from kairos.schedulers import FewStepScheduler
 
-    guidance = request.guidance_scale or 0.0
+    own = pipeline.config.defaults["guidance_scale"]
+    guidance = own if request.guidance_scale is None else request.guidance_scale
     if isinstance(pipeline.scheduler, FewStepScheduler) and guidance > 1:
         logger.warning("this model samples without guidance, whatever is asked for")
         request = replace(request, guidance_scale=(guidance := 1.0))
