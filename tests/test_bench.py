@@ -51,7 +51,7 @@ def test_a_model_that_is_not_here_is_timed_with_random_weights(monkeypatch):
     monkeypatch.setattr(
         bench, "random_transformer", lambda *_, **__: random_transformer("kairos-tiny", full=False)
     )
-    monkeypatch.setattr("diffusers.AutoencoderKLWan", partial(build_vae, base_dim=8))
+    monkeypatch.setattr("diffusers.AutoencoderKLWan", lambda: build_vae(base_dim=8))
     monkeypatch.setattr(presets, "is_downloaded", lambda preset: False)
     found = measure_here(Run("stages", latent_frames=1, **SMALL | {"model": "kairos-4b-480p"}))
     assert found["weights"] == "random"
