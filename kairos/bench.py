@@ -115,7 +115,7 @@ def measure_here(run: Run) -> dict[str, Any]:
     torch.manual_seed(0)
     with torch.no_grad():
         found = _stages(run) if run.kind == "stages" else _forward(run)
-    return found | {"peak_gb": _peak_gb(run.device), "torch": torch.__version__}
+    return found | {"torch": torch.__version__}
 
 
 def _forward(run: Run) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def _foreign(entry: dict[str, Any], device: str, dtype: torch.dtype) -> nn.Modul
 
 
 def with_random_weights(build: Callable[[], nn.Module], device: str, dtype: torch.dtype) -> Any:
-    """What `build` makes, on the device and in its dtype from the first: never in float32 before."""
+    """What `build` makes, buffers too, on the device and in its dtype from the first: never in float32."""
     import torch
 
     with torch.device("meta"):
@@ -174,7 +174,8 @@ def with_random_weights(build: Callable[[], nn.Module], device: str, dtype: torc
 
 
 def _measured(work: Callable[[], object], run: Run, dtype: torch.dtype) -> dict[str, float]:
-    """Seconds, operations and their share of what the device reaches."""
+    """Seconds, operations, their share of what the device reaches, and peak memory: on a GPU this work's own,
+    its first call apart; on a CPU the process's until now."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_flop_count
 
@@ -192,7 +193,7 @@ def _measured(work: Callable[[], object], run: Run, dtype: torch.dtype) -> dict[
     flops = counter.get_total_flops()
     if run.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
-    found = _timed(work, run)
+    found = _timed(work, run) | {"peak_gb": _peak_gb(run.device)}
     peak = matmul_flops(run.device, dtype, clock=run.clock)
     return found | {"tflop": flops / 1e12, "share_of_peak": flops / found["seconds"] / peak}
 
@@ -225,7 +226,8 @@ def _stages(run: Run) -> dict[str, Any]:
         "decode frames": (vae.dtype, lambda: video_vae.decode(vae, latents.to(vae.dtype))),
     }
     found = {name: _measured(work, run, kind) for name, (kind, work) in stages.items()}
-    return {"stages": found, "weights": weights}
+    most = max(stage["peak_gb"] for stage in found.values())
+    return {"stages": found, "weights": weights, "peak_gb": most}
 
 
 def _parts(run: Run, dtype: torch.dtype) -> tuple[dict[str, Any], str]:

@@ -17,7 +17,7 @@ def keep_freed_memory() -> None:
     """Have glibc keep the memory of freed tensors for the next ones.
 
     By itself it gives that of large ones back to the system at once and asks for it anew, and the system
-    fills it with zeros, page by page: a tenth of the time in which kairos-tiny's frames are decoded on a CPU.
+    fills it with zeros, page by page: a seventh of the time in which kairos-tiny decodes frames on a CPU.
     Nothing is changed with another library, nor where the environment says what to do (MALLOC_..._).
     """
     if any(name.startswith("MALLOC_") for name in os.environ):

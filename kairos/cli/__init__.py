@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except MemoryError:
         message, status = "not enough memory; try a smaller size, fewer frames or --tiled", 1
     except OSError as error:
-        if error.errno not in REFUSED:
+        if error.errno not in REFUSED or not error.filename:
             raise
         message, status = f"{REFUSED[error.errno]}: {error.filename}", 2
     except (KeyboardInterrupt, typer.Abort):
