@@ -95,6 +95,7 @@ def measure(run: Run) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        last = last.removeprefix("kairos.errors.UserError: ")
         raise UserError(f"{run.kind} at {run.latent_frames} latent frames failed: {last}")
     return asdict(run) | json.loads(done.stdout.splitlines()[-1])
 
