@@ -33,35 +33,12 @@ import torch
 from torch import Tensor, nn
 
 from kairos import sizes
-from kairos.bench import DIFFUSERS, TEXT_TOKENS, matmul_flops, processor, random_transformer
+from kairos.bench import DIFFUSERS, QWEN_7B, TEXT_TOKENS, built, matmul_flops, processor, random_transformer
 
 Item = tuple[str, Callable[[], dict[str, Any]]]
 BEGAN = time.perf_counter()
 ITEM_S = 6.0
 """Runs of an item end once they took so long; one there is always."""
-QWEN_7B: dict[str, Any] = {
-    "text_config": {
-        "vocab_size": 152064,
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 128000,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-        "tie_word_embeddings": False,
-    },
-    "vision_config": {
-        "depth": 32,
-        "hidden_size": 1280,
-        "intermediate_size": 3420,
-        "num_heads": 16,
-        "out_hidden_size": 3584,
-        "fullatt_block_indexes": [7, 15, 23, 31],
-        "window_size": 112,
-    },
-    "tie_word_embeddings": False,
-}
 
 
 @dataclass(frozen=True)
@@ -151,24 +128,14 @@ class Bench:
         if self.cuda:
             torch.cuda.empty_cache()
 
-    def built(self, make: Callable[[], nn.Module]) -> nn.Module:
-        """A model made on the device in bfloat16 at once."""
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(self.dtype)
-        try:
-            with torch.device(self.device):
-                model = make()
-        finally:
-            torch.set_default_dtype(before)
-        return model.to(self.dtype).eval()
+    def built(self, make: Callable[[], nn.Module]) -> Any:
+        return built(make, self.options.device, self.dtype)
 
     def kairos(self) -> Any:
         return self.take("kairos", self._kairos)
 
     def _kairos(self) -> nn.Module:
-        with torch.device(self.device):  # in float32, so that the gates begin well and stay so
-            model = random_transformer(self.model_name, full=False)
-        model = model.to(self.dtype).eval()
+        model = self.built(lambda: random_transformer(self.model_name, full=False))
         for parameter in model.parameters():
             if parameter.ndim > 1:  # norms, biases and gates are as they begin
                 parameter.normal_(0, 0.02)

@@ -32,15 +32,29 @@ TEXT_TOKENS = 512
 WARM_UPS = 2
 
 QWEN_7B: dict[str, Any] = {
-    "vocab_size": 152064,
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "text_config": {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 128000,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        "tie_word_embeddings": False,
+    },
+    "vision_config": {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+        "window_size": 112,
+    },
+    "tie_word_embeddings": False,
 }
-"""The language model of Qwen2.5-VL-7B, which encodes the prompts of the released models."""
+"""Qwen2.5-VL-7B by its published configuration: it encodes the prompts of the released models."""
 
 DIFFUSERS: dict[str, dict[str, Any]] = {
     "Wan2.1-1.3B": {
@@ -121,18 +135,20 @@ def measure_here(run: Run) -> dict[str, Any]:
 
 def _forward(run: Run) -> dict[str, Any]:
     """One forward of a transformer with random weights, its operations counted."""
+    import diffusers
     import torch
 
     from kairos.models.compiled import compile_blocks
 
     dtype = getattr(torch, run.dtype)
     foreign = DIFFUSERS.get(run.kind.removeprefix("diffusers:"), {})
-    if foreign:
-        model: Any = _foreign(foreign, run.device, dtype)
-    else:
-        model = with_random_weights(
-            lambda: random_transformer(run.model, full=run.kind == "full"), run.device, dtype
-        )
+
+    def make() -> nn.Module:
+        if foreign:
+            return getattr(diffusers, foreign["class"])(**foreign["config"])
+        return random_transformer(run.model, full=run.kind == "full")
+
+    model = built(make, run.device, dtype)
     if run.compiled and not foreign:
         compile_blocks(model)
     config, spatial = model.config, foreign.get("spatial", 8)
@@ -148,30 +164,26 @@ def _forward(run: Run) -> dict[str, Any]:
     return _measured(lambda: model(**inputs), run, dtype) | {"parameters": parameters, "weights": "random"}
 
 
-def _foreign(entry: dict[str, Any], device: str, dtype: torch.dtype) -> nn.Module:
-    """A transformer of diffusers' with random weights; built in its dtype, for memory's peak is measured."""
-    import diffusers
+def built(make: Callable[[], nn.Module], device: str | torch.device, dtype: torch.dtype) -> Any:
+    """A model with the weights it begins with, made on the device and in its dtype at once, never in float32
+    before: memory's peak is measured. The gates of a LinearDiT are float32 all the same."""
     import torch
+
+    from kairos.models.gated_delta_net import PRECISE, GatedDeltaNet
 
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            return getattr(diffusers, entry["class"])(**entry["config"]).to(dtype).eval()
+            model = make()
     finally:
         torch.set_default_dtype(usual)
-
-
-def with_random_weights(build: Callable[[], nn.Module], device: str, dtype: torch.dtype) -> Any:
-    """What `build` makes, buffers too, on the device and in its dtype from the first: never in float32."""
-    import torch
-
-    with torch.device("meta"):
-        model = build().to(dtype).eval()
-    model.to_empty(device=device)
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data.normal_(std=0.02)
-    return model
+    for layer in model.modules():
+        if isinstance(layer, GatedDeltaNet):
+            for name, parameter in layer.named_parameters():
+                if name.split(".")[0] in PRECISE:
+                    parameter.data = parameter.data.float()
+    return model.to(dtype).eval()
 
 
 def _measured(work: Callable[[], object], run: Run, dtype: torch.dtype) -> dict[str, float]:
@@ -253,18 +265,22 @@ def _parts(run: Run, dtype: torch.dtype) -> tuple[dict[str, Any], str]:
         }
         return parts, "the model's"
     from diffusers import AutoencoderKLWan
-    from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    transformer = with_random_weights(lambda: random_transformer(run.model, full=False), run.device, dtype)
-    with torch.device(run.device):
-        vae = quicken(AutoencoderKLWan().to(dtype).eval())
-        encoder = with_random_weights(
-            lambda: Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**QWEN_7B)), run.device, dtype
-        )
-        tokens = torch.randint(QWEN_7B["vocab_size"], (1, TEXT_TOKENS))
-        prompt = torch.randn(1, TEXT_TOKENS, QWEN_7B["hidden_size"]), torch.ones(1, TEXT_TOKENS)
-    parts = {"transformer": transformer, "vae": vae, "prompt": prompt}
-    return parts | {"encode": lambda: encoder(input_ids=tokens, use_cache=False)}, "random"
+    transformer = built(lambda: random_transformer(run.model, full=False), run.device, dtype)
+    vae = quicken(built(AutoencoderKLWan, run.device, dtype))
+    config = Qwen2_5_VLConfig(**QWEN_7B)
+    encoder = built(lambda: Qwen2_5_VLForConditionalGeneration(config), run.device, dtype)
+    tokens = torch.randint(QWEN_7B["text_config"]["vocab_size"], (1, TEXT_TOKENS), device=run.device)
+    parts = {
+        "transformer": transformer,
+        "vae": vae,
+        "encode": lambda: encoder(
+            input_ids=tokens, output_hidden_states=True, logits_to_keep=1, use_cache=False
+        ),
+        "prompt": (torch.randn(1, TEXT_TOKENS, transformer.config.text_dim), torch.ones(1, TEXT_TOKENS)),
+    }
+    return parts, "random"
 
 
 PROMPTS = (

@@ -15,16 +15,17 @@ from kairos.bench import (
     DIFFUSERS,
     QWEN_7B,
     Run,
+    built,
     calibrate_step_cache,
     check_kind,
     measure,
     measure_here,
     random_transformer,
-    with_random_weights,
 )
 from kairos.cli import main
 from kairos.cli.bench import curve_svg, hardware
 from kairos.errors import UserError
+from kairos.models.gated_delta_net import PRECISE
 from kairos.training.vae import build_vae
 
 SMALL = {"model": "kairos-tiny", "height": 32, "width": 32, "runs": 1}
@@ -45,9 +46,13 @@ def test_the_stages_of_a_video_are_timed_apart():
 
 
 def test_a_model_that_is_not_here_is_timed_with_random_weights(monkeypatch):
-    small = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 50}
-    heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
-    monkeypatch.setattr(bench, "QWEN_7B", QWEN_7B | small | heads)
+    text = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 50}
+    text |= {"num_attention_heads": 1, "num_key_value_heads": 1}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 1, "out_hidden_size": 128}
+    small = {
+        kind: QWEN_7B[kind] | sizes for kind, sizes in (("text_config", text), ("vision_config", vision))
+    }
+    monkeypatch.setattr(bench, "QWEN_7B", QWEN_7B | small)
     monkeypatch.setattr(
         bench, "random_transformer", lambda *_, **__: random_transformer("kairos-tiny", full=False)
     )
@@ -58,18 +63,19 @@ def test_a_model_that_is_not_here_is_timed_with_random_weights(monkeypatch):
     assert all(times["seconds"] > 0 for times in found["stages"].values())
 
 
-def test_random_weights_are_in_their_dtype_from_the_first_and_the_gates_in_theirs():
-    built: list[torch.nn.Module] = []
+def test_a_model_is_made_in_its_dtype_at_once_and_its_gates_in_theirs():
+    seen: list[torch.dtype] = []
 
-    def build() -> torch.nn.Module:
-        built.append(random_transformer("kairos-tiny", full=False))
-        assert all(parameter.is_meta for parameter in built[0].parameters())
-        return built[0]
+    def make() -> torch.nn.Module:
+        model = random_transformer("kairos-tiny", full=False)
+        seen.append(model.blocks[0].ffn[0].weight.dtype)
+        return model
 
-    model = with_random_weights(build, "cpu", torch.bfloat16)
+    model = built(make, "cpu", torch.bfloat16)
     kinds = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    assert {kind for name, kind in kinds.items() if "A_log" in name} == {torch.float32}
-    assert kinds["blocks.0.ffn.0.weight"] == torch.bfloat16
+    gates = {kind for name, kind in kinds.items() if set(name.split(".")) & set(PRECISE)}
+    assert seen == [torch.bfloat16] == [kinds["blocks.0.ffn.0.weight"]]
+    assert gates == {torch.float32} and torch.get_default_dtype() == torch.float32
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
