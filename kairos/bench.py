@@ -88,6 +88,8 @@ class Run:
         latent_frames: of the clip; height and width are in pixels.
         clock: "wall", or "cpu" for processor time, which other work on the machine does not touch.
         compiled: whether the LinearDiT's blocks are compiled first, which the warm-ups take.
+        text_tokens: random ones that one forward with random weights looks at; the released models' prompts
+            have 512.
     """
 
     kind: str
@@ -101,6 +103,7 @@ class Run:
     runs: int = 7
     clock: str = "wall"
     compiled: bool = False
+    text_tokens: int = TEXT_TOKENS
 
 
 def measure(run: Run) -> dict[str, Any]:
@@ -157,7 +160,7 @@ def _forward(run: Run) -> dict[str, Any]:
     inputs = {
         "hidden_states": torch.randn(size, device=run.device, dtype=dtype),
         "timestep": torch.tensor([500.0], device=run.device, dtype=dtype),
-        "encoder_hidden_states": torch.randn(1, TEXT_TOKENS, width, device=run.device, dtype=dtype),
+        "encoder_hidden_states": torch.randn(1, run.text_tokens, width, device=run.device, dtype=dtype),
         "return_dict": False,
     }
     parameters = sum(p.numel() for p in model.parameters())

@@ -104,6 +104,13 @@ def test_a_hybrid_grows_with_the_length_and_full_attention_faster():
     assert flops["full", 60] / flops["full", 30] > flops["hybrid", 60] / flops["hybrid", 30] + 0.1
 
 
+def test_a_shorter_text_takes_fewer_operations():
+    texts: list[dict[str, int]] = [{"text_tokens": 8}, {"text_tokens": 512}, {}]
+    runs = [measure_here(Run("hybrid", latent_frames=3, **SMALL, **text)) for text in texts]
+    short, released, usual = (run["tflop"] for run in runs)
+    assert short < released == usual
+
+
 @torch.no_grad()
 def test_full_attention_sees_the_whole_clip():
     model = random_transformer("kairos-tiny", full=True).eval()
@@ -163,6 +170,8 @@ def test_results_and_their_plot_are_written(tmp_path: Path, capsys: Any):
             "--step-cache makes whole videos as the model does; leave out --f",
         ),
         (["--step-cache", "0.1", "--compile"], "leave out --compile"),
+        (["--step-cache", "0.1", "--text-tokens", "8"], "leave out --t"),
+        (["--text-tokens", "8"], "--text-tokens goes with --lengths or --against"),
         (["--model", "kairos-tin"], "did you mean 'kairos-tiny'?"),
     ],
 )

@@ -37,6 +37,12 @@ def bench(
             metavar="N,N", help="Latent frames: one forward of the LinearDiT at each, and of the others."
         ),
     ] = None,
+    text_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="With --lengths or --against: tokens of text. Default: 512, as released."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, ...")] = "auto",
     dtype: Annotated[str, typer.Option(metavar="NAME", help="auto, float32 or bfloat16.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="On a CPU. Default: torch's own.")] = None,
@@ -64,7 +70,7 @@ def bench(
 ) -> None:
     """Time a model's stages; with --lengths or --against, its LinearDiT alone, with random weights."""
     show_log(verbose=False)
-    from kairos.bench import Run, calibrate_step_cache, check_kind, clocks, measure
+    from kairos.bench import TEXT_TOKENS, Run, calibrate_step_cache, check_kind, clocks, measure
     from kairos.cli.run import RunOptions, device_and_dtype, quiet_libraries
     from kairos.data.files import prepare_file, write_atomically
     from kairos.model_info import info
@@ -81,9 +87,12 @@ def bench(
         prepare_file(output)
     if thresholds:
         unused = {"--frames": frames, "--height": height, "--width": width, "--compile": compiled or None}
+        unused["--text-tokens"] = text_tokens
         for option, value in (unused | {"--against": against, "--lengths": lengths}).items():
             if value is not None:
                 raise UserError(f"--step-cache makes whole videos as the model does; leave out {option}")
+    if text_tokens is not None and not sizes and not against:
+        raise UserError("--text-tokens goes with --lengths or --against: stages are timed with a real prompt")
     made_for = info(model).defaults
     if frames is not None and (frames < 1 or frames % 4 != 1):
         raise UserError(f"frames must be 4n + 1, got {frames}")
@@ -108,6 +117,7 @@ def bench(
                     runs=runs,
                     clock=clock,
                     compiled=compiled,
+                    text_tokens=text_tokens or TEXT_TOKENS,
                 )
             )
 
@@ -195,7 +205,8 @@ def print_curve(results: list[dict[str, Any]]) -> None:
 
     first = {row["kind"]: row for row in reversed(results)}
     hybrid = {row["latent_frames"]: row["seconds"] for row in results if row["kind"] == "hybrid"}
-    title = f"one forward, {clip_of(results[0], length=False)}, random weights"
+    text = f"{results[0]['text_tokens']} tokens of text"
+    title = f"one forward, {clip_of(results[0], length=False)}, {text}, random weights"
     columns = ("frames", "model", "weights", "s", "to ours", "growth", "TFLOP", "of peak", "GB")
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
     for name in columns:
