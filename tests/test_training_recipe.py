@@ -76,6 +76,7 @@ def test_a_recipe_makes_a_model_that_makes_a_video(tmp_path, monkeypatch):
     from kairos.presets import load_pipeline
     from kairos.training import distillation, flow, vae
     from kairos.training.visible import seen
+    from kairos.weights import load_vae_file
 
     monkeypatch.setattr(vae, "MEASURED_CLIPS", 1)
     roots: dict[str, list[torch.Tensor | None]] = {"flow": [], "distillation": []}
@@ -94,12 +95,15 @@ def test_a_recipe_makes_a_model_that_makes_a_video(tmp_path, monkeypatch):
             "distillation": {"fake_score_updates": 1, "teacher_steps": 1, "motion_clips": 1, "score": 0.1},
         }
     )
+    content["decoder"] = {"steps": 1, "batch_size": 2}
     recipe = build_recipe(content, "recipe")
-    assert recipe.steps == ("vae", "conditioner", "cache", "transformer", "distillation", "assemble")
+    stages = ("transformer", "distillation", "decoder")
+    assert recipe.steps == ("vae", "conditioner", "cache", *stages, "assemble")
     run_recipe(recipe)
     for kept in roots.values():
         assert kept and all(root is not None and root.shape == (16, 16) for root in kept)
-    made = [tmp_path / "vae" / "config.json", tmp_path / "transformer" / "checkpoint.pt"]
+    made = [tmp_path / part / "config.json" for part in ("vae", "decoder")]
+    made.append(tmp_path / "transformer" / "checkpoint.pt")
     before = [file.stat().st_mtime_ns for file in made]
     run_recipe(recipe)  # everything is finished: nothing is made again
     assert [file.stat().st_mtime_ns for file in made] == before
@@ -109,6 +113,14 @@ def test_a_recipe_makes_a_model_that_makes_a_video(tmp_path, monkeypatch):
     frames = pipeline("a red ball", num_frames=5).frames
     assert frames.shape == (1, 5, 64, 64, 3)
     assert "_name_or_path" not in (tmp_path / "tiny" / "vae" / "config.json").read_text()
+    first, second, last = (
+        load_vae_file(tmp_path / part, dtype=torch.float32).state_dict()
+        for part in ("vae", "decoder", "tiny/vae")
+    )
+    assert all(torch.equal(value, second[name].bfloat16().float()) for name, value in last.items())
+    rounded = {name: value.bfloat16().float() for name, value in first.items()}
+    changed = {name.split(".")[0] for name in first if not torch.equal(rounded[name], second[name])}
+    assert changed == {"decoder", "post_quant_conv"}
 
 
 def test_the_loss_of_placement_sees_outlines_and_trembling_before_noise():
@@ -171,6 +183,9 @@ def test_a_stage_goes_on_from_weights_that_are_there(tmp_path):
     assert done.returncode == 2 and "no LoRA at nothing.safetensors" in done.stderr
 
 
+SHORT = TINY["stages"][0] | {"buckets": [{"frames": 5, "height": 64, "width": 64}]}
+
+
 def kairos(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "kairos", *arguments], capture_output=True, text=True, check=False, timeout=240
@@ -200,6 +215,16 @@ def changed(**changes):
         (changed(seed="seven"), "seed must be a whole number, got 'seven'"),
         (changed(stages=[{"name": "x", "steps": 1}]), "stage x: the key 'buckets' is missing"),
         (changed(stages=[TINY["stages"][0]] * 2), "two stages are named 'transformer'"),
+        (changed(decoder={"step": 1}), "decoder: unknown key 'step'; did you mean 'steps'"),
+        (changed(decoder={"steps": 0}), "decoder.steps must be at least 1, got 0"),
+        (
+            changed(decoder={"steps": 1, "batch_size": 3}),
+            "decoder.batch_size must be even, at least 2, got 3",
+        ),
+        (changed(decoder={"steps": 1}, stages="absent"), "the decoder learns from what the last stage makes"),
+        (changed(decoder={"steps": 1}, stages=[SHORT]), "in a bucket of more than 5 frames"),
+        (changed(decoder={"steps": 1}, stages=[TINY["stages"][0] | {"lora": {}}]), "train a whole LinearDiT"),
+        (changed(stages=[TINY["stages"][0] | {"name": "decoder"}]), "two stages are named 'decoder'"),
         (changed(stages=[TINY["stages"][0] | {"stepz": 1}]), r"stages\[0\]: unknown key 'stepz'"),
         (changed(stages=[TINY["stages"][0] | {"steps": "many"}]), "steps must be a whole number, got 'many'"),
         (changed(stages=[TINY["stages"][0] | {"visible": 1.5}]), "visible must be from 0 to 1, got 1.5"),
@@ -234,6 +259,9 @@ def test_stages_that_are_not_there_yet_are_named(tmp_path):
     with pytest.raises(UserError, match="has no vae yet; run the recipe's stage vae first"):
         run_recipe(recipe, ("cache",))
     with pytest.raises(UserError, match="stage transformer has no weights"):
+        run_recipe(recipe, ("assemble",))
+    recipe = build_recipe(copy.deepcopy(TINY) | {"output": str(tmp_path), "decoder": {"steps": 1}}, "recipe")
+    with pytest.raises(UserError, match="has no decoder yet; run the recipe's stage decoder first"):
         run_recipe(recipe, ("assemble",))
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from kairos.errors import UserError
 from kairos.training.config import build, check_arguments
+from kairos.training.decoder import DecoderStage
 from kairos.training.stage import Distillation, Stage
 from kairos.training.vae import VAEStage
 from kairos.worlds import SCENES
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BEFORE, AFTER = ("vae", "conditioner", "cache"), ("assemble",)
+BEFORE, AFTER = ("vae", "conditioner", "cache"), ("decoder", "assemble")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Recipe:
         data: the clips, {"source": simulator | manifest | webdataset, ...}, see `kairos.training.clips`.
         model: the LinearDiT's configuration; beside `base`, what is different from it.
         stages: of the LinearDiT, in order.
+        decoder: a stage of the VAE's decoder on what the LinearDiT of the last stage makes.
         defaults: of the finished pipeline: height, width, num_frames, fps, num_inference_steps,
             guidance_scale, guide_continuation.
         seed: of everything; a stage's own is added to it.
@@ -57,6 +59,7 @@ class Recipe:
     data: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     stages: tuple[Stage, ...] = ()
+    decoder: DecoderStage | None = None
     defaults: dict[str, float | bool] = field(default_factory=dict)
     seed: int = 0
     threads: int | None = None
@@ -64,13 +67,15 @@ class Recipe:
     @property
     def steps(self) -> tuple[str, ...]:
         """What there is to run, in order."""
-        made = [
-            part
-            for part, there in (("vae", self.vae), ("conditioner", self.conditioner is not None))
-            if there
-        ]
         named = [stage.name for stage in self.stages]
-        return (*made, *(["cache", *named, *AFTER] if named else []))
+        there = {
+            "vae": bool(self.vae),
+            "conditioner": self.conditioner is not None,
+            "cache": bool(named),
+            "decoder": self.decoder is not None,
+            "assemble": bool(named),
+        }
+        return tuple(part for part in (*BEFORE, *named, *AFTER) if there.get(part, True))
 
     def source(self, stage: Stage) -> ClipSource:
         """Where the clips of a stage come from."""
@@ -125,12 +130,24 @@ def build_recipe(content: dict[str, Any], where: str) -> Recipe:
         raise UserError(f"{where}: the key 'base' is missing: a model that lends its VAE and text encoder")
     if recipe.stages and not recipe.model and not recipe.base and not recipe.stages[0].start_from:
         raise UserError(f"{where}: the key 'model' is missing: the LinearDiT's configuration")
+    if recipe.decoder is not None and (not recipe.stages or not learns_from_clips(recipe.stages[-1])):
+        raise UserError(
+            f"{where}: the decoder learns from what the last stage makes of its clips; that one must train "
+            "a whole LinearDiT, by flow or distillation, in a bucket of more than 5 frames"
+        )
     for one in recipe.stages:
         if not one.buckets:
             raise UserError(f"{where}: stage {one.name}: the key 'buckets' is missing")
         if one.objective != "preference" or one.preference is None or one.preference.manifest is None:
             recipe.source(one)
     return recipe
+
+
+def learns_from_clips(stage: Stage) -> bool:
+    """Whether a stage trains a whole LinearDiT on clips, cached for it, of which two latent
+    frames are not all."""
+    long = any(bucket.frames > 5 for bucket in stage.buckets)
+    return stage.objective != "preference" and stage.lora is None and long
 
 
 def run_recipe(recipe: Recipe, only: tuple[str, ...] = ()) -> None:
@@ -164,6 +181,7 @@ def run_step(recipe: Recipe, name: str, here: Processes) -> None:
         "vae": make_vae,
         "conditioner": make_conditioner,
         "cache": make_cache,
+        "decoder": make_decoder,
         "assemble": assemble,
     }
     if name in alone:
@@ -307,32 +325,72 @@ def load_start(recipe: Recipe, source: str, dtype: str = "float32") -> Any:
     return load_transformer_file(base / "transformer", **options)
 
 
+def make_decoder(recipe: Recipe, here: Processes) -> None:
+    """The VAE whose decoder has seen what the last stage makes of its own clips."""
+    from kairos.training.clips import Skipped
+    from kairos.training.decoder import GIVEN, train_decoder
+
+    assert recipe.decoder is not None
+    output, stage = recipe.output / "decoder", recipe.stages[-1]
+    if (output / "finished").exists():
+        logger.info("%s is finished", output)
+        return
+    encoders = load_encoders(recipe)
+    clips = next(one for one in clip_sets(recipe, stage, encoders) if one.latent_frames > GIVEN)
+    references = recipe.source(stage).references([clips.bucket], Skipped())
+    scheduler, defaults = sampler_of(recipe, stage)
+    train_decoder(
+        output,
+        recipe.decoder,
+        encoders.vae,
+        load_start(recipe, stage.name),
+        clips,
+        {reference.key: reference for reference in references},
+        scheduler=scheduler,
+        defaults=defaults,
+        seed=recipe.seed,
+        device=here.device,
+    )
+    (output / "finished").touch()
+
+
+def sampler_of(recipe: Recipe, stage: Stage) -> tuple[Any, dict[str, float | bool]]:
+    """The sampler of what a stage has trained, and the defaults of its pipeline."""
+    from kairos.model_info import info
+    from kairos.schedulers import FewStepScheduler, FlowMatchScheduler
+
+    defaults = {**(info(recipe.base).defaults if recipe.base else {}), **recipe.defaults}
+    if stage.objective != "distillation":
+        return FlowMatchScheduler(), defaults
+    options = stage.distillation or Distillation()
+    few = {"num_inference_steps": len(options.sampling_times), "guidance_scale": 1.0}
+    scheduler = FewStepScheduler(sampling_times=options.sampling_times, shift=options.shift)
+    return scheduler, defaults | few
+
+
 def assemble(recipe: Recipe, here: Processes) -> None:
     """One folder in diffusers' layout, of the last stage that trained a whole LinearDiT."""
     import torch
 
-    from kairos.model_info import info
     from kairos.pipeline import KairosPipeline
-    from kairos.schedulers import FewStepScheduler, FlowMatchScheduler
+    from kairos.weights import load_vae_file
 
     whole = [stage for stage in recipe.stages if stage.lora is None]
     if not whole:
         logger.info("LoRA alone: use %s", recipe.output / recipe.stages[-1].name / "ema" / "lora.safetensors")
         return
     stage = whole[-1]
+    if recipe.decoder is not None and not (recipe.output / "decoder" / "finished").exists():
+        raise UserError(f"{recipe.output} has no decoder yet; run the recipe's stage decoder first")
     transformer = load_start(recipe, stage.name, "bfloat16")
     encoders = load_encoders(recipe)
-    scheduler: Any = FlowMatchScheduler()
-    defaults = info(recipe.base).defaults if recipe.base else {}
-    defaults = {**defaults, **recipe.defaults}
-    if stage.objective == "distillation":
-        options = stage.distillation or Distillation()
-        scheduler = FewStepScheduler(sampling_times=options.sampling_times, shift=options.shift)
-        few = {"num_inference_steps": len(options.sampling_times), "guidance_scale": 1.0}
-        defaults = {**defaults, **few}
+    vae = encoders.vae
+    if recipe.decoder is not None:
+        vae = load_vae_file(recipe.output / "decoder", dtype=torch.bfloat16)
+    scheduler, defaults = sampler_of(recipe, stage)
     pipeline = KairosPipeline(
         transformer=transformer,
-        vae=encoders.vae,
+        vae=vae,
         text_encoder=encoders.text_encoder.to(torch.bfloat16),
         tokenizer=encoders.tokenizer,
         scheduler=scheduler,

@@ -30,12 +30,14 @@ def sample_latents(
     guide_continuation: bool = True,
     few_step: FewStepScheduler | None = None,
     known_frames: int = 0,
+    last_step_alone: bool = False,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Latents (B, 16, F, h, w) for the captions of `rows`, the first `known_frames` given.
 
     `guide_continuation`: whether guidance leads what follows frames that are there, too.
+    `last_step_alone`: take the last step only, of the clips' own latents under as much noise as it meets.
     """
     truth = clips.latents(rows)
     scheduler = few_step or FlowMatchScheduler()
@@ -53,6 +55,10 @@ def sample_latents(
     model.eval()
     for end in chunk_ends(model, truth.shape[2], known_frames):
         scheduler.set_timesteps(steps, latent_frames=end, tokens_per_frame=tokens, device=device)
+        if last_step_alone:
+            scheduler.sigmas, scheduler.timesteps = scheduler.sigmas[-2:], scheduler.timesteps[-1:]
+            sigma = float(scheduler.sigmas[0])
+            latents[:, :, :end].lerp_(truth[:, :, :end].to(device), 1 - sigma)
         latents[:, :, :end] = known = denoise(
             model,
             scheduler,

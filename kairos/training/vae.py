@@ -138,20 +138,28 @@ def vae_loss(
 
 
 def placement_loss(difference: Tensor) -> Tensor:
-    """What is left of a reconstruction's error (B, 3, F, H, W) in the means of squares of 4, 8 and 16 pixels.
+    """The mean of `placement_errors`, where a thing stands and how it moves."""
+    standing, moving = placement_errors(difference)
+    return standing.mean() + moving.mean() if moving.numel() else standing.mean()
+
+
+def placement_errors(difference: Tensor) -> tuple[Tensor, Tensor]:
+    """What is left of a reconstruction's error (B, 3, F, H, W) in the means of squares of 4, 8 and 16 pixels,
+    frame by frame (B, F), and of its change from frame to frame (B, F - 1).
 
     Noise is gone in a square's mean, an outline that is a little off is not: the error is of one sign along
     it. So a tenth of a pixel, which a mean squared error hardly sees, counts here, and twice where it
     changes from frame to frame, for then a thing trembles. White noise counts the same in every size.
     """
     frames = difference.transpose(1, 2).flatten(0, 1)
-    total = difference.new_zeros(())
+    standing: Tensor | float = 0.0
+    moving: Tensor | float = 0.0
     for size in (4, 8, 16):
         means = F.avg_pool2d(frames, size, size // 2).unflatten(0, (len(difference), -1))
-        total = total + size**2 * means.square().mean()
-        if means.shape[1] > 1:
-            total = total + size**2 * means.diff(dim=1).square().mean()
-    return total
+        standing = standing + size**2 * means.square().mean((2, 3, 4))
+        moving = moving + size**2 * means.diff(dim=1).square().mean((2, 3, 4))
+    assert isinstance(standing, Tensor) and isinstance(moving, Tensor)
+    return standing, moving
 
 
 def train_vae(
