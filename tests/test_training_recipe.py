@@ -74,7 +74,7 @@ def test_the_recipe_of_kairos_tiny_makes_the_model_that_ships():
 
 def test_a_recipe_makes_a_model_that_makes_a_video(tmp_path, monkeypatch):
     from kairos.presets import load_pipeline
-    from kairos.training import distillation, flow, vae
+    from kairos.training import clips, distillation, flow, vae
     from kairos.training.visible import seen
     from kairos.weights import load_vae_file
 
@@ -121,6 +121,10 @@ def test_a_recipe_makes_a_model_that_makes_a_video(tmp_path, monkeypatch):
     rounded = {name: value.bfloat16().float() for name, value in first.items()}
     changed = {name.split(".")[0] for name in first if not torch.equal(rounded[name], second[name])}
     assert changed == {"decoder", "post_quant_conv"}
+    (tmp_path / "decoder" / "finished").unlink()
+    monkeypatch.setattr(clips.SimulatorSource, "references", lambda *_: iter(()))
+    with pytest.raises(UserError, match="8 cached clips are not in the data any more"):
+        run_recipe(recipe, ("decoder",))
 
 
 def test_the_loss_of_placement_sees_outlines_and_trembling_before_noise():

@@ -123,8 +123,8 @@ def draw_latents(
     seed: int,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Latents (B, 16, F, h, w) of the rows, the first half of them sampled; of half of the batches only the
-    first half of the frames."""
+    """Latents (B, 16, F, h, w) of the rows, the first half of the rows sampled. Half of the batches are cut
+    to the first half of their frames."""
     generator = torch.Generator().manual_seed(seed)
     whole, last = torch.rand(2, generator=generator).tolist()
     half = len(rows) // 2

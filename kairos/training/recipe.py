@@ -144,8 +144,7 @@ def build_recipe(content: dict[str, Any], where: str) -> Recipe:
 
 
 def learns_from_clips(stage: Stage) -> bool:
-    """Whether a stage trains a whole LinearDiT on clips, cached for it, of which two latent
-    frames are not all."""
+    """Whether a stage trains a whole LinearDiT on cached clips that are longer than the start of a sample."""
     long = any(bucket.frames > 5 for bucket in stage.buckets)
     return stage.objective != "preference" and stage.lora is None and long
 
@@ -336,8 +335,15 @@ def make_decoder(recipe: Recipe, here: Processes) -> None:
         logger.info("%s is finished", output)
         return
     encoders = load_encoders(recipe)
-    clips = next(one for one in clip_sets(recipe, stage, encoders) if one.latent_frames > GIVEN)
-    references = recipe.source(stage).references([clips.bucket], Skipped())
+    long = [one for one in clip_sets(recipe, stage, encoders) if one.latent_frames > GIVEN]
+    if not long:
+        raise UserError(f"decoder: stage {stage.name} has no clips of more than 5 frames")
+    clips = long[0]
+    found = recipe.source(stage).references([clips.bucket], Skipped())
+    references = {reference.key: reference for reference in found}
+    gone = sum(key not in references for key in clips.keys)
+    if gone:
+        raise UserError(f"decoder: {gone} cached clips are not in the data any more; run the stage cache")
     scheduler, defaults = sampler_of(recipe, stage)
     train_decoder(
         output,
@@ -345,7 +351,7 @@ def make_decoder(recipe: Recipe, here: Processes) -> None:
         encoders.vae,
         load_start(recipe, stage.name),
         clips,
-        {reference.key: reference for reference in references},
+        references,
         scheduler=scheduler,
         defaults=defaults,
         seed=recipe.seed,

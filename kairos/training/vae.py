@@ -152,13 +152,11 @@ def placement_errors(difference: Tensor) -> tuple[Tensor, Tensor]:
     changes from frame to frame, for then a thing trembles. White noise counts the same in every size.
     """
     frames = difference.transpose(1, 2).flatten(0, 1)
-    standing: Tensor | float = 0.0
-    moving: Tensor | float = 0.0
+    standing = moving = difference.new_zeros(())
     for size in (4, 8, 16):
         means = F.avg_pool2d(frames, size, size // 2).unflatten(0, (len(difference), -1))
         standing = standing + size**2 * means.square().mean((2, 3, 4))
         moving = moving + size**2 * means.diff(dim=1).square().mean((2, 3, 4))
-    assert isinstance(standing, Tensor) and isinstance(moving, Tensor)
     return standing, moving
 
 
