@@ -1,7 +1,7 @@
 """What splitting a video costs: the bytes that ranks send, and from them how long a step should take.
 
 The bytes are exact: tests hold them against what is sent. The seconds are computed, from work, bytes and
-published speeds; no such machine has measured them.
+speeds measured on one GPU or published; no machine of several has measured them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kairos.distributed.exchange import spread
+from kairos.memory import EFFICIENCY, PEAK_TFLOPS
 from kairos.sizes import Shape, forward_flops, kinds
 
 CONV_CONTEXT = 3
@@ -101,9 +102,9 @@ class Machine:
     exchange_s: float
 
 
-H100 = Machine(flops=989.4e12 * 0.4, link_bytes_s=450e9 * 0.8, exchange_s=30e-6)
-"""H100 SXM: 989.4 TFLOP/s dense in bfloat16 and NVLink 4 at 450 GB/s each way (NVIDIA's data sheet), of which
-40 % and 80 % are assumed; 30 us for an exchange is assumed too."""
+H100 = Machine(flops=PEAK_TFLOPS * 1e12 * EFFICIENCY, link_bytes_s=450e9 * 0.8, exchange_s=30e-6)
+"""H100 SXM: the share of its peak that one GPU reached, and NVLink 4 at 450 GB/s each way (NVIDIA's data
+sheet), of which 80 % are assumed; 30 us for an exchange is assumed too."""
 
 
 def step_bytes(
