@@ -13,6 +13,7 @@ from typing import Any
 
 from kairos import sizes
 from kairos.errors import UserError
+from kairos.sizes import EFFICIENCY, PEAK_TFLOPS
 
 QUANTIZED = {
     "int8": {"transformer": "int8", "text_encoder": "int8"},
@@ -26,9 +27,8 @@ ENCODER_SHARE = 0.93
 """Of the encoder's parameters that are in its large products; the rest is its table of words."""
 CUDA_CONTEXT_GB = 0.6
 """What CUDA, its libraries and the allocator's gaps take beside tensors; an estimate."""
-PEAK_TFLOPS, EFFICIENCY, VAE_EFFICIENCY = 989.4, 0.3, 0.18
-"""H100 and H200 SXM, dense bfloat16 (NVIDIA's data sheet), and the shares of it that the LinearDiT and the
-decoder reached on an H200 (docs/performance.md)."""
+VAE_EFFICIENCY = 0.18
+"""Share of the peak that the VAE's decoder reached on an H200 (docs/performance.md)."""
 FLOAT32_SHARE = 0.5
 """Of that peak in float32 products, which CUDA's convolutions make in TF32; assumed."""
 FLA_CHUNK = 64

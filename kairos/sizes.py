@@ -33,6 +33,10 @@ RELEASED_VAE, RELEASED_TEXT_ENCODER = 126_892_531, 8_292_166_656
 PROCESS_GB = 0.6
 """What Python and the libraries hold in the machine's memory, whatever the model."""
 
+PEAK_TFLOPS, EFFICIENCY = 989.4, 0.3
+"""H100 and H200 SXM, dense bfloat16 (NVIDIA's data sheet), and the share of it that the LinearDiT reached on
+an H200 (docs/performance.md)."""
+
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CONV_SIZE = 4
 

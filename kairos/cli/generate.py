@@ -10,28 +10,24 @@ import typer
 from kairos import presets
 from kairos.cli.config import Config, read_config
 from kairos.cli.console import show_log
+from kairos.cli.options import (
+    INPUT,
+    RUN,
+    SAMPLING,
+    SIZE,
+    Compiled,
+    Guidance,
+    Height,
+    Image,
+    Memory,
+    Negative,
+    Scale,
+    VaeDtype,
+    Width,
+)
 from kairos.distributed import is_rank
 from kairos.errors import UserError
 from kairos.request import Request, field_values, read_each_request
-
-INPUT, SIZE, SAMPLING, RUN = "What to make", "Size", "Sampling", "How to run"
-
-Compiled = Annotated[
-    bool,
-    typer.Option(
-        "--compile",
-        help="Compile the LinearDiT's blocks first: minutes once, then each step is quicker.",
-        rich_help_panel=RUN,
-    ),
-]
-VaeDtype = Annotated[
-    str,
-    typer.Option(
-        metavar="NAME",
-        help="Precision of the VAE. auto: bfloat16 on a CPU with units for it (AMX), else its own.",
-        rich_help_panel=RUN,
-    ),
-]
 
 
 @dataclass(frozen=True)
@@ -61,9 +57,7 @@ def generate(
             show_default=False, help="What happens. Leave it out to let the image or video decide."
         ),
     ] = None,
-    image: Annotated[
-        str | None, typer.Option(metavar="FILE", help="The first frame.", rich_help_panel=INPUT)
-    ] = None,
+    image: Image = None,
     video: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="A video to continue from its start.", rich_help_panel=INPUT),
@@ -94,10 +88,7 @@ def generate(
             rich_help_panel=INPUT,
         ),
     ] = None,
-    negative: Annotated[
-        str | None,
-        typer.Option(metavar="TEXT", help="What guidance leads away from.", rich_help_panel=INPUT),
-    ] = None,
+    negative: Negative = None,
     rewrite: Annotated[
         str | None,
         typer.Option(
@@ -110,21 +101,12 @@ def generate(
         int | None,
         typer.Option(metavar="N", help="Frames, 4n + 1, given ones included.", rich_help_panel=SIZE),
     ] = None,
-    height: Annotated[
-        int | None, typer.Option(metavar="PIXELS", help="Height.", rich_help_panel=SIZE)
-    ] = None,
-    width: Annotated[int | None, typer.Option(metavar="PIXELS", help="Width.", rich_help_panel=SIZE)] = None,
+    height: Height = None,
+    width: Width = None,
     fps: Annotated[
         float | None, typer.Option(metavar="RATE", help="Frames a second.", rich_help_panel=SIZE)
     ] = None,
-    scale: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Enlarge by a whole factor when writing. Default: to 256 pixels; 1 keeps it as made.",
-            rich_help_panel=SIZE,
-        ),
-    ] = None,
+    scale: Scale = None,
     seed: Annotated[
         int | None,
         typer.Option(metavar="N", help="One seed, one video. Default: 0.", rich_help_panel=SAMPLING),
@@ -132,12 +114,7 @@ def generate(
     steps: Annotated[
         int | None, typer.Option(metavar="N", help="Denoising steps.", rich_help_panel=SAMPLING)
     ] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SCALE", help="How strongly to follow the prompt; 1 is off.", rich_help_panel=SAMPLING
-        ),
-    ] = None,
+    guidance: Guidance = None,
     template: Annotated[
         str | None,
         typer.Option(
@@ -229,14 +206,7 @@ def generate(
             rich_help_panel=RUN,
         ),
     ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="auto|GB",
-            help="Make do with this much of the device's memory, auto: what is free. See kairos plan.",
-            rich_help_panel=RUN,
-        ),
-    ] = None,
+    memory: Memory = None,
     quantize: Annotated[
         str | None,
         typer.Option(
@@ -315,7 +285,7 @@ def prompt_job(said: dict[str, Any], defaults: dict[str, Any], output: str | Non
     if output.endswith("/") or Path(output).is_dir():
         return Job(request, Path(output) / name)
     if Path(output).suffix.lower() != ".mp4":
-        raise UserError(f"--output must end in .mp4, or in / for a folder, got {output}")
+        raise UserError(f"--output must end in .mp4, as out.mp4 does, or in / for a folder, got {output}")
     return Job(request, Path(output))
 
 

@@ -55,7 +55,7 @@ def plan(
     """
     from rich.table import Table
 
-    from kairos import memory
+    from kairos import memory, sizes
     from kairos.cli.run import DTYPES
     from kairos.model_info import for_planning, info
 
@@ -83,7 +83,7 @@ def plan(
         budget,
         device=device,
         quantize=quantize,
-        peak_tflops=memory.PEAK_TFLOPS if peak is None else peak,
+        peak_tflops=sizes.PEAK_TFLOPS if peak is None else peak,
     )
     if as_json:
         said = {"model": about.name, "clip": asdict(clip), **asdict(made), "peak_gb": made.peak_gb}
@@ -120,9 +120,9 @@ def plan(
     if made.tiled:
         out.print("the VAE works in tiles, with the pixels of the whole", highlight=False)
     if device == "cuda":
-        tflops = memory.PEAK_TFLOPS if peak is None else peak
+        tflops = sizes.PEAK_TFLOPS if peak is None else peak
         out.print(
-            f"about {made.seconds:.3g} s in all, computed and not measured: {memory.EFFICIENCY:.0%} of "
+            f"about {made.seconds:.3g} s in all, computed and not measured: {sizes.EFFICIENCY:.0%} of "
             f"{tflops:g} TFLOP/s, {memory.VAE_EFFICIENCY:.0%} in the VAE, copies at "
             f"{memory.HOST_GB_S:g} GB/s; activations are estimates",
             highlight=False,

@@ -8,7 +8,21 @@ import typer
 
 from kairos import presets
 from kairos.cli.console import show_log
-from kairos.cli.generate import INPUT, RUN, SAMPLING, SIZE, Compiled, VaeDtype, prompt_job
+from kairos.cli.generate import prompt_job
+from kairos.cli.options import (
+    INPUT,
+    RUN,
+    SAMPLING,
+    Compiled,
+    Guidance,
+    Height,
+    Image,
+    Memory,
+    Negative,
+    Scale,
+    VaeDtype,
+    Width,
+)
 from kairos.errors import UserError
 
 LENGTH, WORLD = "How long", "The world"
@@ -18,9 +32,7 @@ def rollout(
     prompt: Annotated[
         str | None, typer.Argument(show_default=False, help="What happens. With --from-state: from now on.")
     ] = None,
-    image: Annotated[
-        str | None, typer.Option(metavar="FILE", help="The first frame.", rich_help_panel=INPUT)
-    ] = None,
+    image: Image = None,
     video: Annotated[
         str | None, typer.Option(metavar="FILE", help="A video to go on from.", rich_help_panel=INPUT)
     ] = None,
@@ -42,10 +54,7 @@ def rollout(
             rich_help_panel=INPUT,
         ),
     ] = None,
-    negative: Annotated[
-        str | None,
-        typer.Option(metavar="TEXT", help="What guidance leads away from.", rich_help_panel=INPUT),
-    ] = None,
+    negative: Negative = None,
     seconds: Annotated[
         float | None,
         typer.Option(
@@ -83,18 +92,9 @@ def rollout(
             rich_help_panel=WORLD,
         ),
     ] = None,
-    height: Annotated[
-        int | None, typer.Option(metavar="PIXELS", help="Height.", rich_help_panel=SIZE)
-    ] = None,
-    width: Annotated[int | None, typer.Option(metavar="PIXELS", help="Width.", rich_help_panel=SIZE)] = None,
-    scale: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Enlarge by a whole factor when writing. Default: to 256 pixels; 1 keeps it as made.",
-            rich_help_panel=SIZE,
-        ),
-    ] = None,
+    height: Height = None,
+    width: Width = None,
+    scale: Scale = None,
     chunk_frames: Annotated[
         int | None,
         typer.Option(
@@ -114,12 +114,7 @@ def rollout(
     steps: Annotated[
         int | None, typer.Option(metavar="N", help="Denoising steps a chunk.", rich_help_panel=SAMPLING)
     ] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SCALE", help="How strongly to follow the prompt; 1 is off.", rich_help_panel=SAMPLING
-        ),
-    ] = None,
+    guidance: Guidance = None,
     model: Annotated[
         str,
         typer.Option(metavar="NAME|PATH", help="A model by name or a folder.", rich_help_panel=RUN),
@@ -137,14 +132,7 @@ def rollout(
     ] = "auto",
     vae_dtype: VaeDtype = "auto",
     compiled: Compiled = False,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="auto|GB",
-            help="Make do with this much of the device's memory, auto: what is free.",
-            rich_help_panel=RUN,
-        ),
-    ] = None,
+    memory: Memory = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="A line for each chunk.", rich_help_panel=RUN)
     ] = False,

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kairos.distributed.exchange import spread
-from kairos.memory import EFFICIENCY, PEAK_TFLOPS
-from kairos.sizes import Shape, forward_flops, kinds
+from kairos.sizes import EFFICIENCY, PEAK_TFLOPS, Shape, forward_flops, kinds
 
 CONV_CONTEXT = 3
 """Tokens that the gated delta layers' convolutions look back."""
