@@ -74,7 +74,7 @@ def test_the_recipe_of_kairos_tiny_makes_the_model_that_ships():
 
 def test_a_recipe_makes_a_model_that_makes_a_video(tmp_path, monkeypatch):
     from kairos.presets import load_pipeline
-    from kairos.training import clips, distillation, flow, vae
+    from kairos.training import clips, distillation, flow, frames, vae
     from kairos.training.visible import seen
     from kairos.weights import load_vae_file
 
@@ -95,13 +95,23 @@ def test_a_recipe_makes_a_model_that_makes_a_video(tmp_path, monkeypatch):
             "distillation": {"fake_score_updates": 1, "teacher_steps": 1, "motion_clips": 1, "score": 0.1},
         }
     )
+    true = {"truth": 1.0, "frames": 1.0, "frame_clips": 1, "teacher_steps": 1, "motion_clips": 1}
+    content["stages"].append(
+        content["stages"][-1] | {"name": "true", "mix": {"continuation": 1.0}, "distillation": true}
+    )
+    decoded = []
+    told = frames.FrameErrors.__call__
+    monkeypatch.setattr(
+        frames.FrameErrors, "__call__", lambda self, *given: (decoded.append(given[2]), told(self, *given))[1]
+    )
     content["decoder"] = {"steps": 1, "batch_size": 2}
     recipe = build_recipe(content, "recipe")
-    stages = ("transformer", "distillation", "decoder")
+    stages = ("transformer", "distillation", "true", "decoder")
     assert recipe.steps == ("vae", "conditioner", "cache", *stages, "assemble")
     run_recipe(recipe)
     for kept in roots.values():
         assert kept and all(root is not None and root.shape == (16, 16) for root in kept)
+    assert decoded == [2]  # latent frames of the past
     made = [tmp_path / part / "config.json" for part in ("vae", "decoder")]
     made.append(tmp_path / "transformer" / "checkpoint.pt")
     before = [file.stat().st_mtime_ns for file in made]
@@ -110,8 +120,8 @@ def test_a_recipe_makes_a_model_that_makes_a_video(tmp_path, monkeypatch):
     pipeline = load_pipeline(tmp_path / "tiny", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     assert len(pipeline.scheduler.timesteps) == 4 and pipeline.config.defaults["guidance_scale"] == 1
-    frames = pipeline("a red ball", num_frames=5).frames
-    assert frames.shape == (1, 5, 64, 64, 3)
+    video = pipeline("a red ball", num_frames=5).frames
+    assert video.shape == (1, 5, 64, 64, 3)
     assert "_name_or_path" not in (tmp_path / "tiny" / "vae" / "config.json").read_text()
     first, second, last = (
         load_vae_file(tmp_path / part, dtype=torch.float32).state_dict()

@@ -22,6 +22,7 @@ from kairos.training.batches import Batch, seed_of
 from kairos.training.cache import ClipSet
 from kairos.training.checkpoint import copy_into, load_optimizer
 from kairos.training.flow import FlowMatching, predict
+from kairos.training.frames import FrameErrors
 from kairos.training.parallel import ALONE, Processes, average_gradients, prepare
 from kairos.training.samples import motion, sample_latents
 from kairos.training.stage import Distillation, Stage
@@ -68,10 +69,12 @@ class DistillationObjective(FlowMatching):
         here: Processes = ALONE,
         teacher: nn.Module | None = None,
         root: Tensor | None = None,
+        frames: FrameErrors | None = None,
     ) -> None:
-        """teacher: where it is not what the student starts from. root: of `visible_root`."""
+        """teacher: where it is not what the student starts from. root: of `visible_root`. frames: what
+        decodes clips, where the options ask for it."""
         super().__init__(sets, stage, here, root)
-        self.options = options
+        self.options, self.frames = options, frames
         self.scheduler = FewStepScheduler(sampling_times=options.sampling_times, shift=options.shift)
         self.sigmas: list[float] = self.scheduler.sigmas.tolist()
         if not options.asks and not (options.truth and self.sigmas[-2] <= CLEAR_SIGMA):
@@ -107,7 +110,10 @@ class DistillationObjective(FlowMatching):
             start = batch.sample if batch.cut.past < 2 else None  # its own samples are of other clips
             made = self.make(model, batch, generator, last, start=start, with_gradient=True)
             error = seen(made - batch.sample, self.root)[:, :, batch.cut.past :].square().mean()
-            return self.options.truth * error, len(batch)
+            loss = self.options.truth * error
+            if self.frames is not None and batch.cut.past >= 2:
+                loss = loss + self.options.frames * self.frames(made, batch.keys, batch.cut.past, generator)
+            return loss, len(batch)
         made = self.make(model, batch, generator, last, with_gradient=True)
         loss = made.new_zeros(())
         if self.options.matching or self.critic:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from kairos.worlds import SCENES
 
 if TYPE_CHECKING:
     from kairos.training.cache import ClipSet, Encoders
-    from kairos.training.clips import ClipSource
+    from kairos.training.clips import ClipReference, ClipSource
     from kairos.training.parallel import Processes
 
 logger = logging.getLogger(__name__)
@@ -326,7 +326,6 @@ def load_start(recipe: Recipe, source: str, dtype: str = "float32") -> Any:
 
 def make_decoder(recipe: Recipe, here: Processes) -> None:
     """The VAE whose decoder has seen what the last stage makes of its own clips."""
-    from kairos.training.clips import Skipped
     from kairos.training.decoder import GIVEN, train_decoder
 
     assert recipe.decoder is not None
@@ -339,11 +338,6 @@ def make_decoder(recipe: Recipe, here: Processes) -> None:
     if not long:
         raise UserError(f"decoder: stage {stage.name} has no clips of more than 5 frames")
     clips = long[0]
-    found = recipe.source(stage).references([clips.bucket], Skipped())
-    references = {reference.key: reference for reference in found}
-    gone = sum(key not in references for key in clips.keys)
-    if gone:
-        raise UserError(f"decoder: {gone} cached clips are not in the data any more; run the stage cache")
     scheduler, defaults = sampler_of(recipe, stage)
     train_decoder(
         output,
@@ -351,13 +345,27 @@ def make_decoder(recipe: Recipe, here: Processes) -> None:
         encoders.vae,
         load_start(recipe, stage.name),
         clips,
-        references,
+        read_again(recipe, stage, [clips]),
         scheduler=scheduler,
         defaults=defaults,
         seed=recipe.seed,
         device=here.device,
     )
     (output / "finished").touch()
+
+
+def read_again(recipe: Recipe, stage: Stage, sets: Sequence[ClipSet]) -> dict[str, ClipReference]:
+    """Where the frames of a stage's cached clips are read, by their keys."""
+    from kairos.training.clips import Skipped
+
+    found = recipe.source(stage).references([clips.bucket for clips in sets], Skipped())
+    references = {reference.key: reference for reference in found}
+    gone = sum(key not in references for clips in sets for key in clips.keys)
+    if gone:
+        raise UserError(
+            f"stage {stage.name}: {gone} cached clips are not in the data any more; run the stage cache"
+        )
+    return references
 
 
 def sampler_of(recipe: Recipe, stage: Stage) -> tuple[Any, dict[str, float | bool]]:

@@ -16,9 +16,10 @@ from kairos.models.transformer import KairosTransformer3DModel
 from kairos.training.cache import ClipSet, Encoders
 from kairos.training.checkpoint import load_checkpoint
 from kairos.training.flow import FlowMatching, is_causal
+from kairos.training.frames import FrameErrors
 from kairos.training.loop import Objective, train
 from kairos.training.parallel import Processes, prepare
-from kairos.training.recipe import Recipe, clip_sets, load_encoders, load_start
+from kairos.training.recipe import Recipe, clip_sets, load_encoders, load_start, read_again
 from kairos.training.stage import Distillation, Preference, Stage
 from kairos.training.visible import visible_root
 
@@ -121,7 +122,14 @@ def build_objective(
         model.to(here.device)
         options = stage.distillation or Distillation()
         teacher = load_start(recipe, options.teacher) if options.teacher else None
-        distilled = DistillationObjective(model, sets, stage, options, here, teacher, root)
+        frames = None
+        if options.frames:
+            moving = [clips for clips in sets if clips.latent_frames > 2]
+            if not moving:
+                raise UserError(f"stage {stage.name}: distillation.frames needs clips of more than 5 frames")
+            readable = read_again(recipe, stage, moving)
+            frames = FrameErrors(encoders.vae, readable, options.frame_clips, here.device)
+        distilled = DistillationObjective(model, sets, stage, options, here, teacher, root, frames)
         return distilled, longest, distilled.scheduler
     if stage.state is not None:
         return states(recipe, stage, model, sets, here, root), longest, None

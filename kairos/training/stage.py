@@ -53,6 +53,10 @@ class Distillation:
     """Above 0, clips that go on from two latent frames or more, which tell places and speeds, leave the
     teacher out: the student's own sample is pulled to the true clip by this much. So does a step with little
     noise to take away, which takes it off true clips. For exact worlds."""
+    frames: float = 0.0
+    """Above 0, where clips go on so, errors of their decoded frames count too, by this much (`frames.py`)."""
+    frame_clips: int = 6
+    """Clips of a batch that are decoded for it: most of such a step's time."""
     fake_score_updates: int = 5
     fake_score_lr: float = 4e-7
     sigma_range: tuple[float, ...] = (0.02, 0.98)
@@ -61,6 +65,12 @@ class Distillation:
     """Of the teacher's clips that the student's motion is compared with."""
     motion_clips: int = 8
     motion_every: int = 50
+
+    def __post_init__(self) -> None:
+        if self.frames < 0 or (self.frames and not self.truth):
+            raise UserError(f"distillation.frames goes with truth, and is at least 0, got {self.frames}")
+        if self.frame_clips < 1:
+            raise UserError(f"distillation.frame_clips must be at least 1, got {self.frame_clips}")
 
     @property
     def asks(self) -> bool:
