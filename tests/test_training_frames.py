@@ -112,3 +112,10 @@ def test_frames_count_where_the_start_tells_how_it_goes_on(vae, clips, task, cou
 def test_what_cannot_be_meant_is_refused(options, why):
     with pytest.raises(UserError, match=why):
         Distillation(**options)
+
+
+@pytest.mark.parametrize("buckets", [(), (Bucket(5, 32, 32), Bucket(1, 32, 32))])
+def test_a_stage_without_clips_that_could_go_on_is_refused(buckets):
+    options = Distillation(truth=1.0, frames=1.0)
+    with pytest.raises(UserError, match="frames needs clips of more than 5 frames"):
+        small_stage(objective="distillation", distillation=options, buckets=buckets)

@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -309,6 +310,25 @@ def test_what_cannot_fit_is_refused_before_it_starts():
     check_memory(
         build_recipe(copy.deepcopy(TINY), "recipe"), build_recipe(copy.deepcopy(TINY), "r").stages[0], ALONE
     )
+
+
+def test_frames_that_are_decoded_take_memory_by_the_size_of_the_vae():
+    content = yaml.safe_load(next(file for file in RECIPES if file.stem == "kairos-tiny").read_text())
+    stage = next(stage for stage in content["stages"] if stage["name"] == "frames")
+    plans = {}
+    for clips in (1, 6, 60):
+        stage["distillation"]["frame_clips"] = clips
+        recipe = build_recipe(content, "recipe")
+        plans[clips] = plan_stage(recipe, recipe.stages[-1])
+    one, six, all_of_them = (plans[clips].memory_gb["decoder"] for clips in plans)
+    assert one == pytest.approx(0.286, rel=0.01)  # what autograd's hooks have counted
+    assert six == pytest.approx(6 * one) and all_of_them == pytest.approx(16 * one)
+    assert plans[6].flops > plans[1].flops
+    content["base"] = "kairos-4b-480p"
+    large = plan_stage(build_recipe(content, "recipe"), recipe.stages[-1])
+    assert large.memory_gb["decoder"] > 6 * all_of_them
+    with pytest.raises(MachineError, match="try fewer frame_clips"):
+        refuse_too_large(replace(large, memory_gb=large.memory_gb | {"decoder": 400.0}), 80.0)
 
 
 def test_lora_needs_a_small_part_of_the_memory():

@@ -1,7 +1,8 @@
 """What a stage needs, before anything is started: parameters, memory by part, the time of a step.
 
 Estimates. Weights, gradients and what the optimizer keeps are exact; activations come from what one block
-keeps for its way back, and the time from the machine's speed at matrix products.
+keeps for its way back (in the VAE's decoder 80 + 52 bytes a residual block, of each pixel and channel of
+`base_dim`: counted with hooks), and the time from the machine's speed at matrix products.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 
 from kairos import sizes
 from kairos.errors import MachineError
+from kairos.memory import VAE_FLOP
 from kairos.training.parallel import Processes
 from kairos.training.recipe import Recipe
 from kairos.training.stage import Distillation, Stage
@@ -74,6 +76,17 @@ def plan_stage(recipe: Recipe, stage: Stage, world: int = 1) -> StagePlan:
     distilling = 14.5 + 5.5 * updates + critic * (3 + 9 * updates)
     passes = {"flow": 3.0, "preference": 4.0, "distillation": distilling}
     flops = 2 * parameters * tokens * (passes[stage.objective] + stage.checkpointing)
+    if options.frames:
+        base, blocks = decoder_size(recipe)
+        parts = world * stage.accumulate
+        pixels = max(
+            min(options.frame_clips, max(stage.batch_of(bucket) // parts, 1))
+            * (bucket.frames * bucket.height * bucket.width)
+            for bucket in stage.buckets
+            if bucket.frames > 5
+        )
+        memory["decoder"] = pixels * base * (80 + 52 * blocks) / 1e9
+        flops += 2 * parts * pixels * VAE_FLOP["decode"] * (base / 96) ** 2 * (1 + blocks) / 3
     return StagePlan(stage.name, parameters, trained, memory, tokens, flops)
 
 
@@ -87,6 +100,18 @@ def model_config(recipe: Recipe) -> dict[str, Any]:
         if folder is not None and (folder / "transformer" / "config.json").exists():
             config |= presets.read_json(folder / "transformer" / "config.json")
     return config | recipe.model
+
+
+def decoder_size(recipe: Recipe) -> tuple[int, int]:
+    """`base_dim` and `num_res_blocks` of the VAE whose decoder shows a student its frames."""
+    from kairos import presets
+
+    if recipe.vae:
+        return 16, 1
+    folder = presets.locate(recipe.base)[1] if recipe.base else None
+    file = folder / "vae" / "config.json" if folder is not None else None
+    config = presets.read_json(file) if file is not None and file.exists() else {}
+    return int(config.get("base_dim", 96)), int(config.get("num_res_blocks", 2))
 
 
 def trained_parameters(config: Mapping[str, Any], stage: Stage, parameters: int) -> int:
@@ -125,11 +150,11 @@ def check_memory(recipe: Recipe, stage: Stage, here: Processes) -> None:
 def refuse_too_large(plan: StagePlan, memory_gb: float) -> None:
     if plan.total_gb > ROOM * memory_gb:
         largest = max(plan.memory_gb, key=lambda part: plan.memory_gb[part])
-        fix = (
-            "checkpointing: true or a larger accumulate"
-            if largest == "activations"
-            else "more processes, lora"
-        )
+        fixes = {
+            "activations": "checkpointing: true or a larger accumulate",
+            "decoder": "fewer frame_clips or shorter clips",
+        }
+        fix = fixes.get(largest, "more processes, lora")
         raise MachineError(
             f"stage {plan.stage} needs about {plan.total_gb:.1f} GB a process ({largest} "
             f"{plan.memory_gb[largest]:.1f}), there are {memory_gb:.1f}; try {fix} or a smaller batch_size"

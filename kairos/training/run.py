@@ -125,8 +125,6 @@ def build_objective(
         frames = None
         if options.frames:
             moving = [clips for clips in sets if clips.latent_frames > 2]
-            if not moving:
-                raise UserError(f"stage {stage.name}: distillation.frames needs clips of more than 5 frames")
             readable = read_again(recipe, stage, moving)
             frames = FrameErrors(encoders.vae, readable, options.frame_clips, here.device)
         distilled = DistillationObjective(model, sets, stage, options, here, teacher, root, frames)

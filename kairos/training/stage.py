@@ -192,6 +192,9 @@ class Stage:
             refuse("lora and train exclude each other", self.train)
         if self.visible and self.objective == "preference":
             refuse("visible goes with the objectives flow and distillation", self.visible)
+        decoded = self.distillation is not None and self.distillation.frames > 0
+        if decoded and max((bucket.frames for bucket in self.buckets), default=1) <= 5:
+            refuse("distillation.frames needs clips of more than 5 frames", [b.name for b in self.buckets])
         if self.state is not None and self.objective != "flow":
             refuse("state goes with the objective flow", self.objective)
 
