@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from training_parts import MIX, clip_set, small_model, small_stage
 
 from kairos import MachineError, UserError
-from kairos.training import checkpoint, muon, vae
+from kairos.training import checkpoint, muon
 from kairos.training.ahead import Ahead
 from kairos.training.batches import draw_batch, draw_cut, row_at
 from kairos.training.checkpoint import load_checkpoint, save_checkpoint
@@ -33,7 +33,6 @@ from kairos.training.muon import Muon, orthogonalise, split_parameters
 from kairos.training.parallel import Processes
 from kairos.training.progress import Progress
 from kairos.training.stage import Stage
-from kairos.training.vae import VAEStage, build_vae, draw_shapes, vae_loss
 
 
 @pytest.fixture(scope="module")
@@ -493,31 +492,3 @@ def test_the_adamw_half_is_torch_adamw():
             parameter.grad = gradient.clone()
             optimizer.step()
     torch.testing.assert_close(ours, theirs)
-
-
-def test_a_decoder_stage_gives_the_encoder_no_gradient():
-    torch.manual_seed(0)
-    vae = build_vae(base_dim=8)
-    for part in (vae.encoder, vae.quant_conv):
-        part.requires_grad_(False)
-    vae_loss(vae, torch.rand(2, 3, 5, 16, 16) * 2 - 1, 1e-4)[0].backward()
-    assert all(p.grad is None for p in vae.encoder.parameters())
-    assert any(p.grad is not None for p in vae.decoder.parameters())
-
-
-def test_a_batch_of_the_vae_is_a_function_of_the_seed_the_stage_and_the_step():
-    stage = VAEStage(steps=9, num_frames=5, batch_size=2, scenes=0.5)
-    drawn = {
-        key: vae._draw(*key[:2], stage, ("uniform",), key[2]) for key in ((0, 0, 3), (0, 0, 4), (0, 1, 3))
-    }
-    first = drawn[0, 0, 3]
-    assert first.dtype == torch.uint8 and first.shape == (2, 5, 64, 64, 3)
-    assert torch.equal(first, vae._draw(0, 0, stage, ("uniform",), 3))
-    assert not any(torch.equal(first, other) for other in list(drawn.values())[1:])
-
-
-def test_drawn_shapes_move_and_stay_in_range():
-    clips = draw_shapes(np.random.default_rng(0), batch=6, num_frames=5)
-    assert clips.shape == (6, 5, 64, 64, 3)
-    assert clips.min() >= 0 and clips.max() <= 255
-    assert any(np.abs(clip[0] - clip[4]).max() > 50 for clip in clips)

@@ -106,7 +106,7 @@ def decoder_size(recipe: Recipe) -> tuple[int, int]:
     """`base_dim` and `num_res_blocks` of the VAE whose decoder shows a student its frames."""
     from kairos import presets
 
-    if recipe.vae:
+    if recipe.vae and not recipe.base:
         return 16, 1
     folder = presets.locate(recipe.base)[1] if recipe.base else None
     file = folder / "vae" / "config.json" if folder is not None else None

@@ -37,8 +37,8 @@ class Recipe:
     Attributes:
         output: folder of everything that is made.
         base: a model, by name or folder, that lends its VAE, its text encoder and the weights to start from.
-        scenes: what a VAE and a prompt encoder made from nothing learn from.
-        vae: stages of a VAE made from nothing.
+        scenes: what a VAE and a prompt encoder made here learn from.
+        vae: stages of a VAE made from nothing, or from the base's.
         conditioner: options of a prompt encoder made from nothing (`train_conditioner`).
         data: the clips, {"source": simulator | manifest | webdataset, ...}, see `kairos.training.clips`.
         model: the LinearDiT's configuration; beside `base`, what is different from it.
@@ -119,9 +119,15 @@ def build_recipe(content: dict[str, Any], where: str) -> Recipe:
     for scene in recipe.scenes:
         if scene not in SCENES:
             raise UserError(f"{where}: unknown scene {scene!r}; one of {', '.join(SCENES)}")
-    if bool(recipe.vae) != (recipe.conditioner is not None):
-        missing = "conditioner" if recipe.vae else "vae"
-        raise UserError(f"{where}: the key {missing!r} is missing: VAE and conditioner are made together")
+    if recipe.conditioner is not None and not recipe.vae:
+        raise UserError(f"{where}: the key 'vae' is missing: VAE and conditioner are made together")
+    if recipe.vae and recipe.conditioner is None and not recipe.base:
+        raise UserError(
+            f"{where}: the key 'conditioner' is missing: VAE and conditioner are made together, or the "
+            "'base' lends both"
+        )
+    if recipe.vae and recipe.vae[0].anchor and not recipe.base:
+        raise UserError(f"{where}: vae[0].anchor: a VAE from nothing has no latents to be held to")
     names = [one.name for one in recipe.stages]
     for name in names:
         if names.count(name) > 1 or name in (*BEFORE, *AFTER):
@@ -194,13 +200,21 @@ def run_step(recipe: Recipe, name: str, here: Processes) -> None:
 
 
 def make_vae(recipe: Recipe, here: Processes) -> None:
+    import torch
+
     from kairos.training.vae import train_vae
+    from kairos.weights import load_vae_file
 
     output = recipe.output / "vae"
     if (output / "finished").exists():
         logger.info("%s is finished", output)
         return
-    train_vae(output, stages=recipe.vae, scenes=recipe.scenes, seed=recipe.seed, device=here.device)
+    start = None
+    if recipe.base:
+        start = load_vae_file(encoders_of_base(recipe.base)[0], dtype=torch.float32)
+    train_vae(
+        output, stages=recipe.vae, scenes=recipe.scenes, seed=recipe.seed, start=start, device=here.device
+    )
     (output / "finished").touch()
 
 
@@ -257,23 +271,33 @@ def clip_sets(recipe: Recipe, stage: Stage, encoders: Encoders) -> list[ClipSet]
 
 def load_encoders(recipe: Recipe) -> Encoders:
     """VAE and text encoder: the recipe's own, or those of its base."""
-    import torch
-
-    from kairos import presets
-    from kairos.conditioning import TEMPLATES, load_text_encoder
+    from kairos.conditioning import load_text_encoder
     from kairos.training.cache import Encoders
     from kairos.weights import load_vae_file
 
+    if recipe.base:
+        vae_file, text_folder, template = encoders_of_base(recipe.base)
     if recipe.vae:
-        for part in ("vae", "conditioner"):
-            if not (recipe.output / part).is_dir():
-                raise UserError(f"{recipe.output} has no {part} yet; run the recipe's stage {part} first")
-        made = recipe.output / "conditioner"
-        encoder, tokenizer, _ = load_text_encoder(made, dtype=encoder_dtype(made))
-        return Encoders(
-            load_vae_file(recipe.output / "vae", dtype=torch.bfloat16), encoder, tokenizer, "tiny"
-        )
-    preset, folder = presets.locate(recipe.base)
+        vae_file = made_before(recipe, "vae")
+    if recipe.conditioner is not None:
+        text_folder, template = made_before(recipe, "conditioner"), "tiny"
+    encoder, tokenizer, _ = load_text_encoder(text_folder, dtype=encoder_dtype(text_folder))
+    return Encoders(load_vae_file(vae_file, dtype=vae_dtype()), encoder, tokenizer, template)
+
+
+def made_before(recipe: Recipe, part: str) -> Path:
+    """The folder of what an earlier step of the recipe has made."""
+    if not (recipe.output / part).is_dir():
+        raise UserError(f"{recipe.output} has no {part} yet; run the recipe's stage {part} first")
+    return recipe.output / part
+
+
+def encoders_of_base(base: str) -> tuple[Path, Path, str]:
+    """Where a model's VAE and text encoder lie, and the template of its prompts."""
+    from kairos import presets
+    from kairos.conditioning import TEMPLATES
+
+    preset, folder = presets.locate(base)
     if preset is not None and preset.kind == "released":
         files = presets.local_files(preset, folder)
         vae_file, text_folder, template = files["vae"], files["text_encoder"], preset.template
@@ -283,11 +307,19 @@ def load_encoders(recipe: Recipe) -> Encoders:
         template = str(presets.read_json(folder / "model_index.json").get("prompt_template"))
     if TEMPLATES[template].image_in_prompt:
         raise UserError(
-            f"the prompts of {recipe.base} hold pictures (template {template}), which training "
+            f"the prompts of {base} hold pictures (template {template}), which training "
             "does not cache; choose a base whose template is words alone"
         )
-    encoder, tokenizer, _ = load_text_encoder(text_folder, dtype=encoder_dtype(text_folder))
-    return Encoders(load_vae_file(vae_file, dtype=torch.bfloat16), encoder, tokenizer, template)
+    return vae_file, text_folder, template
+
+
+def vae_dtype() -> Any:
+    """bfloat16 where it is the quicker one; else float32, in which outlines tremble less."""
+    import torch
+
+    from kairos.models.vae import quickest_dtype
+
+    return torch.bfloat16 if torch.cuda.is_available() else quickest_dtype("cpu") or torch.float32
 
 
 def encoder_dtype(folder: Path) -> Any:
@@ -400,11 +432,11 @@ def assemble(recipe: Recipe, here: Processes) -> None:
     encoders = load_encoders(recipe)
     vae = encoders.vae
     if recipe.decoder is not None:
-        vae = load_vae_file(recipe.output / "decoder", dtype=torch.bfloat16)
+        vae = load_vae_file(recipe.output / "decoder")
     scheduler, defaults = sampler_of(recipe, stage)
     pipeline = KairosPipeline(
         transformer=transformer,
-        vae=vae,
+        vae=vae.to(torch.bfloat16),
         text_encoder=encoders.text_encoder.to(torch.bfloat16),
         tokenizer=encoders.tokenizer,
         scheduler=scheduler,

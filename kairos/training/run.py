@@ -76,7 +76,7 @@ def run_stage(recipe: Recipe, number: int, here: Processes) -> None:
 def starting_model(recipe: Recipe, stage: Stage, number: int) -> Any:
     """What the stage's `start_from` says ("random": nothing); else the stage before, the base, or nothing."""
     before = recipe.stages[number - 1].name if number else ""
-    source = stage.start_from or before or ("" if recipe.vae else recipe.base)
+    source = stage.start_from or before or recipe.base
     if source not in ("", "random"):
         return load_start(recipe, source)
     torch.manual_seed(recipe.seed)

@@ -6,6 +6,7 @@ of moving shapes mixed with clips of the physics scenes.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
@@ -19,7 +20,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from kairos.models.vae import quickest_dtype
+from kairos.errors import UserError
+from kairos.models.vae import normalisation, quickest_dtype
 from kairos.models.vae_layers import quicken
 from kairos.training.ahead import Ahead, workers_for
 from kairos.training.muon import Muon, split_parameters
@@ -28,6 +30,9 @@ from kairos.worlds import BACKGROUND, COLORS, simulate
 logger = logging.getLogger(__name__)
 
 PALETTE = np.array(list(COLORS.values()), dtype=np.float32)
+
+STANDING, MOVING = 1e-3, 3e-4
+"""Errors of a frame, and of its change, that are as small as can be asked of `roots`."""
 
 MEASURED_CLIPS = 24
 """Clips over which the latents' mean and standard deviation are taken."""
@@ -49,6 +54,27 @@ class VAEStage:
     """Leave the encoder as it is: latents that were made with it stay good."""
     placement: float = 0.0
     """Weight of `placement_loss`, which asks that things stand where they should."""
+    roots: bool = False
+    """Count the root of each frame's error, so that a frame that is nearly right goes on getting better;
+    `placement` is then the weight of what changes from frame to frame."""
+    noise: float = 0.0
+    """Half of the clips' latents carry noise, up to so many standard deviations: a decoder that stands it
+    stands what is off in a model's latents too."""
+    anchor: float = 0.0
+    """Weight of the squares of what the latents have moved since the stage began, in standard deviations:
+    a LinearDiT that knew them needs little to know these. Their normalisation stays."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "num_frames", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} of a stage of the VAE must be at least 1, got {getattr(self, name)}")
+        for name in ("placement", "noise", "anchor"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} of a stage of the VAE must be at least 0, got {getattr(self, name)}")
+        if self.roots and self.num_frames == 1:
+            raise UserError("roots of a stage of the VAE needs clips of more than one frame")
+        if self.anchor and self.decoder_only:
+            raise UserError("anchor holds the encoder, which decoder_only leaves as it is; leave one out")
 
 
 def build_vae(base_dim: int = 16, num_res_blocks: int = 1) -> AutoencoderKLWan:
@@ -119,22 +145,51 @@ def pixels(clips: Tensor, device: torch.device | str) -> Tensor:
 
 
 def vae_loss(
-    vae: AutoencoderKLWan, video: Tensor, kl_weight: float, placement: float = 0.0
+    vae: AutoencoderKLWan,
+    video: Tensor,
+    stage: VAEStage,
+    kl_weight: float,
+    before: AutoencoderKLWan | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """4 MSE + 0.5 L1 + the weighted losses of placement and of the KL divergence, and the MSE alone."""
+    """The loss of clips (B, 3, F, H, W) in [-1, 1], and the mean squared error alone.
+
+    before: the VAE as it was when the stage began, for its `anchor`.
+    """
     device = video.device.type
     with torch.autocast(device, torch.bfloat16, enabled=device != "cpu" or quickest_dtype("cpu") is not None):
         with torch.set_grad_enabled(vae.quant_conv.weight.requires_grad):
             posterior = vae.encode(video).latent_dist
-        output = vae.decode(posterior.sample()).sample
-    difference = output.float() - video
-    squared = difference.square().mean()
+        latents = posterior.sample()
+        _, std = normalisation(vae, latents)
+        if stage.noise:
+            strength = 2 * (torch.rand(len(latents), 1, 1, 1, 1, device=latents.device) - 0.5).clamp(min=0)
+            latents = latents + stage.noise * strength * std * torch.randn_like(latents)
+        output = vae.decode(latents).sample
     mean, log_variance = posterior.mean.float(), posterior.logvar.float()
     divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    loss = 4 * squared + 0.5 * difference.abs().mean() + kl_weight * divergence
-    if placement:
-        loss = loss + placement * placement_loss(difference)
-    return loss, squared
+    difference = output.float() - video
+    loss = picture_loss(difference, stage) + kl_weight * divergence
+    if before is not None:
+        with torch.no_grad():
+            held = before.encode(video).latent_dist.mode()
+        loss = loss + stage.anchor * ((mean - held) / std).square().mean()
+    return loss, difference.square().mean()
+
+
+def picture_loss(difference: Tensor, stage: VAEStage) -> Tensor:
+    """What is wrong with decoded clips, of their difference (B, 3, F, H, W) from the true ones.
+
+    4 MSE + 0.5 L1 + the weighted `placement_loss`; with the stage's `roots` the means over all frames of the
+    roots of 8 MSE + misplacement and, weighted by `placement`, of its change, + 0.1 L1.
+    """
+    absolute = difference.abs().mean()
+    if stage.roots:
+        standing, moving = placement_errors(difference)
+        standing = 8 * difference.square().mean((1, 3, 4)) + standing
+        change = (moving + MOVING).sqrt().mean()
+        return (standing + STANDING).sqrt().mean() + stage.placement * change + 0.1 * absolute
+    loss = 4 * difference.square().mean() + 0.5 * absolute
+    return loss + stage.placement * placement_loss(difference) if stage.placement else loss
 
 
 def placement_loss(difference: Tensor) -> Tensor:
@@ -167,13 +222,13 @@ def train_vae(
     scenes: tuple[str, ...] = ("uniform", "collision", "parabola"),
     kl_weight: float = 1e-4,
     seed: int = 0,
-    resume: Path | None = None,
+    start: AutoencoderKLWan | None = None,
     device: torch.device | str = "cpu",
 ) -> None:
     """Train and write `output` (a diffusers folder) after each stage, its latents_mean and latents_std
-    measured. `resume`: a folder with the weights to begin with."""
+    measured. `start`: the VAE to go on from, trained in place; None: random weights."""
     torch.manual_seed(seed)
-    vae = AutoencoderKLWan.from_pretrained(resume, torch_dtype=torch.float32) if resume else build_vae()
+    vae = build_vae() if start is None else start.float()
     vae.train().to(device)
     quicken(vae)
     logger.info("VAE of %.2f M parameters", sum(p.numel() for p in vae.parameters()) / 1e6)
@@ -182,6 +237,7 @@ def train_vae(
             part.requires_grad_(not stage.decoder_only)
         optimizer = Muon(split_parameters(vae, muon_lr=stage.muon_lr, adamw_lr=stage.muon_lr / 10))
         base = [group["lr"] for group in optimizer.param_groups]
+        before = copy.deepcopy(vae).requires_grad_(False) if stage.anchor else None
         reported, average = time.monotonic(), torch.tensor(math.nan)
         with Ahead(partial(_draw, seed, number, stage, scenes), workers_for(device)) as ahead:
             for step in range(stage.steps):
@@ -189,7 +245,7 @@ def train_vae(
                 rate = min(1.0, (step + 1) / 20) * (1 + (stage.final_lr - 1) * step / stage.steps)
                 for group, full in zip(optimizer.param_groups, base, strict=True):
                     group["lr"] = full * rate
-                loss, squared = vae_loss(vae, pixels(ahead.get(step), device), kl_weight, stage.placement)
+                loss, squared = vae_loss(vae, pixels(ahead.get(step), device), stage, kl_weight, before)
                 optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -205,7 +261,7 @@ def train_vae(
                         stage.steps,
                         10 * math.log10(4 / float(average)),
                     )
-        if not stage.decoder_only:
+        if not stage.decoder_only and not stage.anchor:
             measure_latents(vae, scenes)
         vae.save_pretrained(output)
 

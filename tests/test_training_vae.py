@@ -1,0 +1,121 @@
+"""The VAE's training: what it draws, what it minimises, and what a stage leaves as it was."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from kairos import UserError
+from kairos.training.vae import (
+    VAEStage,
+    _draw,
+    build_vae,
+    draw_batch,
+    draw_shapes,
+    picture_loss,
+    pixels,
+    placement_loss,
+    train_vae,
+    vae_loss,
+)
+
+
+def test_a_decoder_stage_gives_the_encoder_no_gradient():
+    torch.manual_seed(0)
+    vae = build_vae(base_dim=8)
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(False)
+    stage = VAEStage(steps=1, num_frames=5, batch_size=2, decoder_only=True)
+    vae_loss(vae, torch.rand(2, 3, 5, 16, 16) * 2 - 1, stage, 1e-4)[0].backward()
+    assert all(p.grad is None for p in vae.encoder.parameters())
+    assert any(p.grad is not None for p in vae.decoder.parameters())
+
+
+def test_roots_weigh_a_nearly_right_frame_and_a_wrong_one_nearly_alike():
+    difference = torch.zeros(2, 3, 5, 16, 16)
+    difference[0, :, :, 4:12, 4:12], difference[1, :, :, 4:12, 4:12] = 0.1, 1.0
+    difference.requires_grad_()
+    share = {}
+    for roots in (False, True):
+        stage = VAEStage(steps=1, num_frames=5, batch_size=2, placement=1.0, roots=roots)
+        (gradient,) = torch.autograd.grad(picture_loss(difference, stage), difference)
+        right, wrong = gradient.square().sum((1, 2, 3, 4)).sqrt().tolist()
+        share[roots] = right / wrong
+    assert share[True] > 0.9 and share[False] < 0.15
+
+
+def test_noise_of_a_vaes_stage_shakes_the_latents_of_half_of_the_clips():
+    torch.manual_seed(0)
+    vae = build_vae(base_dim=8)
+    seen, decode = [], vae.decode
+    vae.decode = lambda latents: (seen.append(latents.detach()), decode(latents))[1]
+    video = torch.rand(1, 3, 5, 16, 16).expand(64, -1, -1, -1, -1) * 2 - 1
+    for noise in (0.0, 50.0):
+        vae_loss(vae, video, VAEStage(steps=1, num_frames=5, batch_size=64, noise=noise), 0.0)
+    quiet, shaken = ((latents - seen[0].mean(0)).square().mean((1, 2, 3, 4)).sqrt() for latents in seen)
+    assert 16 < (shaken > 2 * quiet.max()).sum() < 48 and shaken.max() < 60
+
+
+def test_an_anchor_holds_the_latents_and_their_normalisation(tmp_path):
+    def moved(anchor):
+        torch.manual_seed(0)
+        vae = build_vae(base_dim=8)
+        vae.register_to_config(latents_mean=[0.5] * 16, latents_std=[0.1] * 16)
+        before = copy.deepcopy(vae)
+        stage = VAEStage(steps=6, num_frames=1, batch_size=2, scenes=1.0, muon_lr=0.005, anchor=anchor)
+        train_vae(tmp_path, stages=(stage,), scenes=("uniform",), start=vae)
+        video = pixels(draw_batch(np.random.default_rng(5), stage, ("uniform",)), "cpu")
+        with torch.no_grad():
+            change = vae.encode(video).latent_dist.mode() - before.encode(video).latent_dist.mode()
+        return change.square().mean().sqrt().item(), vae.config.latents_mean
+
+    free, measured = moved(0.0)
+    held, kept = moved(100.0)
+    assert held < free / 3
+    assert kept == [0.5] * 16 and measured != kept
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps of a stage of the VAE must be at least 1, got 0"),
+        ({"noise": -0.1}, "noise of a stage of the VAE must be at least 0, got -0.1"),
+        ({"roots": True, "num_frames": 1}, "roots of a stage of the VAE needs clips of more than one frame"),
+        ({"anchor": 0.2, "decoder_only": True}, "anchor holds the encoder, which decoder_only leaves"),
+    ],
+)
+def test_a_stage_of_the_vae_that_cannot_be_is_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        VAEStage(**{"steps": 1, "num_frames": 5, "batch_size": 2} | changes)
+
+
+def test_a_batch_of_the_vae_is_a_function_of_the_seed_the_stage_and_the_step():
+    stage = VAEStage(steps=9, num_frames=5, batch_size=2, scenes=0.5)
+    drawn = {key: _draw(*key[:2], stage, ("uniform",), key[2]) for key in ((0, 0, 3), (0, 0, 4), (0, 1, 3))}
+    first = drawn[0, 0, 3]
+    assert first.dtype == torch.uint8 and first.shape == (2, 5, 64, 64, 3)
+    assert torch.equal(first, _draw(0, 0, stage, ("uniform",), 3))
+    assert not any(torch.equal(first, other) for other in list(drawn.values())[1:])
+
+
+def test_drawn_shapes_move_and_stay_in_range():
+    clips = draw_shapes(np.random.default_rng(0), batch=6, num_frames=5)
+    assert clips.shape == (6, 5, 64, 64, 3)
+    assert clips.min() >= 0 and clips.max() <= 255
+    assert any(np.abs(clip[0] - clip[4]).max() > 50 for clip in clips)
+
+
+def test_the_loss_of_placement_sees_outlines_and_trembling_before_noise():
+    axis = torch.arange(64)
+    disc = ((axis[:, None] - 30) ** 2 + (axis - 30) ** 2 < 100).float()
+    moved = (disc.roll(1, 1) - disc).expand(1, 3, 4, 64, 64)
+    noise = torch.randn(1, 3, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    noise *= (moved.square().mean() / noise.square().mean()).sqrt()
+    still, random = placement_loss(moved), placement_loss(noise)  # of one squared error
+    assert still > 4 * random
+    trembling = moved * torch.tensor([1.0, -1, 1, -1]).view(4, 1, 1)
+    assert placement_loss(trembling) > 2 * still
+    assert placement_loss(torch.zeros(1, 3, 1, 64, 64)) == 0
