@@ -1,7 +1,7 @@
 """The released model's parts and others' LinearDiTs on one GPU, in one process, in bfloat16, random weights.
 
     python benchmarks/gpu.py --output benchmarks/results/gpu-h200.json [--sizes 480p,720p] [--runs 3]
-                             [--limit-s 100] [--only TEXT] [--fla-configs 3]
+                             [--limit-s 100] [--only TEXT]... [--fla-configs 3]
     python benchmarks/gpu.py --device cpu --tiny --output tiny.json     (tries the script)
 
 First the ceilings (the largest product, a copy), then what is worth most first: a forward of the LinearDiT,
@@ -23,10 +23,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ Item = tuple[str, Callable[[], dict[str, Any]]]
 BEGAN = time.perf_counter()
 ITEM_S = 6.0
 """Runs of an item end once they took so long; one there is always."""
+CHUNK = 3
+"""Latent frames of a chunk in a rollout, four frames of video each."""
 
 
 @dataclass(frozen=True)
@@ -131,11 +134,11 @@ class Bench:
     def built(self, make: Callable[[], nn.Module]) -> Any:
         return built(make, self.options.device, self.dtype)
 
-    def kairos(self) -> Any:
-        return self.take("kairos", self._kairos)
+    def kairos(self, **changes: Any) -> Any:
+        return self.take(" ".join(["kairos", *changes]), lambda: self._kairos(**changes))
 
-    def _kairos(self) -> nn.Module:
-        model = self.built(lambda: random_transformer(self.model_name, full=False))
+    def _kairos(self, **changes: Any) -> nn.Module:
+        model = self.built(lambda: random_transformer(self.model_name, full=False, **changes))
         for parameter in model.parameters():
             if parameter.ndim > 1:  # norms, biases and gates are as they begin
                 parameter.normal_(0, 0.02)
@@ -203,8 +206,14 @@ class Bench:
     # The order of things.
 
     def run(self, items: list[Item]) -> None:
+        names = [name for name, _ in items]
+        chosen = {"ceilings", *(names if not self.options.only else ())}
+        for text in self.options.only:
+            chosen |= (found := {text} if text in names else {name for name in names if text in name})
+            if not found:
+                sys.exit(f"no item has {text!r} in its name; there are: {'; '.join(names)}")
         for name, work in items:
-            if self.options.only and self.options.only not in name and name != "ceilings":
+            if name not in chosen:
                 continue
             if time.perf_counter() - BEGAN > self.options.limit_s:
                 self.results["skipped"].append(name)
@@ -307,19 +316,99 @@ class Bench:
         tflop = clip.tflop.get("step")
         return self.timed(sample, tflop and 4 * tflop)
 
-    def kernels(self, clip: Clip) -> dict[str, Any]:
-        """Where a step's time goes, kernel by kernel; the mixing of each kind of block beside it."""
-        from torch.profiler import ProfilerActivity, profile
+    def compiled(self, clip: Clip) -> dict[str, Any]:
+        """A step as `--compile` makes it. Routes and fla's kernels are measured before, by a plain step, so
+        that the first call is the compiler's; its velocity is compared with the plain one's."""
+        from kairos.models.compiled import compile_blocks
 
         model, inputs = self.kairos(), self.step_inputs(clip)
-        model(*inputs)
+        self.held = ("kairos compiled", model)  # no plain one for later items
+        mask = torch.ones(1, TEXT_TOKENS, dtype=torch.bool, device=self.device)
+
+        def velocity() -> Tensor:
+            return model(*inputs, encoder_attention_mask=mask).sample.float()
+
+        plain = velocity()
+        compile_blocks(model)
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        found = self.timed(velocity, clip.tflop.get("step"))
+        difference = (velocity() - plain).norm() / plain.norm()
+        return found | {
+            "relative_difference": difference.item(),
+            "kernels_ms": self._kernels_ms(velocity),
+        }
+
+    def streaming(self, clip: Clip) -> dict[str, Any]:
+        """A chunk of a rollout whose windows are full: four steps, then once clean to keep what it leaves.
+
+        The released models look into the future and cannot do this; it is one of their shape made causal.
+        """
+        from kairos.schedulers.few_step import FewStepScheduler
+        from kairos.streaming.rollout import denoise_chunk, run
+        from kairos.streaming.state import RolloutSettings, WorldState
+
+        model = self.kairos(causal="chunk", pad_dilated=False)
+        latents, _, embeds = self.step_inputs(clip)
+        size = (int(latents.shape[3]), int(latents.shape[4]))
+        generator = torch.Generator().manual_seed(0)
+        defaults = SimpleNamespace(defaults={"num_frames": 4 * clip.latent_frames - 3})
+        pipeline: Any = SimpleNamespace(transformer=model, scheduler=FewStepScheduler(), config=defaults)
+        world = WorldState(
+            model="",
+            settings=RolloutSettings(CHUNK, 4, 1.0),
+            latent_size=size,
+            prompt=(embeds, torch.ones(1, TEXT_TOKENS, dtype=torch.bool, device=self.device)),
+            generators=generator.get_state()[None],
+        )
+
+        def keep(latents: Tensor) -> None:
+            nonlocal world
+            _, after = run(pipeline, world, latents, torch.zeros(()))
+            world = replace(world, transformer=after.map(Tensor.clone))
+
+        past = model.config.window_frames * model.config.dilation
+        keep(self.randn(1, model.config.in_channels, past, *size))
+        found = self.timed(lambda: keep(denoise_chunk(pipeline, world, [generator])))
+        return found | {
+            "model": f"{self.model_name}'s shape, chunk-causal",
+            "frames": 4 * CHUNK,
+            "frames_per_second": 4 * CHUNK / found["seconds"],
+            "passes": 5,
+            "past_latent_frames": past,
+            "state_gb": world.nbytes / 1e9,
+        }
+
+    def streaming_decode(self, clip: Clip) -> dict[str, Any]:
+        """The frames of a chunk, from what the decoder kept of those before."""
+        from kairos.streaming.decoder import StreamingVAEDecoder
+
+        decoder = StreamingVAEDecoder(self.vae("channels last"))
+        shape = list(clip.latents())
+        shape[2] = CHUNK
+        latents = self.randn(*shape)
+        decoder.decode(latents)
+        found = self.timed(lambda: decoder.decode(latents))
+        return found | {"frames": 4 * CHUNK, "frames_per_second": 4 * CHUNK / found["seconds"]}
+
+    def _kernels_ms(self, work: Callable[[], object]) -> list[list[Any]]:
+        """The 25 kernels that take longest: name, calls, milliseconds of all of them."""
+        from torch.profiler import ProfilerActivity, profile
+
         activity = ProfilerActivity.CUDA if self.cuda else ProfilerActivity.CPU
         with profile(activities=[activity]) as profiler:
-            model(*inputs)
+            work()
             if self.cuda:
                 torch.cuda.synchronize()
         which = "self_device_time_total" if self.cuda else "self_cpu_time_total"
         rows = sorted(profiler.key_averages(), key=lambda row: -getattr(row, which))[:25]
+        return [[row.key[:120], row.count, getattr(row, which) / 1e3] for row in rows]
+
+    def kernels(self, clip: Clip) -> dict[str, Any]:
+        """Where a step's time goes, kernel by kernel; the mixing of each kind of block beside it."""
+        model, inputs = self.kairos(), self.step_inputs(clip)
+        model(*inputs)
+        kernels_ms = self._kernels_ms(lambda: model(*inputs))
         by_kind: dict[str, float] = {}
         hooks = []
         events: list[tuple[str, list[Any]]] = []
@@ -340,10 +429,7 @@ class Bench:
                 hook.remove()
             for kind, (begin, end) in events:
                 by_kind[kind] = by_kind.get(kind, 0) + begin.elapsed_time(end)
-        return {
-            "blocks_ms": by_kind,
-            "kernels_ms": [[row.key[:120], row.count, getattr(row, which) / 1e3] for row in rows],
-        }
+        return {"blocks_ms": by_kind, "kernels_ms": kernels_ms}
 
     def decode(self, clip: Clip, kind: str = "bfloat16") -> dict[str, Any]:
         """All frames. In float32 its convolutions are made in TF32, as torch's default is."""
@@ -433,6 +519,11 @@ def items_of(bench: Bench, names: list[str]) -> list[Item]:
         last: Item = (f"{name}, decode, channels last", partial(bench.decode, clip, "channels last"))
         if name == names[0]:  # beside what needs the same model, so that nothing is built twice
             early += [four, kernels, decode, last, *others]
+            late += [
+                (f"{name}, streaming", partial(bench.streaming, clip)),
+                (f"{name}, streaming, decode", partial(bench.streaming_decode, clip)),
+                (f"{name}, one step, compiled", partial(bench.compiled, clip)),
+            ]
         else:
             early.append(decode)
             late += [last, four, kernels, *others]
@@ -469,15 +560,15 @@ def table(results: dict[str, Any]) -> str:
 
 def limit_tuning(most: int) -> None:
     """Let Triton try so many configurations of each kernel; compiling all of fla's takes minutes."""
-    import triton
+    from triton.runtime.autotuner import Autotuner
 
-    tune = triton.autotune
+    begin = Autotuner.__init__
 
-    def autotune(configs: list[Any], *args: Any, **options: Any) -> Any:
+    def __init__(self: Any, fn: Any, arg_names: Any, configs: list[Any], *args: Any, **options: Any) -> None:
         step = max(1, (len(configs) - 1) // max(most - 1, 1))
-        return tune(configs[::step][:most], *args, **options)
+        begin(self, fn, arg_names, configs[::step][:most], *args, **options)
 
-    triton.autotune = autotune
+    Autotuner.__init__ = __init__  # fla has a tuner of its own, made of this one
 
 
 def main() -> None:
@@ -486,7 +577,13 @@ def main() -> None:
     parser.add_argument("--sizes", default="480p,720p", help=f"of {', '.join(CLIPS)}, the first in full")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--limit-s", type=float, default=100.0, help="no item begins later; from the start")
-    parser.add_argument("--only", default="", help="items whose name has this in it, and the ceilings")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="the item of this name, or those with this in it, and the ceilings; may be repeated",
+    )
     parser.add_argument("--fla-configs", type=int, help="configurations tried of each of fla's kernels")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small models and clips, to try the script")

@@ -421,8 +421,9 @@ def processor() -> str:
     return next(said, "") or platform.processor() or platform.machine()
 
 
-def random_transformer(name: str, *, full: bool) -> nn.Module:
-    """The LinearDiT of a model by name or folder with random weights; `full`: with full attention instead."""
+def random_transformer(name: str, *, full: bool, **changes: Any) -> nn.Module:
+    """The LinearDiT of a model by name or folder with random weights, its configuration changed so; `full`:
+    with full attention instead."""
     from kairos import sizes
     from kairos.models.transformer import KairosTransformer3DModel
     from kairos.presets import locate, read_json
@@ -431,7 +432,7 @@ def random_transformer(name: str, *, full: bool) -> nn.Module:
     config = sizes.RELEASED_TRANSFORMER | dict(preset.transformer_config if preset else {})
     if folder is not None and (folder / "transformer" / "config.json").exists():
         config |= read_json(folder / "transformer" / "config.json")
-    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    config = {key: value for key, value in config.items() if not key.startswith("_")} | changes
     if not full:
         return KairosTransformer3DModel(**config)
     model = KairosTransformer3DModel(**config | {"layer_pattern": "S"})

@@ -199,6 +199,63 @@ def test_gradients_of_the_delta_rule_equal_those_of_the_loop(shape, dtype):
         assert relative(mine, expected) < (1e-4 if dtype == torch.float32 else 0.02)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 3, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_the_short_convolution_is_as_near_to_float64_as_torchs_and_keeps_the_same(tokens, dtype):
+    from kairos.models.gated_delta_net import short_conv
+
+    conv = torch.nn.Conv1d(192, 192, 4, groups=192, bias=False).to(dtype)
+    x = torch.randn(2, tokens, 3, 64).to(dtype)
+    for past in (None, torch.randn(2, 192, 3).to(dtype)):
+        truth, _ = short_conv(x.double(), copy.deepcopy(conv).double(), past)
+        with torch.enable_grad():  # torch's own convolution
+            own, kept = short_conv(x, conv, past)
+        device_past = None if past is None else past.cuda()
+        found, found_kept = short_conv(x.cuda(), copy.deepcopy(conv).cuda(), device_past)
+        assert found.dtype == dtype
+        assert relative(found, truth) < 1.1 * relative(own, truth) + 1e-6
+        assert torch.equal(found_kept.cpu(), kept)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gated", [False, True])
+def test_norms_in_half_precision_are_rounded_once(gated):
+    from kairos.models.norm import RMSNorm
+
+    norm = RMSNorm(512, 1e-6)
+    norm.weight.uniform_(0.5, 1.5)
+    norm = norm.to(HALF)
+    x, gate = torch.randn(2, 1, 300, 4, 512).to(HALF)
+    truth = F.rms_norm(x.double(), (512,), norm.weight.double(), 1e-6)
+    truth = truth * F.silu(gate.double()) if gated else truth
+    own = norm(x, HALF, gate if gated else None)
+    found = norm.cuda()(x.cuda(), HALF, gate.cuda() if gated else None)
+    assert found.dtype == HALF
+    assert relative(found, truth) < 1.1 * relative(own, truth)
+
+
+@torch.no_grad()
+def test_unit_queries_in_half_precision_are_the_rounded_ones():
+    from kairos.models.gated_delta_net import l2_normalise
+
+    x = torch.randn(1, 300, 4, 256).to(HALF)
+    expected = l2_normalise(x, 1 / 16)
+    assert largest(l2_normalise(x.cuda(), 1 / 16).to(HALF), expected.to(HALF)) <= 2**-7 * expected.max()
+
+
+def test_positions_turn_as_on_a_cpu_with_their_gradients():
+    from kairos.ops.rotary import apply_rotary, rotary_table
+
+    x, weights, found = torch.randn(2, 60, 3, 64), torch.randn(2, 60, 3, 64), []
+    for device in ("cpu", "cuda"):
+        leaf = x.to(device).requires_grad_()
+        out = apply_rotary(leaf, rotary_table(5, 3, 4, 64, device=torch.device(device)))
+        found.append((out, *torch.autograd.grad((out * weights.to(device)).sum(), leaf)))
+    for mine, expected in zip(found[1], found[0], strict=True):
+        assert largest(mine, expected) < 1e-5
+
+
 SMALL = {
     "hidden_size": 128,
     "num_attention_heads": 2,

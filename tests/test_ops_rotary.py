@@ -36,3 +36,17 @@ def test_a_table_that_begins_later_is_the_tail_of_a_longer_one():
     tail = rotary_table(4, 2, 3, 24, first_frame=5)
     for longer, shorter in zip(whole, tail, strict=True):
         assert torch.equal(longer[5 * 6 :], shorter)
+
+
+def test_compilers_are_given_the_same_rotation_and_gradient_in_real_numbers(monkeypatch):
+    table = rotary_table(3, 2, 2, 24)
+    x, weights = torch.randn(2, 12, 5, 24, requires_grad=True), torch.randn(2, 12, 5, 24)
+    found = []
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+        out = apply_rotary(x, table)
+        found.append((out, *torch.autograd.grad((out * weights).sum(), x)))
+    for complex_numbers, real_numbers in zip(*found, strict=True):
+        torch.testing.assert_close(real_numbers, complex_numbers, atol=1e-6, rtol=0)
+    half = torch.randn(2, 12, 5, 24).bfloat16()
+    assert torch.equal(apply_rotary(half, table), apply_rotary(half.float(), table))

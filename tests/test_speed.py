@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_transformer import CAUSAL, random_inputs, random_model, velocity
 
 from kairos import UserError
 from kairos.cli import main
 from kairos.errors import MachineError
-from kairos.models import compiled, tiles
+from kairos.models import compiled, gated_delta_net, tiles
 from kairos.models.compiled import check_compiler, compile_blocks
-from kairos.models.gated_delta_net import short_conv
+from kairos.models.gated_delta_net import l2_normalise, shifted_conv, short_conv
+from kairos.models.norm import RMSNorm
 from kairos.models.step_cache import StepCache
 from kairos.models.transformer import PromptMemory
 from kairos.presets import load_pipeline
@@ -82,6 +84,57 @@ def test_the_short_convolution_on_a_cpu_equals_torchs(tokens, with_past):
     assert found.is_contiguous()
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
     assert torch.equal(kept, expected_kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_short_convolution_for_compilers_equals_torchs_with_its_gradients(dtype):
+    inputs = [torch.randn(2, 12, 8).to(dtype), torch.randn(8, 1, 4).to(dtype)]
+    weights = torch.randn(2, 9, 8)
+
+    def plain(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.silu(F.conv1d(x.mT, weight, groups=len(weight))).mT
+
+    def results(function: Any, of: torch.dtype) -> tuple[torch.Tensor, ...]:
+        leaves = [x.to(of).requires_grad_() for x in inputs]
+        out = function(*leaves)
+        return out, *torch.autograd.grad((out * weights).sum(), leaves)
+
+    truth = results(plain, torch.float64)
+    own, found = results(plain, dtype), results(shifted_conv, dtype)
+    for mine, theirs, expected in zip(found, own, truth, strict=True):
+        assert mine.dtype == dtype
+        assert (mine - expected).norm() <= (theirs - expected).norm() + 1e-6 * expected.norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dim", [16, 32, 256])
+def test_unit_keys_from_a_norms_kernel_are_the_rounded_ones(monkeypatch, dim):
+    x = torch.randn(2, 9, 3, dim).bfloat16()
+    expected = l2_normalise(x, dim**-0.5)
+    monkeypatch.setattr(gated_delta_net, "fused_by_fla", lambda *_: True)
+    found = l2_normalise(x, dim**-0.5)
+    assert expected.dtype == torch.float32 and found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, atol=0, rtol=2**-7)  # of two roundings
+    if dim != 32:  # the length is a power of two, so there is one
+        torch.testing.assert_close(found.float(), expected, atol=0, rtol=2**-8)
+
+
+@torch.no_grad()
+def test_a_norm_is_rounded_once_to_the_dtype_it_is_asked_for_and_gated_before():
+    norm = RMSNorm(48, 1e-6)
+    norm.weight.uniform_(0.5, 1.5)
+    x, gate = torch.randn(2, 2, 9, 48).bfloat16()
+    assert torch.equal(norm(x, torch.bfloat16), norm(x).bfloat16())
+    assert torch.equal(norm(x, torch.bfloat16, gate), (norm(x) * F.silu(gate)).bfloat16())
+
+
+def test_the_channels_of_a_token_lie_side_by_side_in_every_block():
+    """A video's latents come channel by channel; a norm would put them in line anew each time."""
+    model, seen = random_model(), []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].is_contiguous()))
+    velocity(model, *random_inputs())
+    assert seen == [True] * len(model.blocks)
 
 
 def test_compiled_blocks_give_the_same_velocity_at_every_length():

@@ -121,11 +121,11 @@ class CrossAttention(nn.Module):
         if not isinstance(text, Tensor):
             return text
         v = self.v(text).unflatten(-1, (self.heads, -1))
-        return self.norm_k(self.k(text)).to(v.dtype).unflatten(-1, (self.heads, -1)), v
+        return self.norm_k(self.k(text), v.dtype).unflatten(-1, (self.heads, -1)), v
 
     def forward(self, x: Tensor, prompt: KeysValues, mask: Tensor | None = None) -> Tensor:
         """Look x (B, N, dim) up in a prompt's keys and values; mask (B, 1, 1, T): true where one is real."""
         k, v = prompt
-        q = self.norm_q(self.q(x)).to(v.dtype).unflatten(-1, (self.heads, -1))
+        q = self.norm_q(self.q(x), v.dtype).unflatten(-1, (self.heads, -1))
         out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
         return self.o(out.transpose(1, 2).flatten(2))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kairos.models.norm import RMSNorm
 from kairos.models.tiles import Tiles
-from kairos.ops.gated_delta import gated_delta_rule
+from kairos.ops.gated_delta import fused_by_fla, gated_delta_rule
 
 PRECISE = ("A_log", "dt_bias", "a_proj", "b_proj")
 """Parameters of the gates: float32 in a model of half precision too, since errors in a decay multiply."""
@@ -97,8 +97,7 @@ class GatedDeltaNet(nn.Module):
         )
         out, kept = self.mix(projections, g, beta, past)
         gate = self.g_proj(x).unflatten(-1, (self.heads, -1))
-        out = (self.o_norm(out) * F.silu(gate)).to(out.dtype)
-        return self.o_proj(out.flatten(2)), kept
+        return self.o_proj(self.o_norm(out, out.dtype, gate).flatten(2)), kept
 
     def mix(
         self, projections: Projections, g: Tensor, beta: Tensor, past: DeltaState | None
@@ -125,7 +124,7 @@ class GatedDeltaNet(nn.Module):
             )
         )
         with torch.autocast(q[0].device.type, enabled=False):
-            convolved = l2_normalise(q[0]) * self.head_dim**-0.5, l2_normalise(k[0]), v[0]
+            convolved = l2_normalise(q[0], self.head_dim**-0.5), l2_normalise(k[0]), v[0]
         return convolved, (q[1], k[1], v[1])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -159,13 +158,40 @@ def short_conv(
             out[:, lag:].addcmul_(x[:, :-lag], taps[-1 - lag])
             out[:, :lag].addcmul_(before[:, size - 1 - lag :][:, :count], taps[-1 - lag])
         out = F.silu(out, inplace=True)
+    elif x.is_cuda and torch.compiler.is_compiling():
+        out = shifted_conv(torch.cat((before, x), dim=1), weight)
+    elif fused_by_fla(x, weight):
+        from fla.modules.convolution import causal_conv1d
+
+        state = None if past is None else F.pad(past.to(x.dtype), (1, 0))  # it keeps one input more
+        out, _ = causal_conv1d(x, weight[:, 0], initial_state=state, activation="silu")
     else:
         out = F.silu(F.conv1d(torch.cat((before, x), dim=1).mT, weight, groups=len(weight))).mT
     kept = torch.cat((before, x[:, 1 - size :]), dim=1)[:, 1 - size :]
     return out.unflatten(-1, (-1, head_dim)), kept.mT
 
 
-def l2_normalise(x: Tensor) -> Tensor:
-    """x of length 1 along its last axis, in float32: x * rsqrt(sum x^2 + 1e-6)."""
+def shifted_conv(x: Tensor, weight: Tensor) -> Tensor:
+    """SiLU of the depthwise convolution of x (B, N + kernel - 1, C), as a sum of x shifted: products in
+    float32 that a compiler makes one pass of, where its convolution would want the channels first."""
+    size = weight.shape[-1]
+    count, dtype = x.shape[1] - size + 1, x.dtype
+    x, taps = x.float(), weight[:, 0].float()
+    out = x[:, :count] * taps[:, 0]
+    for lag in range(1, size):
+        out = out + x[:, lag : lag + count] * taps[:, lag]
+    return F.silu(out).to(dtype)
+
+
+def l2_normalise(x: Tensor, length: float = 1.0) -> Tensor:
+    """x of this length along its last axis, in float32: length * x * rsqrt(sum x^2 + 1e-6).
+
+    In x's own dtype where fla's rule takes it, which wants no other: there it is a norm's one pass.
+    """
+    if fused_by_fla(x):
+        dim = x.shape[-1]
+        weight = x.new_full((dim,), length * dim**-0.5)
+        return F.rms_norm(x, (dim,), weight, 1e-6 / dim)
     x = x.float()
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+    x = x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+    return x if length == 1 else x * length

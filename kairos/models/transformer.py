@@ -180,7 +180,8 @@ class KairosTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if mask is not None:
             # On a GPU the question would wait for all that it has to do.
             mask = None if mask.device.type == "cpu" and mask.all() else mask.bool()[:, None, None, :]
-        x = rearrange(self.patch_embedding(hidden_states), "b d f h w -> b (f h w) d")
+        # In line, or every sum to come keeps a token's channels apart, and every norm puts them together.
+        x = rearrange(self.patch_embedding(hidden_states), "b d f h w -> b (f h w) d").contiguous()
 
         assert step_cache is None or not return_state
         layers, remembered = [], list[KeysValues]()

@@ -61,8 +61,8 @@ def gated_delta_rule(
             f"backend of the gated delta rule must be one of {', '.join(BACKENDS)}, got {backend!r}"
         )
     if backend == "auto":
-        inputs = (q, k, v, g, beta) if initial_state is None else (q, k, v, g, beta, initial_state)
-        backend = "fla" if _fla_will_do(*inputs) else "chunked"
+        others = (q, k, g, beta) if initial_state is None else (q, k, g, beta, initial_state)
+        backend = "fla" if _fla_will_do(v, *others) else "chunked"
     say_once(logger, f"gated delta rule on {q.device.type}: {backend}")
     if backend == "fla":
         return _fla(q, k, v, g, beta, initial_state)
@@ -170,16 +170,21 @@ def _fla(
     return out, state
 
 
-def _fla_will_do(*inputs: Tensor) -> bool:
-    """Whether the kernel runs for these and keeps their precision.
+def fused_by_fla(x: Tensor, *others: Tensor) -> bool:
+    """Whether its kernels are taken for what goes into the rule and comes out of it: each is one pass over
+    memory, where torch makes several. A compiler makes one of torch's by itself."""
+    return not torch.compiler.is_compiling() and _fla_will_do(x, *others)
+
+
+def _fla_will_do(x: Tensor, *others: Tensor) -> bool:
+    """Whether its kernels run for x, with these beside it, and keep its precision.
 
     In inference only: its backward (fla-core 0.6) refuses to run on Hopper with Triton before 3.7.1. And not
     in float32, whose products it makes in TF32.
     """
-    q, _, v, *_ = inputs
-    trained = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    half = v.dtype in (torch.float16, torch.bfloat16)
-    return q.is_cuda and half and not trained and _fla_is_installed()
+    trained = torch.is_grad_enabled() and any(each.requires_grad for each in (x, *others))
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    return x.is_cuda and half and not trained and _fla_is_installed()
 
 
 @cache

@@ -287,27 +287,32 @@ def _merged(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """FlashAttention-2 with a window of tokens, phase by phase; for queries that are one chunk."""
-    q, k, v = (rearrange(x, "b (f l) h d -> b f l h d", l=layout.tokens) for x in (q, k, v))
     reach = layout.window * layout.tokens
-    # It lines the two ends up, so the queries get frames behind their last where the keys are padded.
-    missing = k.shape[1] - layout.first - layout.frames
-    q = F.pad(q, (0, 0, 0, 0, 0, 0, 0, missing))
+    if layout.dilation == 1:
+        return _flash_sequence(q, k, v, reach, reach)
+    q, k, v = (rearrange(x, "b (f l) h d -> b f l h d", l=layout.tokens) for x in (q, k, v))
     out = torch.empty_like(q)
     for phase in range(min(layout.dilation, k.shape[1])):
         past = len(range(phase, layout.first, layout.dilation))
         mine = slice(phase + past * layout.dilation - layout.first, None, layout.dilation)
-        queries, keys, values = (
-            x.flatten(1, 2).contiguous()
-            for x in (q[:, mine], k[:, phase :: layout.dilation], v[:, phase :: layout.dilation])
-        )
+        every = slice(phase, None, layout.dilation)
+        queries, keys, values = (x.flatten(1, 2) for x in (q[:, mine], k[:, every], v[:, every]))
         if queries.shape[1]:
-            made = torch.ops.aten._flash_attention_forward(
-                *(queries, keys, values, None, None, queries.shape[1], keys.shape[1], 0.0, False, False),
-                window_size_left=reach,
-                window_size_right=reach,
-            )[0]
+            # It lines the two ends up; keys that are padded end later, and so each window begins earlier.
+            padded = keys.shape[1] - past * layout.tokens - queries.shape[1]
+            made = _flash_sequence(queries, keys, values, reach + padded, reach - padded)
             out[:, mine] = made.unflatten(1, (-1, layout.tokens))
-    return out[:, : layout.frames].flatten(1, 2)
+    return out.flatten(1, 2)
+
+
+def _flash_sequence(q: Tensor, k: Tensor, v: Tensor, left: int, right: int) -> Tensor:
+    """Attention of queries and keys (B, N, H, D) whose ends are lined up: a query sees the key at its own
+    place, `left` keys before it and `right` behind."""
+    return torch.ops.aten._flash_attention_forward(
+        *(q, k, v, None, None, q.shape[1], k.shape[1], 0.0, False, False),
+        window_size_left=left,
+        window_size_right=right,
+    )[0]
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
