@@ -314,7 +314,7 @@ def encoders_of_base(base: str) -> tuple[Path, Path, str]:
 
 
 def vae_dtype() -> Any:
-    """bfloat16 where it is the quicker one; else float32, in which outlines tremble less."""
+    """bfloat16 where it is the quicker one; else float32, which is more exact as well."""
     import torch
 
     from kairos.models.vae import quickest_dtype
