@@ -82,6 +82,9 @@ def test_an_anchor_holds_the_latents_and_their_normalisation(tmp_path):
     ("changes", "message"),
     [
         ({"steps": 0}, "steps of a stage of the VAE must be at least 1, got 0"),
+        ({"num_frames": 6}, r"num_frames of a stage of the VAE must be 4n \+ 1, at most 33, got 6"),
+        ({"num_frames": 37}, r"num_frames of a stage of the VAE must be 4n \+ 1, at most 33, got 37"),
+        ({"scenes": 1.5}, "scenes of a stage of the VAE must be from 0 to 1, got 1.5"),
         ({"noise": -0.1}, "noise of a stage of the VAE must be at least 0, got -0.1"),
         ({"roots": True, "num_frames": 1}, "roots of a stage of the VAE needs clips of more than one frame"),
         ({"anchor": 0.2, "decoder_only": True}, "anchor holds the encoder, which decoder_only leaves"),

@@ -271,16 +271,21 @@ def clip_sets(recipe: Recipe, stage: Stage, encoders: Encoders) -> list[ClipSet]
 
 def load_encoders(recipe: Recipe) -> Encoders:
     """VAE and text encoder: the recipe's own, or those of its base."""
-    from kairos.conditioning import load_text_encoder
+    from kairos.conditioning import TEMPLATES, load_text_encoder
     from kairos.training.cache import Encoders
     from kairos.weights import load_vae_file
 
-    if recipe.base:
+    if not recipe.vae or recipe.conditioner is None:
         vae_file, text_folder, template = encoders_of_base(recipe.base)
     if recipe.vae:
         vae_file = made_before(recipe, "vae")
     if recipe.conditioner is not None:
         text_folder, template = made_before(recipe, "conditioner"), "tiny"
+    if TEMPLATES[template].image_in_prompt:
+        raise UserError(
+            f"the prompts of {recipe.base} hold pictures (template {template}), which training "
+            "does not cache; choose a base whose template is words alone"
+        )
     encoder, tokenizer, _ = load_text_encoder(text_folder, dtype=encoder_dtype(text_folder))
     return Encoders(load_vae_file(vae_file, dtype=vae_dtype()), encoder, tokenizer, template)
 
@@ -295,22 +300,13 @@ def made_before(recipe: Recipe, part: str) -> Path:
 def encoders_of_base(base: str) -> tuple[Path, Path, str]:
     """Where a model's VAE and text encoder lie, and the template of its prompts."""
     from kairos import presets
-    from kairos.conditioning import TEMPLATES
 
     preset, folder = presets.locate(base)
     if preset is not None and preset.kind == "released":
         files = presets.local_files(preset, folder)
-        vae_file, text_folder, template = files["vae"], files["text_encoder"], preset.template
-    else:
-        assert folder is not None
-        vae_file = text_folder = folder
-        template = str(presets.read_json(folder / "model_index.json").get("prompt_template"))
-    if TEMPLATES[template].image_in_prompt:
-        raise UserError(
-            f"the prompts of {base} hold pictures (template {template}), which training "
-            "does not cache; choose a base whose template is words alone"
-        )
-    return vae_file, text_folder, template
+        return files["vae"], files["text_encoder"], preset.template
+    assert folder is not None
+    return folder, folder, str(presets.read_json(folder / "model_index.json").get("prompt_template"))
 
 
 def vae_dtype() -> Any:

@@ -34,6 +34,9 @@ PALETTE = np.array(list(COLORS.values()), dtype=np.float32)
 STANDING, MOVING = 1e-3, 3e-4
 """Errors of a frame, and of its change, that are as small as can be asked of `roots`."""
 
+LONGEST = 33
+"""Frames of a physics clip, of which a stage's clips are cut."""
+
 MEASURED_CLIPS = 24
 """Clips over which the latents' mean and standard deviation are taken."""
 
@@ -71,6 +74,12 @@ class VAEStage:
         for name in ("placement", "noise", "anchor"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} of a stage of the VAE must be at least 0, got {getattr(self, name)}")
+        if self.num_frames % 4 != 1 or self.num_frames > LONGEST:
+            raise UserError(
+                f"num_frames of a stage of the VAE must be 4n + 1, at most {LONGEST}, got {self.num_frames}"
+            )
+        if not 0 <= self.scenes <= 1:
+            raise UserError(f"scenes of a stage of the VAE must be from 0 to 1, got {self.scenes}")
         if self.roots and self.num_frames == 1:
             raise UserError("roots of a stage of the VAE needs clips of more than one frame")
         if self.anchor and self.decoder_only:
@@ -128,7 +137,8 @@ def draw_clip(rng: np.random.Generator, stage: VAEStage, scenes: tuple[str, ...]
     if rng.random() >= stage.scenes:
         return draw_shapes(rng, 1, stage.num_frames)[0]
     scene = scenes[rng.integers(len(scenes))]
-    frames = simulate(scene, split="train", seed=1, index=int(rng.integers(1 << 30))).frames
+    index = int(rng.integers(1 << 30))
+    frames = simulate(scene, split="train", seed=1, index=index, num_frames=LONGEST).frames
     start = rng.integers(len(frames) - stage.num_frames + 1)
     return frames[start : start + stage.num_frames]
 
