@@ -138,6 +138,7 @@ def take_stock(pipeline_module: Any) -> None:
     from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
     from kairos.models import attention, gated_delta_net, tiles
+    from kairos.models import vae as video_vae
     from kairos.ops import rotary
     from kairos.ops import windowed_attention as windows
 
@@ -177,6 +178,7 @@ def take_stock(pipeline_module: Any) -> None:
 
     assert rotary.apply_rotary is attention.apply_rotary
     pipeline_module.quicken = lambda vae: vae
+    video_vae._decode_whole = lambda vae, latents: vae.decode(latents).sample
     pipeline_module.PromptMemory = Forgets
     attention.apply_rotary = apply_rotary
     gated_delta_net.gated_delta_rule = gated_delta_rule

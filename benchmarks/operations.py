@@ -56,13 +56,17 @@ def windowed() -> Pair:
 
 
 def vae() -> Pair:
+    from kairos.models.vae import decode_next
     from kairos.models.vae_layers import quicken
     from kairos.training.vae import build_vae
 
     stock = build_vae(16).eval()
     quick = quicken(copy.deepcopy(stock))
     latents = torch.randn(1, 16, 9, 16, 16)
-    return lambda: quick.decode(latents).sample, lambda: stock.decode(latents).sample
+    return (
+        lambda: decode_next(quick, quick.post_quant_conv(latents), None)[0].clamp(-1, 1),
+        lambda: stock.decode(latents).sample,
+    )
 
 
 OPERATIONS: dict[str, Callable[[], Pair]] = {"gated-delta": gated_delta, "windowed": windowed, "vae": vae}

@@ -11,8 +11,14 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file
 
 from kairos import UserError
-from kairos.models.vae import decode, encode, quickest_dtype
-from kairos.models.vae_layers import OneDNNCausalConv3d, channels_last, quicken
+from kairos.models.vae import decode, encode, normalisation, quickest_dtype
+from kairos.models.vae_layers import (
+    OneDNNCausalConv3d,
+    UpsamplingConv2d,
+    channels_last,
+    onednn_takes,
+    quicken,
+)
 from kairos.weights import load_vae_file
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -53,12 +59,44 @@ def test_latents_are_normalised_with_the_mean_and_deviation_of_the_configuration
 def test_the_quicker_layers_give_the_frames_and_latents_of_the_stock_ones(vae, cases):
     quick = quicken(copy.deepcopy(vae))
     assert list(quick.state_dict()) == list(vae.state_dict())
-    assert any(isinstance(module, OneDNNCausalConv3d) for module in quick.modules())
-    video = torch.rand(1, 3, 9, 32, 16) * 2 - 1
-    with torch.no_grad():
-        latents = encode(vae, video)
-        torch.testing.assert_close(encode(quick, video), latents, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(decode(quick, latents), decode(vae, latents), atol=1e-4, rtol=1e-4)
+    for quicker in (OneDNNCausalConv3d, UpsamplingConv2d):
+        assert any(isinstance(module, quicker) for module in quick.modules())
+    video = torch.rand(1, 3, 21, 32, 40) * 2 - 1
+    latents = encode(vae, video)
+    torch.testing.assert_close(latents, stock_latents(vae, video), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(encode(quick, video), latents, atol=1e-4, rtol=1e-4)
+    mean, std = normalisation(vae, latents)
+    frames = vae.decode(latents * std + mean).sample
+    for one in (vae, quick):
+        torch.testing.assert_close(decode(one, latents), frames, atol=1e-5, rtol=1e-5)
+
+
+def stock_latents(vae, video):
+    mean, std = normalisation(vae, video)
+    return (vae.encode(video).latent_dist.mode() - mean) / std
+
+
+def test_gradients_through_the_quicker_layers_are_those_through_the_stock_ones(vae, cases):
+    quick = quicken(copy.deepcopy(vae)).train()
+    gradients = []
+    for one in (vae, quick):
+        latents = cases["latents"][:, :, :2].clone().requires_grad_()
+        (decode(one, latents) * torch.linspace(-1, 1, 3)[:, None, None, None]).square().sum().backward()
+        gradients.append([latents.grad, *(p.grad for p in one.decoder.parameters())])
+        one.zero_grad(set_to_none=True)
+    for stock, ours in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, stock, atol=1e-3 * stock.abs().max().item(), rtol=1e-3)
+
+
+@torch.no_grad()
+def test_small_frames_go_together_and_large_ones_one_by_one(monkeypatch, vae, cases):
+    frames = []
+    kept = vae.decoder.register_forward_pre_hook(lambda module, args: frames.append(args[0].shape[2]))
+    decode(vae, cases["latents"][:, :, [0, 1, 2, 3, 3, 3, 3]])  # 6 x 8
+    large = torch.zeros(1, 16, 3, 16, 17)
+    decode(vae, large)
+    kept.remove()
+    assert frames == [1, 5, 1, 1, 1, 1]
 
 
 @torch.no_grad()
@@ -69,6 +107,22 @@ def test_channels_last_in_bfloat16_gives_nearly_the_frames_of_float32(vae, cases
     frames = decode(low, latents.bfloat16())
     assert frames.dtype == torch.bfloat16
     assert (frames.float() - cases["decoded"]).abs().mean() < 0.02
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("old", [False, True])
+def test_what_the_processor_has_no_convolutions_for_goes_the_stock_way(monkeypatch, cases, vae, dtype, old):
+    onednn_takes.cache_clear()
+    if old:
+        for name in ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"):
+            monkeypatch.setattr(torch.ops.mkldnn, name, lambda: False)
+    quick = quicken(copy.deepcopy(vae)).to(dtype)
+    made = encode(quick, cases["video"].to(dtype)), decode(quick, cases["latents"].to(dtype))
+    onednn_takes.cache_clear()
+    for ours, exact in zip(made, (cases["latents"], cases["decoded"]), strict=True):
+        assert ours.dtype == dtype
+        assert (ours.double() - exact).abs().mean() < 0.02
 
 
 @pytest.mark.parametrize(

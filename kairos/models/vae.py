@@ -6,15 +6,20 @@ Eight pixels along height and width become one latent. Wan Team, arXiv 2503.2031
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKLWan
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
 from kairos.errors import UserError
-from kairos.models.vae_tiles import TILE, decode_in_tiles, encode_in_tiles
+from kairos.models.vae_tiles import TILE, Memory, decode_in_tiles, encode_in_tiles, no_memory
 
 SPATIAL, TEMPORAL = 8, 4
 """Pixels a latent, along height and width and along time."""
+AT_ONCE = 256
+"""Latents of a clip that go through the VAE together: a frame of them, or several small ones."""
 
 
 def encode(vae: AutoencoderKLWan, video: Tensor, *, tiled: bool = False) -> Tensor:
@@ -36,7 +41,7 @@ def encode(vae: AutoencoderKLWan, video: Tensor, *, tiled: bool = False) -> Tens
     if tiled and _can_be_tiled(vae, max(video.shape[-2:]) // SPATIAL):
         mode = encode_in_tiles(vae, video)
     else:
-        mode = vae.encode(video).latent_dist.mode()
+        mode = _encode_whole(vae, video)
     mean, std = normalisation(vae, mode)
     return ((mode.float() - mean) / std).to(video.dtype)
 
@@ -64,8 +69,42 @@ def decode(vae: AutoencoderKLWan, latents: Tensor, *, tiled: bool = False) -> Te
     if tiled and _can_be_tiled(vae, max(latents.shape[-2:])):
         video = decode_in_tiles(vae, scaled)
     else:
-        video = vae.decode(scaled).sample
+        video = _decode_whole(vae, scaled)
     return video.clamp(-1, 1)
+
+
+def decode_next(vae: AutoencoderKLWan, latents: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
+    """The frames (B, 3, F, H, W) of the latents (B, 16, f, h, w) that come next, before they are clamped, and
+    the decoder's memory after them. The latents are the VAE's own, not normalised; without a memory they are
+    the first.
+
+    Small ones go several frames at a time, since a call costs what it costs.
+    """
+    decoder: Any = vae.decoder
+    parts = latents.split(max(1, AT_ONCE // latents[0, 0, 0].numel()), dim=2)
+    if memory is None:  # the first frame is one by itself
+        memory = no_memory(decoder)
+        parts = latents[:, :, :1], *latents[:, :, 1:].split(parts[0].shape[2], dim=2)
+    memory = list(memory)
+    frames = [decoder(part, feat_cache=memory, feat_idx=[0]) for part in parts if part.shape[2]]
+    return torch.cat(frames, dim=2), memory
+
+
+@apply_forward_hook
+def _decode_whole(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """As `vae.decode(latents).sample`."""
+    return decode_next(vae, vae.post_quant_conv(latents), None)[0]
+
+
+@apply_forward_hook
+def _encode_whole(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
+    """As `vae.encode(video).latent_dist.mode()`."""
+    encoder: Any = vae.encoder
+    memory = no_memory(encoder)
+    at_once = TEMPORAL * max(1, AT_ONCE * SPATIAL**2 // video[0, 0, 0].numel())
+    parts = video[:, :, :1], *video[:, :, 1:].split(at_once, dim=2)
+    maps = [encoder(part, feat_cache=memory, feat_idx=[0]) for part in parts if part.shape[2]]
+    return vae.quant_conv(torch.cat(maps, dim=2)).chunk(2, dim=1)[0]
 
 
 def quickest_dtype(device: torch.device | str) -> torch.dtype | None:

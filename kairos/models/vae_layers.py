@@ -1,16 +1,37 @@
 """Quicker layers for the WAN2.1 VAE of diffusers: the same weights, names and arithmetic.
 
 At batch 1 torch takes its slow 3D convolution on a CPU, which first copies every window of its input out;
-oneDNN's reads them where they are. And the norm needs one pass over its channels, not four.
+oneDNN's reads them where they are. The norm needs one pass over its channels, not four. And a CPU need not
+compute anew what doubled pixels have in common, nor channels that are there only to fill a register.
 """
 
 from __future__ import annotations
 
+from functools import cache
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm
-from torch import Tensor
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    WanCausalConv3d,
+    WanResample,
+    WanRMS_norm,
+    WanUpsample,
+)
+from torch import Tensor, nn
+
+
+@cache
+def onednn_takes(dtype: torch.dtype) -> bool:
+    """Whether this machine's oneDNN has convolutions of a dtype: of half precision with AVX-512 or newer."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return dtype == torch.float32
 
 
 class OneDNNCausalConv3d(WanCausalConv3d):
@@ -18,7 +39,7 @@ class OneDNNCausalConv3d(WanCausalConv3d):
 
     def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
         """x (B, C, F, H, W); `cache_x` holds the frames before it. Returns (B, C', F', H', W')."""
-        if x.device.type != "cpu" or torch.is_grad_enabled() or not torch.backends.mkldnn.is_available():
+        if x.device.type != "cpu" or torch.is_grad_enabled() or not onednn_takes(x.dtype):
             return super().forward(x, cache_x)
         side, _, top, _, past, _ = self._padding
         if cache_x is not None and past:
@@ -28,9 +49,43 @@ class OneDNNCausalConv3d(WanCausalConv3d):
             x = F.pad(x, (0, 0, 0, 0, past, 0))
         if x.dtype == torch.bfloat16:  # units for matrix products want the channels of a pixel side by side
             x = x.contiguous(memory_format=torch.channels_last_3d)
+        elif self.out_channels < 8 and self.kernel_size[0] == 3:  # a register would be mostly empty
+            return self._by_taps(x, (0, top, side))
         return torch.ops.aten.mkldnn_convolution(
             x, self.weight, self.bias, (0, top, side), self.stride, self.dilation, self.groups
         )
+
+    def _by_taps(self, x: Tensor, padding: tuple[int, int, int]) -> Tensor:
+        """Each of the three taps in time gives channels of its own, of one convolution, which are summed."""
+        taps = self.weight.transpose(0, 2).transpose(1, 2).flatten(0, 1)[:, :, None]
+        y = torch.ops.aten.mkldnn_convolution(x, taps, None, padding, (1, 1, 1), (1, 1, 1), 1)
+        first, second, third = y.unflatten(1, (3, -1)).unbind(1)
+        out = first[:, :, :-2] + second[:, :, 1:-1]
+        return out.add_(third[:, :, 2:]).add_(cast(Tensor, self.bias)[:, None, None, None])
+
+
+_AXIS = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.float32, device="cpu")
+SUMMED = torch.kron(_AXIS, _AXIS)
+"""Which of a convolution's 3 x 3 taps make each of the 4 x 4; and which of three make each of four."""
+
+
+class UpsamplingConv2d(nn.Sequential):
+    """A picture's pixels doubled, then a convolution of 3 x 3: the two layers inside, as one where a CPU runs
+    them.
+
+    The convolution sees each pixel four times over. Its taps summed where they fall on the same one are a
+    transposed convolution of the small picture, of 4 of the 9 products for each new pixel.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C', 2 H, 2 W)."""
+        conv = cast(nn.Conv2d, self[1])
+        float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        alone = conv.padding == (1, 1)  # where frames are split into strips, neighbours pad it
+        if x.device.type != "cpu" or not float32 or not alone:
+            return super().forward(x)
+        taps = (conv.weight.flatten(2) @ SUMMED.T).unflatten(2, (4, 4)).transpose(0, 1)
+        return F.conv_transpose2d(x, taps, conv.bias, stride=2, padding=1)
 
 
 class OnePassRMSNorm(WanRMS_norm):
@@ -39,7 +94,7 @@ class OnePassRMSNorm(WanRMS_norm):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, ...) over its channels."""
         inverse = torch.rsqrt(x.float().square().mean(1, keepdim=True) + 1e-12).to(x.dtype)
-        return x * inverse * self.gamma.to(x.dtype)
+        return (x * inverse).mul_(self.gamma.to(x.dtype))
 
 
 def quicken(vae: AutoencoderKLWan) -> AutoencoderKLWan:
@@ -49,6 +104,10 @@ def quicken(vae: AutoencoderKLWan) -> AutoencoderKLWan:
             module.__class__ = OnePassRMSNorm
         elif type(module) is WanCausalConv3d:
             module.__class__ = OneDNNCausalConv3d
+        elif type(module) is WanResample and isinstance(next(module.resample.children(), None), WanUpsample):
+            module.resample.__class__ = UpsamplingConv2d
+        elif isinstance(module, nn.SiLU):  # behind a norm, whose output nobody else has
+            module.inplace = True
     return vae
 
 

@@ -28,7 +28,7 @@ Memory = list[Any]
 def decode_in_tiles(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     """As `vae.decode(latents).sample`: (B, C, f, h, w) -> (B, 3, 4 (f - 1) + 1, 8 h, 8 w)."""
     decoder = vae.decoder
-    memory, steps = _memory_of(decoder), 0
+    memory, steps = no_memory(decoder), 0
     levels = list(decoder.up_blocks)
     maps = []
     for frame in vae.post_quant_conv(latents).split(1, dim=2):
@@ -42,7 +42,7 @@ def decode_in_tiles(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     halo = -(-reach // (2 ** (len(levels) - 2)))  # pixels -> these maps
 
     def tail(tile: slice, columns: slice) -> Iterator[Tensor]:
-        memory = _memory_of(decoder)
+        memory = no_memory(decoder)
         for source in maps:
             counter = [steps]
             x = source[..., tile, columns]
@@ -69,7 +69,7 @@ def encode_in_tiles(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
 
     def front(rows: slice, columns: slice) -> Iterator[Tensor]:
         nonlocal steps
-        memory = _memory_of(encoder)
+        memory = no_memory(encoder)
         for chunk in chunks:
             counter = [0]
             x = _convolve(encoder.conv_in, chunk[..., rows, columns], memory, counter)
@@ -79,7 +79,7 @@ def encode_in_tiles(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
             yield x
 
     maps = _assembled(video.shape[-2:], TILE * grain, halo, front)
-    memory, out = _memory_of(encoder), []
+    memory, out = no_memory(encoder), []
     lengths = [1] + [(maps.shape[2] - 1) // max(len(chunks) - 1, 1)] * (len(chunks) - 1)
     for x in maps.split(lengths, dim=2):
         counter = [steps]
@@ -149,7 +149,8 @@ def _reach(layers: Sequence[nn.Module], *, up: bool) -> int:
     return reach
 
 
-def _memory_of(module: nn.Module) -> Memory:
+def no_memory(module: nn.Module) -> Memory:
+    """The memory of an encoder or a decoder before its first frame."""
     return [None] * sum(isinstance(layer, WanCausalConv3d) for layer in module.modules())
 
 

@@ -1,4 +1,5 @@
-"""Decodes latents as they come, in the memory of one latent frame, to the frames of decoding them at once.
+"""Decodes latents as they come, in the memory of one latent frame or a few small ones, to the
+frames of decoding them at once.
 
 The WAN2.1 VAE is causal in time: each of its convolutions needs its own last two inputs and nothing else of
 the past. diffusers' decoder takes them as a list and replaces them; here the list outlives the call.
@@ -6,14 +7,13 @@ the past. diffusers' decoder takes them as a list and replaces them; here the li
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from torch import Tensor
 
-from kairos.models.vae import normalisation
+from kairos.models.vae import decode_next, normalisation
 
 Feature = Tensor | Literal["Rep"] | None
 """A convolution's last inputs; "Rep" where an upsampling saw one latent frame; None where nothing is kept."""
@@ -39,15 +39,7 @@ class StreamingVAEDecoder:
         """
         mean, std = normalisation(self.vae, latents)
         scaled = self.vae.post_quant_conv((latents.float() * std + mean).to(self.vae.dtype))
-        return torch.cat([self._decode_frame(frame) for frame in scaled.split(1, dim=2)], dim=2).clamp(-1, 1)
-
-    def _decode_frame(self, frame: Tensor) -> Tensor:
-        decoder: Any = self.vae.decoder
-        first = not self.features
-        convolutions = sum(isinstance(module, WanCausalConv3d) for module in decoder.modules())
-        features: list[Any] = [None] * convolutions
-        if not first:
-            features = [f.to(frame.dtype) if isinstance(f, Tensor) else f for f in self.features]
-        video = decoder(frame, feat_cache=features, feat_idx=[0], first_chunk=first)
-        self.features = tuple(f.contiguous() if isinstance(f, Tensor) else f for f in features)
-        return video
+        kept = [f.to(scaled.dtype) if isinstance(f, Tensor) else f for f in self.features]
+        video, after = decode_next(self.vae, scaled, kept or None)
+        self.features = tuple(f.contiguous() if isinstance(f, Tensor) else f for f in after)
+        return video.clamp(-1, 1)
