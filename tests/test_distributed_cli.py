@@ -170,7 +170,9 @@ def test_a_video_of_several_ranks_is_the_video_of_one(kairos: Any, model: Path, 
     assert (status, errors) == (0, "")
     assert said.count("split.mp4: 5 frames") == 1
     one, several = (read_video(name).astype(int) for name in ("one.mp4", "split.mp4"))
-    apart = abs(one - several)  # as coded: where a pixel is rounded the other way, a few are coded another way
+    apart = abs(
+        one - several
+    )  # as coded: where a pixel is rounded the other way, a few are coded another way
     assert (apart.mean() < 0.01, (apart > 4).mean() < 1e-3, apart.max() <= 16) == (True, True, True)
     one_says, several_say = (read_metadata(name) for name in ("one.mp4", "split.mp4"))
     assert several_say.pop("asked")

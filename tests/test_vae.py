@@ -16,7 +16,7 @@ from kairos.models.vae_layers import (
     OneDNNCausalConv3d,
     UpsamplingConv2d,
     channels_last,
-    onednn_takes,
+    computed_in,
     quicken,
 )
 from kairos.weights import load_vae_file
@@ -112,14 +112,14 @@ def test_channels_last_in_bfloat16_gives_nearly_the_frames_of_float32(vae, cases
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("old", [False, True])
-def test_what_the_processor_has_no_convolutions_for_goes_the_stock_way(monkeypatch, cases, vae, dtype, old):
-    onednn_takes.cache_clear()
+def test_other_precisions_run_with_and_without_convolutions_for_them(monkeypatch, cases, vae, dtype, old):
+    computed_in.cache_clear()
     if old:
         for name in ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"):
             monkeypatch.setattr(torch.ops.mkldnn, name, lambda: False)
     quick = quicken(copy.deepcopy(vae)).to(dtype)
     made = encode(quick, cases["video"].to(dtype)), decode(quick, cases["latents"].to(dtype))
-    onednn_takes.cache_clear()
+    computed_in.cache_clear()
     for ours, exact in zip(made, (cases["latents"], cases["decoded"]), strict=True):
         assert ours.dtype == dtype
         assert (ours.double() - exact).abs().mean() < 0.02

@@ -23,15 +23,16 @@ from torch import Tensor, nn
 
 
 @cache
-def onednn_takes(dtype: torch.dtype) -> bool:
-    """Whether this machine's oneDNN has convolutions of a dtype: of half precision with AVX-512 or newer."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if dtype == torch.float16:
-        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    return dtype == torch.float32
+def computed_in(dtype: torch.dtype) -> torch.dtype | None:
+    """In what this machine's oneDNN convolves x of a dtype: float32, where it knows no half precision (that
+    takes AVX-512 or newer; torch's own convolutions of it are tens of times slower). None: not at all."""
+    if not torch.backends.mkldnn.is_available() or dtype == torch.float64:
+        return None
+    half = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return dtype if dtype in half and half[dtype]() else torch.float32
 
 
 class OneDNNCausalConv3d(WanCausalConv3d):
@@ -39,7 +40,8 @@ class OneDNNCausalConv3d(WanCausalConv3d):
 
     def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
         """x (B, C, F, H, W); `cache_x` holds the frames before it. Returns (B, C', F', H', W')."""
-        if x.device.type != "cpu" or torch.is_grad_enabled() or not onednn_takes(x.dtype):
+        inside = computed_in(x.dtype)
+        if x.device.type != "cpu" or torch.is_grad_enabled() or inside is None:
             return super().forward(x, cache_x)
         side, _, top, _, past, _ = self._padding
         if cache_x is not None and past:
@@ -47,21 +49,20 @@ class OneDNNCausalConv3d(WanCausalConv3d):
             past -= cache_x.shape[2]
         if past:
             x = F.pad(x, (0, 0, 0, 0, past, 0))
-        if x.dtype == torch.bfloat16:  # units for matrix products want the channels of a pixel side by side
+        if inside == torch.bfloat16:  # units for matrix products want the channels of a pixel side by side
             x = x.contiguous(memory_format=torch.channels_last_3d)
-        elif self.out_channels < 8 and self.kernel_size[0] == 3:  # a register would be mostly empty
-            return self._by_taps(x, (0, top, side))
-        return torch.ops.aten.mkldnn_convolution(
-            x, self.weight, self.bias, (0, top, side), self.stride, self.dilation, self.groups
+        weight, bias = self.weight.to(inside), None if self.bias is None else self.bias.to(inside)
+        taps = self.out_channels < 8 and self.kernel_size[0] == 3 and inside == torch.float32
+        if taps:  # a register would be mostly empty: each tap in time gives channels of its own
+            weight, bias = weight.transpose(0, 2).transpose(1, 2).flatten(0, 1)[:, :, None], None
+        out = torch.ops.aten.mkldnn_convolution(
+            x.to(inside), weight, bias, (0, top, side), self.stride, self.dilation, self.groups
         )
-
-    def _by_taps(self, x: Tensor, padding: tuple[int, int, int]) -> Tensor:
-        """Each of the three taps in time gives channels of its own, of one convolution, which are summed."""
-        taps = self.weight.transpose(0, 2).transpose(1, 2).flatten(0, 1)[:, :, None]
-        y = torch.ops.aten.mkldnn_convolution(x, taps, None, padding, (1, 1, 1), (1, 1, 1), 1)
-        first, second, third = y.unflatten(1, (3, -1)).unbind(1)
-        out = first[:, :, :-2] + second[:, :, 1:-1]
-        return out.add_(third[:, :, 2:]).add_(cast(Tensor, self.bias)[:, None, None, None])
+        if taps:
+            first, second, third = out.unflatten(1, (3, -1)).unbind(1)
+            out = first[:, :, :-2] + second[:, :, 1:-1]
+            out = out.add_(third[:, :, 2:]).add_(cast(Tensor, self.bias)[:, None, None, None])
+        return out.to(x.dtype)
 
 
 _AXIS = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.float32, device="cpu")
@@ -80,12 +81,13 @@ class UpsamplingConv2d(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, C', 2 H, 2 W)."""
         conv = cast(nn.Conv2d, self[1])
-        float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        float32 = computed_in(x.dtype) == torch.float32 and not torch.is_autocast_enabled("cpu")
         alone = conv.padding == (1, 1)  # where frames are split into strips, neighbours pad it
         if x.device.type != "cpu" or not float32 or not alone:
             return super().forward(x)
-        taps = (conv.weight.flatten(2) @ SUMMED.T).unflatten(2, (4, 4)).transpose(0, 1)
-        return F.conv_transpose2d(x, taps, conv.bias, stride=2, padding=1)
+        taps = (conv.weight.float().flatten(2) @ SUMMED.T).unflatten(2, (4, 4)).transpose(0, 1)
+        bias = cast(Tensor, conv.bias).float()
+        return F.conv_transpose2d(x.float(), taps, bias, stride=2, padding=1).to(x.dtype)
 
 
 class OnePassRMSNorm(WanRMS_norm):
