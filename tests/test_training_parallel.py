@@ -15,8 +15,8 @@ from kairos.training.flow import FlowMatching
 from kairos.training.loop import train
 
 # AdamW, and Muon, whose step needs whole matrices. Muon gets no second frames by themselves: their gradients
-# have few directions, and in the others it makes whole steps of what bfloat16 rounds off. They are small ones,
-# since that differs from processor to processor.
+# have few directions, and in the others it makes whole steps of what bfloat16 rounds off. Its rate is low:
+# that differs from processor to processor.
 OPTIONS = {
     name: {"steps": 6, "precision": "float32", "muon_lr": rate, "ema": 0.9, "mix": mix}
     for name, rate, mix in (("adamw", None, MIX), ("muon", 0.003, MIX | {"ti2v": 0.0}))
