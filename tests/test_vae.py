@@ -71,6 +71,15 @@ def test_the_quicker_layers_give_the_frames_and_latents_of_the_stock_ones(vae, c
         torch.testing.assert_close(decode(one, latents), frames, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_convolutions_of_few_channels_that_skip_frames_are_the_stock_ones():
+    torch.manual_seed(2)
+    vae = AutoencoderKLWan(base_dim=2, num_res_blocks=1).eval()
+    video = torch.rand(1, 3, 9, 16, 16) * 2 - 1
+    quick = quicken(copy.deepcopy(vae))
+    torch.testing.assert_close(encode(quick, video), encode(vae, video), atol=1e-4, rtol=1e-4)
+
+
 def stock_latents(vae, video):
     mean, std = normalisation(vae, video)
     return (vae.encode(video).latent_dist.mode() - mean) / std

@@ -40,8 +40,7 @@ class OneDNNCausalConv3d(WanCausalConv3d):
 
     def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
         """x (B, C, F, H, W); `cache_x` holds the frames before it. Returns (B, C', F', H', W')."""
-        inside = computed_in(x.dtype)
-        if x.device.type != "cpu" or torch.is_grad_enabled() or inside is None:
+        if x.device.type != "cpu" or torch.is_grad_enabled() or (inside := computed_in(x.dtype)) is None:
             return super().forward(x, cache_x)
         side, _, top, _, past, _ = self._padding
         if cache_x is not None and past:
@@ -52,7 +51,8 @@ class OneDNNCausalConv3d(WanCausalConv3d):
         if inside == torch.bfloat16:  # units for matrix products want the channels of a pixel side by side
             x = x.contiguous(memory_format=torch.channels_last_3d)
         weight, bias = self.weight.to(inside), None if self.bias is None else self.bias.to(inside)
-        taps = self.out_channels < 8 and self.kernel_size[0] == 3 and inside == torch.float32
+        few = self.out_channels < 8 and self.kernel_size[0] == 3 and self.stride[0] == 1
+        taps = few and inside == torch.float32
         if taps:  # a register would be mostly empty: each tap in time gives channels of its own
             weight, bias = weight.transpose(0, 2).transpose(1, 2).flatten(0, 1)[:, :, None], None
         out = torch.ops.aten.mkldnn_convolution(
@@ -81,9 +81,10 @@ class UpsamplingConv2d(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, C', 2 H, 2 W)."""
         conv = cast(nn.Conv2d, self[1])
-        float32 = computed_in(x.dtype) == torch.float32 and not torch.is_autocast_enabled("cpu")
         alone = conv.padding == (1, 1)  # where frames are split into strips, neighbours pad it
-        if x.device.type != "cpu" or not float32 or not alone:
+        if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not alone:
+            return super().forward(x)
+        if computed_in(x.dtype) != torch.float32:
             return super().forward(x)
         taps = (conv.weight.float().flatten(2) @ SUMMED.T).unflatten(2, (4, 4)).transpose(0, 1)
         bias = cast(Tensor, conv.bias).float()
