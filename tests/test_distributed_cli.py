@@ -165,15 +165,13 @@ def test_another_model_or_request_is_not_taken_for_one_that_is_made(tmp_path: Pa
 def test_a_video_of_several_ranks_is_the_video_of_one(kairos: Any, model: Path, split: tuple) -> None:
     Image.new("RGB", (32, 32), "red").save("red.png")
     arguments = ("generate", "a ball", "--image", "red.png", "--model", model, *SMALL, "--dtype", "float32")
+    arguments += ("--scale", 1)  # enlarged, coding makes more of a pixel rounded the other way
     assert kairos(*arguments, "-o", "one.mp4")[0] == 0
     status, said, errors = kairos(*arguments, "-o", "split.mp4", "--device", "cpu", *split)
     assert (status, errors) == (0, "")
     assert said.count("split.mp4: 5 frames") == 1
     one, several = (read_video(name).astype(int) for name in ("one.mp4", "split.mp4"))
-    apart = abs(
-        one - several
-    )  # as coded: where a pixel is rounded the other way, a few are coded another way
-    assert (apart.mean() < 0.01, (apart > 4).mean() < 1e-3, apart.max() <= 16) == (True, True, True)
+    assert (abs(one - several).max() <= 4, abs(one - several).mean() < 0.01) == (True, True)  # as coded
     one_says, several_say = (read_metadata(name) for name in ("one.mp4", "split.mp4"))
     assert several_say.pop("asked")
     assert several_say == one_says

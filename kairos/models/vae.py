@@ -81,10 +81,11 @@ def decode_next(vae: AutoencoderKLWan, latents: Tensor, memory: Memory | None) -
     Small ones go several frames at a time, since a call costs what it costs.
     """
     decoder: Any = vae.decoder
-    parts = latents.split(max(1, AT_ONCE // latents[0, 0, 0].numel()), dim=2)
+    at_once = max(1, AT_ONCE // latents[0, 0, 0].numel())
+    parts = latents.split(at_once, dim=2)
     if memory is None:  # the first frame is one by itself
         memory = no_memory(decoder)
-        parts = latents[:, :, :1], *latents[:, :, 1:].split(parts[0].shape[2], dim=2)
+        parts = latents[:, :, :1], *latents[:, :, 1:].split(at_once, dim=2)
     memory = list(memory)
     frames = [decoder(part, feat_cache=memory, feat_idx=[0]) for part in parts if part.shape[2]]
     return torch.cat(frames, dim=2), memory
@@ -92,7 +93,7 @@ def decode_next(vae: AutoencoderKLWan, latents: Tensor, memory: Memory | None) -
 
 @apply_forward_hook
 def _decode_whole(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    """As `vae.decode(latents).sample`."""
+    """As `vae.decode(latents).sample`, before it is clamped."""
     return decode_next(vae, vae.post_quant_conv(latents), None)[0]
 
 
