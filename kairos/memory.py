@@ -330,11 +330,13 @@ def _denoising_gb(model: Model, dtype: str, shape: sizes.Shape, guided: bool, de
 
 
 def _decoding_gb(model: Model, dtype: str, clip: Clip, tiled: bool) -> float:
-    """The decoder's last levels for four frames, its memory of earlier ones, and the video itself, twice."""
+    """The decoder's last levels for the frames that go together, its memory of earlier ones, and the video
+    itself, twice."""
     width, pixels = sizes.BYTES[dtype], clip.height * clip.width
+    frames = min(4 * sizes.frames_together(pixels // 64), clip.num_frames)
     at_once = min(pixels, _tile_side(clip.height) * _tile_side(clip.width)) if tiled else pixels
     channels = 96 * (model.parameters["vae"] / sizes.RELEASED_VAE) ** 0.5
-    working = at_once * channels * (4 * 8 + 20) * width
+    working = at_once * channels * (frames * 8 + 20) * width
     video = 2 * 3 * clip.num_frames * pixels * width
     maps = clip.num_frames * pixels * channels / 16 * width if tiled else 0  # kept at a quarter of the size
     return (working + video + maps) / 1e9

@@ -37,6 +37,9 @@ PEAK_TFLOPS, EFFICIENCY = 989.4, 0.3
 """H100 and H200 SXM, dense bfloat16 (NVIDIA's data sheet), and the share of it that the LinearDiT reached on
 an H200 (docs/performance.md)."""
 
+LATENTS_TOGETHER = 256
+"""Latents of a clip that go through the VAE together: a frame of them, or several small ones."""
+
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CONV_SIZE = 4
 
@@ -57,6 +60,11 @@ def clip_shape(config: Mapping[str, Any], height: int, width: int, num_frames: i
     """The tokens of `num_frames` frames of height x width pixels (8 pixels a latent, 4 frames a latent)."""
     _, patch_y, patch_x = config["patch_size"]
     return Shape((num_frames - 1) // 4 + 1, (height // 8 // patch_y) * (width // 8 // patch_x))
+
+
+def frames_together(latents: int) -> int:
+    """Latent frames, each of so many latents, that go through the VAE together."""
+    return max(1, LATENTS_TOGETHER // latents)
 
 
 def transformer_parameters(config: Mapping[str, Any]) -> int:
@@ -118,13 +126,14 @@ def memory_bytes(
     """An estimate of the memory that a video needs at its peak, in bytes.
 
     All weights (the VAE's in float32), and the larger of what a block holds while it works and what the VAE
-    holds of four frames while it decodes them. With `free_encoder` the text encoder is gone by then.
+    holds of the frames that it decodes together. With `free_encoder` the text encoder is gone by then.
     """
     block = shape.tokens * (2 * config["ffn_dim"] + 10 * config["hidden_size"]) * BYTES[dtype]
     pixels = shape.tokens_per_frame * config["patch_size"][1] * config["patch_size"][2] * 64
     # The decoder's last level is as wide as its parameters' root tells; about eight such maps live at once.
     width = 96 * (parameters["vae"] / RELEASED_VAE) ** 0.5
-    decoding = int(4 * pixels * width * 4 * 8)
+    together = min(frames_together(pixels // 64), shape.latent_frames)
+    decoding = int(together * 4 * pixels * width * 4 * 8)
     encoder = parameters["text_encoder"] * BYTES[dtype]
     models = parameters["transformer"] * BYTES[dtype] + parameters["vae"] * 4
     working = models + max(block, decoding)

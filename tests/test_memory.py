@@ -101,6 +101,20 @@ def test_four_bits_take_a_quarter_of_the_encoder_and_are_never_streamed(released
         assert places(memory.plan(released, clip, budget, quantize="int4"))[0] in (RESIDENT, WHOLE)
 
 
+def test_small_frames_are_decoded_together_and_so_counted() -> None:
+    tiny = for_planning(info("kairos-tiny"), "cpu")
+
+    def working(frames: int, side: int) -> float:
+        """Without the video itself, which is there twice in float32."""
+        plan = memory.plan(tiny, Clip(side, side, frames, 4, guided=False), 64, device="cpu")
+        return plan.stages[-1].activations_gb - 2 * 3 * frames * side * side * 4 / 1e9
+
+    maps = 8 * 64 * 64 * 16 * 4 / 1e9  # of one frame: eight of the decoder's sixteen channels in float32
+    assert working(17, 64) - working(5, 64) == pytest.approx(11 * maps, rel=0.2)
+    assert working(33, 64) == pytest.approx(working(17, 64))
+    assert working(33, 256) == pytest.approx(working(5, 256))
+
+
 def test_on_a_cpu_weights_go_to_bfloat16_only_where_float32_is_too_much() -> None:
     model = for_planning(info("kairos-tiny"), "cpu")
     clip = Clip(64, 64, 33, 20, guided=True)
