@@ -128,7 +128,7 @@ class VideoWorker:
     """An actor with a model; it makes a job into the bytes of an mp4."""
 
     def __init__(self, options: dict[str, Any], plan: Plan | None) -> None:
-        single.quiet_libraries()
+        single.import_libraries()
         self.options, self.tiled = RunOptions(**options), plan is not None and plan.tiled
         device, dtype = single.device_and_dtype(self.options)
         if plan is not None:

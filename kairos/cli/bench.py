@@ -71,7 +71,7 @@ def bench(
     """Time a model's stages; with --lengths or --against, its LinearDiT alone, with random weights."""
     show_log(verbose=False)
     from kairos.bench import TEXT_TOKENS, Run, calibrate_step_cache, check_kind, clocks, measure
-    from kairos.cli.run import RunOptions, device_and_dtype, quiet_libraries
+    from kairos.cli.run import RunOptions, device_and_dtype, import_libraries
     from kairos.data.files import prepare_file, write_atomically
     from kairos.model_info import info
 
@@ -122,7 +122,7 @@ def bench(
             )
 
     if thresholds:
-        quiet_libraries()
+        import_libraries()
         with waiting("making videos"):
             results = calibrate_step_cache(
                 model,

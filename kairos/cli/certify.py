@@ -107,7 +107,7 @@ def compare_on_rank(model: str | None, request: dict[str, Any], most: int, kind:
 
     logging.getLogger("kairos").setLevel(logging.ERROR)  # a small size is what was asked for
     world = join(kind, {"model": model})
-    single.quiet_libraries()
+    single.import_libraries()
     pipeline = presets.load_pipeline(model or presets.DEFAULT, device=world.device, dtype=torch.float32)
     if model is None:
         pipeline.register_modules(transformer=random_transformer(pipeline.transformer).to(world.device))

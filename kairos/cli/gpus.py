@@ -148,7 +148,7 @@ def _make(
     from kairos.distributed.parallel import choose_split, parallelize
     from kairos.distributed.ranks import leave
 
-    single.quiet_libraries()
+    single.import_libraries()
     first = world.rank == 0
     clock = Clock()
     dtype = torch.float32 if world.device.type == "cpu" else torch.bfloat16

@@ -18,9 +18,9 @@ from kairos.cli.run import (
     device_and_dtype,
     dtype_named,
     explained_memory,
+    import_libraries,
     load,
     planned,
-    quiet_libraries,
     without_guidance,
 )
 from kairos.data.files import prepare_file
@@ -82,7 +82,7 @@ def roll(plan: Plan, options: RunOptions) -> None:
     prepare_file(plan.output)
     if plan.save_state is not None:
         prepare_file(plan.save_state)
-    quiet_libraries()
+    import_libraries()
     from kairos.models.vae import SPATIAL
     from kairos.streaming import WorldState
 

@@ -1,5 +1,6 @@
 """Jobs to files: load the model once, make each video, write it with its request inside."""
 
+import gc
 import logging
 import platform
 import sys
@@ -80,7 +81,7 @@ def run(jobs: Sequence["Job"], options: RunOptions) -> None:
         for job in jobs:
             prepare_file(job.path)
     with clock.stage("import"):
-        quiet_libraries()
+        import_libraries()
         device, dtype = device_and_dtype(options)
     plan = None
     if options.memory is not None:
@@ -447,12 +448,25 @@ def peak_memory() -> str:
     return said
 
 
-def quiet_libraries() -> None:
-    """Our own progress and warnings are enough; those of the libraries below are about their insides."""
-    hush()
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
+def import_libraries() -> None:
+    """Import what a model runs on, and have it say nothing of its insides.
 
+    Thousands of modules are most of a cold start. Hardly any of what they make is garbage, and Python's
+    collector would go through all of it again and again: it rests meanwhile, and leaves it alone later.
+    """
+    hush()
+    first, collects = "kairos.pipeline" not in sys.modules, gc.isenabled()
+    gc.disable()
+    try:
+        from diffusers.utils import logging as diffusers_logging
+        from transformers.utils import logging as transformers_logging
+
+        import kairos.pipeline  # noqa: F401, for the rest that it imports
+    finally:
+        if collects:
+            gc.enable()
+    if first:
+        gc.freeze()
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()

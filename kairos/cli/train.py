@@ -43,10 +43,10 @@ def run(
     Ctrl-C saves and stops. Under torchrun the LinearDiT is laid over all processes (FSDP2).
     """
     show_log(verbose=True)
-    from kairos.cli.run import explained_memory, quiet_libraries
+    from kairos.cli.run import explained_memory, import_libraries
     from kairos.training.recipe import read_recipe, run_recipe
 
-    quiet_libraries()
+    import_libraries()
     with explained_memory():
         run_recipe(read_recipe(recipe), tuple(only.split(",")) if only else ())
 
@@ -55,10 +55,10 @@ def run(
 def cache(recipe: RecipeFile) -> None:
     """Compute the latents and prompt embeddings of a recipe's clips that are not there yet."""
     show_log(verbose=True)
-    from kairos.cli.run import explained_memory, quiet_libraries
+    from kairos.cli.run import explained_memory, import_libraries
     from kairos.training.recipe import read_recipe, run_recipe
 
-    quiet_libraries()
+    import_libraries()
     with explained_memory():
         run_recipe(read_recipe(recipe), ("cache",))
 
