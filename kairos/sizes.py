@@ -38,7 +38,7 @@ PEAK_TFLOPS, EFFICIENCY = 989.4, 0.3
 an H200 (docs/performance.md)."""
 
 LATENTS_TOGETHER = 256
-"""Latents of a clip that go through the VAE together: a frame of them, or several small ones."""
+"""AT_ONCE of kairos/models/vae.py, which needs torch."""
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CONV_SIZE = 4

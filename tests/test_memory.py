@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kairos import memory, placement
+from kairos import memory, placement, sizes
 from kairos.cli import main
 from kairos.data.media import read_video
 from kairos.errors import UserError
 from kairos.memory import RESIDENT, STREAMED, WHOLE, Clip, Model
 from kairos.model_info import for_planning, info
+from kairos.models import vae
 from kairos.placement import in_four_bits, place, quantize, stream
 
 CLIP = Clip(480, 640, 81, 4, guided=False)
@@ -102,6 +103,7 @@ def test_four_bits_take_a_quarter_of_the_encoder_and_are_never_streamed(released
 
 
 def test_small_frames_are_decoded_together_and_so_counted() -> None:
+    assert sizes.LATENTS_TOGETHER == vae.AT_ONCE
     tiny = for_planning(info("kairos-tiny"), "cpu")
 
     def working(frames: int, side: int) -> float:

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from kairos.errors import UserError
 from kairos.models.vae_tiles import TILE, Memory, decode_in_tiles, encode_in_tiles, no_memory
-from kairos.sizes import frames_together
 
 SPATIAL, TEMPORAL = 8, 4
 """Pixels a latent, along height and width and along time."""
+AT_ONCE = 256
+"""Latents of a clip that go through the VAE together: a frame of them, or several small ones."""
 
 
 def encode(vae: AutoencoderKLWan, video: Tensor, *, tiled: bool = False) -> Tensor:
@@ -80,7 +81,7 @@ def decode_next(vae: AutoencoderKLWan, latents: Tensor, memory: Memory | None) -
     Small ones go several frames at a time, since a call costs what it costs.
     """
     decoder: Any = vae.decoder
-    at_once = frames_together(latents[0, 0, 0].numel())
+    at_once = max(1, AT_ONCE // latents[0, 0, 0].numel())
     parts = latents.split(at_once, dim=2)
     if memory is None:  # the first frame is one by itself
         memory = no_memory(decoder)
@@ -101,7 +102,7 @@ def _encode_whole(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
     """As `vae.encode(video).latent_dist.mode()`."""
     encoder: Any = vae.encoder
     memory = no_memory(encoder)
-    at_once = TEMPORAL * frames_together(video[0, 0, 0].numel() // SPATIAL**2)
+    at_once = TEMPORAL * max(1, AT_ONCE * SPATIAL**2 // video[0, 0, 0].numel())
     parts = video[:, :, :1], *video[:, :, 1:].split(at_once, dim=2)
     maps = [encoder(part, feat_cache=memory, feat_idx=[0]) for part in parts if part.shape[2]]
     return vae.quant_conv(torch.cat(maps, dim=2)).chunk(2, dim=1)[0]
