@@ -31,6 +31,8 @@ from kairos.training.flow import FlowMatching, flow_loss
 from kairos.training.loop import train
 from kairos.training.muon import Muon, orthogonalise, split_parameters
 from kairos.training.parallel import Processes
+from kairos.training.plan import activation_bytes
+from kairos.training.precision import has_bfloat16
 from kairos.training.progress import Progress
 from kairos.training.stage import Stage
 
@@ -65,6 +67,28 @@ def test_a_batch_is_a_function_of_the_seed_and_the_step(clips):
     assert first.noisy.shape != other.noisy.shape or not torch.equal(first.noisy, other.noisy)
     different = draw_batch([clips], replace(stage, seed=1), 3, causal=True)
     assert first.noisy.shape != different.noisy.shape or not torch.equal(first.noisy, different.noisy)
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_without_products_in_bfloat16_a_stage_trains_in_float32_and_says_so(
+    tmp_path, clips, monkeypatch, caplog, units
+):
+    has_bfloat16.cache_clear()
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: units)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    model, seen = small_model(), set()
+    model.blocks[0].ffn[0].register_forward_hook(lambda *call: seen.add(call[-1].dtype))
+    stage = small_stage(steps=1, precision="bfloat16")
+    try:
+        with caplog.at_level(logging.INFO):
+            train(model, FlowMatching([clips], stage), stage, tmp_path)
+        assert seen == {torch.bfloat16 if units else torch.float32}
+        assert ("has no products in bfloat16" in caplog.text) is not units
+        kept = activation_bytes(dict(model.config), 64, stage)
+        exact = activation_bytes(dict(model.config), 64, replace(stage, precision="float32"))
+        assert exact == (2 if units else 1) * kept
+    finally:
+        has_bfloat16.cache_clear()
 
 
 def test_the_parts_of_a_batch_are_the_whole(clips):

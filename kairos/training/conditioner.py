@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from kairos.training.muon import Muon, split_parameters
+from kairos.training.precision import has_bfloat16
 from kairos.worlds import simulate
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ def train_conditioner(
             group["lr"] = rate * min(1, (step + 1) / 30) * min(1, (steps - step) / (0.4 * steps))
         picked = [corpus[i] for i in rng.integers(len(corpus), size=batch_size)]
         ids, mask = tokenise(tokenizer, [vary(text, rng) for text, _ in picked])
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16("cpu")):
             hidden = encoder.model(input_ids=ids, attention_mask=mask).last_hidden_state
             next_token = encoder.lm_head(hidden[:, :-1]).float()
         loss = F.cross_entropy(next_token.flatten(0, 1), ids[:, 1:].masked_fill(~mask[:, 1:], -100).flatten())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kairos.training.parallel import laid_like, whole
+from kairos.training.precision import has_bfloat16
 
 TOGETHER = 1 << 24
 """Elements that are made orthogonal at once, at most; of the 4B model's matrices each is more."""
@@ -101,7 +102,7 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     Takes (rows, columns), or a batch of them.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.to(torch.bfloat16)
+    x = matrix.to(torch.bfloat16 if has_bfloat16(matrix.device.type) else torch.float32)
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)

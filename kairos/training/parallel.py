@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from kairos.training.precision import has_bfloat16
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -28,7 +30,9 @@ class Processes:
         return self.rank == 0
 
     def autocast(self, precision: str) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16")
+        """What a stage's precision asks for; where there are no products in bfloat16, float32."""
+        bfloat16 = precision == "bfloat16" and has_bfloat16(self.device.type)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
 
     def means(self, values: Tensor) -> list[float]:
         """The means of some numbers over the processes."""

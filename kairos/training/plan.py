@@ -19,6 +19,7 @@ from kairos import sizes
 from kairos.errors import MachineError
 from kairos.memory import VAE_FLOP
 from kairos.training.parallel import Processes
+from kairos.training.precision import has_bfloat16
 from kairos.training.recipe import Recipe
 from kairos.training.stage import Distillation, Stage
 
@@ -135,7 +136,8 @@ def trained_parameters(config: Mapping[str, Any], stage: Stage, parameters: int)
 def activation_bytes(config: Mapping[str, Any], tokens: float, stage: Stage) -> float:
     """What is kept for the way back: of every block, or with checkpointing its input and one block's all."""
     dim, ffn = config["hidden_size"], config["ffn_dim"]
-    number = 2 if stage.precision == "bfloat16" else 4
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    number = 2 if stage.precision == "bfloat16" and has_bfloat16(here) else 4
     block = tokens * number * (26 * dim + 3 * ffn)
     if stage.checkpointing:
         return config["num_layers"] * tokens * 4 * dim + block
@@ -172,8 +174,8 @@ def available_gb(device: torch.device) -> float:
 
 
 def measured_speed(device: torch.device, precision: str = "bfloat16", size: int = 1024) -> float:
-    """Operations a second of this machine at matrix products."""
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    """Operations a second of this machine at matrix products, in what a stage of this precision has them."""
+    dtype = torch.bfloat16 if precision == "bfloat16" and has_bfloat16(device.type) else torch.float32
     size = 4 * size if device.type == "cuda" else size
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")

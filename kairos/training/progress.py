@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kairos.errors import UserError
 from kairos.training.parallel import Processes
+from kairos.training.precision import has_bfloat16
 from kairos.training.stage import Stage
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,8 @@ class Progress:
                 here.world,
                 here.device.type,
             )
+            if stage.precision == "bfloat16" and not has_bfloat16(here.device.type):
+                logger.info("%s: in float32, for this processor has no products in bfloat16", stage.name)
 
     def __enter__(self) -> Progress:
         if self.here.first:
