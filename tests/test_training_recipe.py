@@ -75,11 +75,12 @@ def test_the_recipe_of_kairos_tiny_makes_the_model_that_ships():
 
 def test_a_recipe_makes_a_model_that_makes_a_video(tmp_path, monkeypatch):
     from kairos.presets import load_pipeline
-    from kairos.training import clips, distillation, flow, frames, vae
+    from kairos.training import clips, distillation, flow, frames, vae, visible
     from kairos.training.visible import seen
     from kairos.weights import load_vae_file
 
     monkeypatch.setattr(vae, "MEASURED_CLIPS", 1)
+    monkeypatch.setattr(visible, "CLIPS", 1)
     roots: dict[str, list[torch.Tensor | None]] = {"flow": [], "distillation": []}
     for module, kept in ((flow, roots["flow"]), (distillation, roots["distillation"])):
         monkeypatch.setattr(module, "seen", lambda x, root, kept=kept: (kept.append(root), seen(x, root))[1])
