@@ -160,12 +160,13 @@ def measured(
 
     from kairos.cli.console import err
     from kairos.cli.run import RunOptions, check_model, device_and_dtype, explained_memory, import_libraries
-    from kairos.evaluation.models import KairosModel
-    from kairos.evaluation.suite import evaluate as run_suite
 
     options = RunOptions(model=model, device=device, dtype=dtype)
     check_model(options)
     import_libraries()
+    from kairos.evaluation.models import KairosModel
+    from kairos.evaluation.suite import evaluate as run_suite
+
     where, kind = device_and_dtype(options)
     with explained_memory():
         pipeline = presets.load_pipeline(model, device=where, dtype=kind)

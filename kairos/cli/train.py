@@ -44,9 +44,10 @@ def run(
     """
     show_log(verbose=True)
     from kairos.cli.run import explained_memory, import_libraries
-    from kairos.training.recipe import read_recipe, run_recipe
 
     import_libraries()
+    from kairos.training.recipe import read_recipe, run_recipe
+
     with explained_memory():
         run_recipe(read_recipe(recipe), tuple(only.split(",")) if only else ())
 
@@ -56,9 +57,10 @@ def cache(recipe: RecipeFile) -> None:
     """Compute the latents and prompt embeddings of a recipe's clips that are not there yet."""
     show_log(verbose=True)
     from kairos.cli.run import explained_memory, import_libraries
-    from kairos.training.recipe import read_recipe, run_recipe
 
     import_libraries()
+    from kairos.training.recipe import read_recipe, run_recipe
+
     with explained_memory():
         run_recipe(read_recipe(recipe), ("cache",))
 
