@@ -80,7 +80,7 @@ def test_without_products_in_bfloat16_a_stage_trains_in_float32_and_says_so(
     model.blocks[0].ffn[0].register_forward_hook(lambda *call: seen.add(call[-1].dtype))
     stage = small_stage(steps=1, precision="bfloat16")
     try:
-        with caplog.at_level(logging.INFO):
+        with caplog.at_level(logging.INFO, "kairos"):
             train(model, FlowMatching([clips], stage), stage, tmp_path)
         assert seen == {torch.bfloat16 if units else torch.float32}
         assert ("has no products in bfloat16" in caplog.text) is not units
