@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from training_parts import MIX, clip_set, small_model, small_stage
 
 from kairos import MachineError, UserError
+from kairos.models.vae_layers import computed_in
 from kairos.training import checkpoint, muon
 from kairos.training.ahead import Ahead
 from kairos.training.batches import draw_batch, draw_cut, row_at
@@ -32,7 +33,6 @@ from kairos.training.loop import train
 from kairos.training.muon import Muon, orthogonalise, split_parameters
 from kairos.training.parallel import Processes
 from kairos.training.plan import activation_bytes
-from kairos.training.precision import has_bfloat16
 from kairos.training.progress import Progress
 from kairos.training.stage import Stage
 
@@ -73,7 +73,7 @@ def test_a_batch_is_a_function_of_the_seed_and_the_step(clips):
 def test_without_products_in_bfloat16_a_stage_trains_in_float32_and_says_so(
     tmp_path, clips, monkeypatch, caplog, units
 ):
-    has_bfloat16.cache_clear()
+    computed_in.cache_clear()
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: units)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     model, seen = small_model(), set()
@@ -88,7 +88,7 @@ def test_without_products_in_bfloat16_a_stage_trains_in_float32_and_says_so(
         exact = activation_bytes(dict(model.config), 64, replace(stage, precision="float32"))
         assert exact == (2 if units else 1) * kept
     finally:
-        has_bfloat16.cache_clear()
+        computed_in.cache_clear()
 
 
 def test_the_parts_of_a_batch_are_the_whole(clips):

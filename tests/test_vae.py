@@ -65,11 +65,11 @@ def test_the_quicker_layers_give_the_frames_and_latents_of_the_stock_ones(vae, c
     latents = encode(vae, video)
     mean, std = normalisation(vae, latents)
     stock = (vae.encode(video).latent_dist.mode() - mean) / std
-    torch.testing.assert_close(latents, stock, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(latents, stock, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(encode(quick, video), latents, atol=1e-4, rtol=1e-4)
     frames = vae.decode(latents * std + mean).sample
     for one in (vae, quick):
-        torch.testing.assert_close(decode(one, latents), frames, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(decode(one, latents), frames, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 @cache
 def computed_in(dtype: torch.dtype) -> torch.dtype | None:
-    """In what this machine's oneDNN convolves x of a dtype: float32, where it knows no half precision (that
-    takes AVX-512 or newer; torch's own convolutions of it are tens of times slower). None: not at all."""
+    """In what this machine's oneDNN convolves or multiplies x of a dtype: float32, where it knows no half
+    precision (that takes AVX-512 or newer; torch's own is tens of times slower). None: not at all."""
     if not torch.backends.mkldnn.is_available() or dtype == torch.float64:
         return None
     half = {

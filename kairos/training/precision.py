@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 
+from kairos.models.vae_layers import computed_in
 
-@cache
+
 def has_bfloat16(device: str) -> bool:
     """Whether a device of this type ("cuda", "cpu") has products in bfloat16: GPUs, and CPUs from AVX-512 on.
 
     Without them torch multiplies number by number: 2 GFLOP/s on two cores of an EPYC with AVX2, where float32
     has over 100.
     """
-    if device != "cpu":
-        return True
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return device != "cpu" or computed_in(torch.bfloat16) == torch.bfloat16
