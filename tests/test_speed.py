@@ -137,17 +137,19 @@ def test_the_channels_of_a_token_lie_side_by_side_in_every_block():
     assert seen == [True] * len(model.blocks)
 
 
-def test_compiled_blocks_give_the_same_velocity_at_every_length():
-    model = random_model()
-    inputs = [random_inputs(frames) for frames in (4, 6)]
+def test_compiled_blocks_give_the_same_velocity_at_every_length_and_are_not_compiled_for_each():
+    model = random_model(num_layers=2, layer_pattern="DG")
+    inputs = [random_inputs(frames) for frames in (9, 40, 70)]
     expected = [velocity(model, *each) for each in inputs]
     compile_blocks(model, backend="eager")
+    graphs = []
     try:
         for each, plain in zip(inputs, expected, strict=True):
             torch.testing.assert_close(velocity(model, *each), plain, atol=1e-5, rtol=0)
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     finally:
         torch._dynamo.reset()
+    assert 0 < graphs[0] and graphs[1] == graphs[2]
 
 
 def test_without_a_compiler_compiling_is_refused_in_one_line(monkeypatch):

@@ -16,7 +16,7 @@ def compile_blocks(transformer: KairosTransformer3DModel, backend: str = "induct
     """Compile the blocks in place, with dynamic shapes; it happens at the first call.
 
     Norm, modulation and gate become one pass over memory. Windowed attention and the gated delta rule stay as
-    they are: their kernels are chosen by shape.
+    they are: their kernels are chosen by shape, and their loops follow the length.
 
     Raises:
         MachineError: where the compiler's own compiler is missing.

@@ -32,6 +32,7 @@ two decays is no denormal number, which a CPU multiplies a hundred times slower.
 BACKENDS = ("auto", "reference", "chunked", "fla")
 
 
+@torch.compiler.disable  # as windowed attention: its walk follows the shapes
 def gated_delta_rule(
     q: Tensor,
     k: Tensor,
