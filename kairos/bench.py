@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -395,8 +396,9 @@ def clocks() -> dict[str, Callable[[], float]]:
     return {"wall": time.perf_counter, "cpu": time.process_time}
 
 
+@cache
 def matmul_flops(device: str, dtype: torch.dtype, size: int = 2048, clock: str = "wall") -> float:
-    """What the device reaches in large products of this precision, in FLOP/s: the best of ten."""
+    """What the device reaches in large products of this precision, FLOP/s: best of ten, once a process."""
     import torch
 
     a, b = torch.randn(2, size, size, device=device).to(dtype)

@@ -1,13 +1,32 @@
-"""Small models with random weights: every test that needs a pipeline makes it from these."""
+"""What many tests need: the command as it is typed, and small models with random weights."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 # Two of these processes share the machine, and the models are small: threads would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def kairos(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run the command in an empty folder: (exit status, stdout, stderr), with what its processes say."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        from kairos.cli import main
+
+        with pytest.raises(SystemExit) as left:
+            main([str(argument) for argument in arguments])
+        printed = capfd.readouterr()
+        assert isinstance(left.value.code, int)
+        return left.value.code, printed.out, printed.err
+
+    return run
 
 
 def random_pipeline(seed: int = 0, **transformer_config):

@@ -69,20 +69,6 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePipeline:
 
 
 @pytest.fixture
-def kairos(capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run the command: (exit status, stdout, stderr)."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as left:
-            main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        assert isinstance(left.value.code, int)
-        return left.value.code, printed.out, printed.err
-
-    return run
-
-
-@pytest.fixture
 def loading_is_an_error(monkeypatch: pytest.MonkeyPatch, fake: FakePipeline) -> None:
     def load(*_: Any, **__: Any) -> Any:
         raise AssertionError("the model was loaded for input that cannot be used")

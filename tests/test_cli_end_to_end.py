@@ -14,7 +14,6 @@ from conftest import random_pipeline
 from safetensors.numpy import load_file, save_file
 
 from kairos import presets
-from kairos.cli import main
 from kairos.data.media import read_metadata, read_video
 
 ROOT = Path(__file__).parent.parent
@@ -27,21 +26,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     random_pipeline().save_pretrained(folder)
     return folder
-
-
-@pytest.fixture
-def kairos(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run the command in an empty folder: (exit status, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as left:
-            main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        assert isinstance(left.value.code, int)
-        return left.value.code, printed.out, printed.err
-
-    return run
 
 
 def run_script(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

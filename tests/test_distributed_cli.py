@@ -17,7 +17,6 @@ import torch
 from conftest import random_pipeline
 from PIL import Image
 
-from kairos.cli import main
 from kairos.data.media import read_metadata, read_video
 
 ROOT = Path(__file__).parent.parent
@@ -30,21 +29,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     random_pipeline(hidden_size=36, num_attention_heads=3).save_pretrained(folder)
     return folder
-
-
-@pytest.fixture
-def kairos(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run the command in an empty folder: (exit status, stdout, stderr), the ranks' words too."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as left:
-            main([str(argument) for argument in arguments])
-        printed = capfd.readouterr()
-        assert isinstance(left.value.code, int)
-        return left.value.code, printed.out, printed.err
-
-    return run
 
 
 def command(*arguments: object) -> list[str]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -138,7 +136,7 @@ def test_a_recipe_makes_a_model_that_makes_a_video(tmp_path, monkeypatch):
         run_recipe(recipe, ("decoder",))
 
 
-def test_a_stage_goes_on_from_weights_that_are_there(tmp_path):
+def test_a_stage_goes_on_from_weights_that_are_there(tmp_path, kairos):
     """kairos-tiny-teacher lends VAE, text encoder and weights; one stage is a LoRA with sample videos."""
     bucket = {"frames": 9, "height": 64, "width": 64}
     content = {
@@ -172,15 +170,15 @@ def test_a_stage_goes_on_from_weights_that_are_there(tmp_path):
 
     video = tmp_path / "v.mp4"
     lora = tmp_path / "lora" / "ema"
-    command = ["generate", "a red ball", "--frames", "5", "--steps", "1", "-o", str(video)]
+    command = ["generate", "a red ball", "--frames", "5", "--steps", "1", "-o", video]
     command += ["--lora", f"{lora}:0.5", "--lora", str(lora / "lora.safetensors")]
-    done = kairos(*command)
-    assert done.returncode == 0, done.stderr
+    status, _, said = kairos(*command)
+    assert status == 0, said
     from kairos.data.media import read_metadata
 
     assert read_metadata(video)["loras"] == [f"{lora}:0.5", str(lora / "lora.safetensors")]
-    done = kairos("generate", "x", "--lora", "nothing.safetensors", "-o", str(video))
-    assert done.returncode == 2 and "no LoRA at nothing.safetensors" in done.stderr
+    status, _, said = kairos("generate", "x", "--lora", "nothing.safetensors", "-o", video)
+    assert status == 2 and "no LoRA at nothing.safetensors" in said
 
 
 def test_a_vae_goes_on_from_the_bases(tmp_path):
@@ -213,12 +211,6 @@ def test_a_vae_goes_on_from_the_bases(tmp_path):
 
 
 SHORT = TINY["stages"][0] | {"buckets": [{"frames": 5, "height": 64, "width": 64}]}
-
-
-def kairos(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "kairos", *arguments], capture_output=True, text=True, check=False, timeout=240
-    )
 
 
 def changed(**changes):
@@ -353,17 +345,17 @@ def test_lora_needs_a_small_part_of_the_memory():
     assert plan.memory_gb["optimizer"] < plan.memory_gb["weights"] / 10
 
 
-def test_the_command_plans_and_refuses_in_one_line(tmp_path):
+def test_the_command_plans_and_refuses_in_one_line(tmp_path, kairos):
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(TINY))
-    done = kairos("train", "plan", str(file))
-    assert done.returncode == 0, done.stderr
-    assert all(word in done.stdout for word in ("parameters", "optimizer", "activations", "steps, about"))
-    done = kairos("train", "plan", str(file), "--memory-gb", "0.0001")
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "stage transformer needs" in done.stderr
+    status, plan, said = kairos("train", "plan", file)
+    assert status == 0, said
+    assert all(word in plan for word in ("parameters", "optimizer", "activations", "steps, about"))
+    status, _, said = kairos("train", "plan", file, "--memory-gb", "0.0001")
+    assert status == 1 and said.count("\n") == 1 and "stage transformer needs" in said
     file.write_text("name: [")
-    done = kairos("train", str(file))
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "is not YAML" in done.stderr
+    status, _, said = kairos("train", file)
+    assert status == 2 and said.count("\n") == 1 and "is not YAML" in said
 
 
 def test_a_large_encoder_beside_a_gpu_is_bfloat16_and_any_other_float32(tmp_path, monkeypatch):
