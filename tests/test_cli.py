@@ -215,6 +215,15 @@ def test_half_precision_leaves_the_vae_in_one_that_holds_it() -> None:
     assert vae_precision(RunOptions(dtype="float32"), torch.device("cpu")) is None
 
 
+def test_a_precision_that_the_processor_does_not_multiply_is_said_to_be_slow(
+    kairos: Any, fake: FakePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for known, warnings in ((torch.bfloat16, 0), (torch.float32, 1)):
+        monkeypatch.setattr("kairos.models.vae_layers.computed_in", lambda dtype, known=known: known)
+        status, _, said = kairos("generate", "x", "--dtype", "bfloat16", "--device", "cpu", "-o", "out.mp4")
+        assert status == 0 and said.count("this processor has no products in bfloat16") == warnings
+
+
 @pytest.mark.parametrize("option", ["-o", "--model", "--weights", "--image", "--lora"])
 def test_a_path_that_may_not_be_entered_is_bad_input(
     kairos: Any, fake: FakePipeline, monkeypatch: pytest.MonkeyPatch, option: str

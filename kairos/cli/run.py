@@ -116,11 +116,13 @@ def load(
     options: RunOptions, device: Any, dtype: Any, plan: "Plan | None" = None
 ) -> tuple["KairosPipeline", dict[str, Any]]:
     """The model with its LoRAs, where the plan puts it, and what its videos say of it."""
-
     from kairos.models.compiled import compile_blocks, compile_decoder
-    from kairos.models.vae_layers import channels_last
+    from kairos.models.vae_layers import channels_last, computed_in
     from kairos.weights.lora import apply_loras, parse_lora
 
+    if device.type == "cpu" and computed_in(dtype) not in (dtype, None):
+        slow = "this processor has no products in %s, and takes tens of times as long for them as in float32"
+        logger.warning(slow, str(dtype).removeprefix("torch."))
     later = plan is not None or options.quantize is not None  # whole, it might not fit on the device
     pipeline = presets.load_pipeline(
         options.model, device="cpu" if later else device, dtype=dtype, weights=options.weights
