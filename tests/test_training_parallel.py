@@ -22,14 +22,19 @@ OPTIONS = {
     for name, rate, mix in (("adamw", None, MIX), ("muon", 0.003, MIX | {"ti2v": 0.0}))
 }
 
+# The noise of a distillation is each process's own, its steps are not: all ask the networks equally often.
+DISTILLATION = {"guidance_scale": 2.0, "adversarial": 0.5, "score": 0.1, "truth": 1.0, "motion_clips": 2, "teacher_steps": 2}
+
 PROGRAM = """
 import json, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from training_parts import clip_set, small_model, small_stage
+from kairos.training.distillation import DistillationObjective
 from kairos.training.flow import FlowMatching
 from kairos.training.loop import train
 from kairos.training.parallel import prepare, processes
+from kairos.training.stage import Distillation
 folder = Path({folder!r})
 losses = {{}}
 class Recorded(FlowMatching):
@@ -43,6 +48,11 @@ with processes() as here:
         stage, losses[name], model = small_stage(**options), [], small_model()
         prepare(model, here, checkpointing=True, compiled=False, precision=stage.precision)
         train(model, Recorded([clips], stage, here), stage, folder / name, here=here)
+    options = Distillation(**{distillation!r})
+    stage, model = small_stage(distillation=options, precision="float32", past_noise=0.0), small_model()
+    student = DistillationObjective(model, [clips], stage, options, here)
+    prepare(model, here, checkpointing=False, compiled=False, precision=stage.precision)
+    train(model, student, stage, folder / "distillation", here=here)
     if here.first:
         (folder / "losses.json").write_text(json.dumps(losses))
 """
@@ -51,7 +61,11 @@ with processes() as here:
 def test_two_processes_have_the_loss_curve_of_one(tmp_path):
     file = tmp_path / "program.py"
     tests = str(Path(__file__).parent)
-    file.write_text(PROGRAM.format(tests=tests, folder=str(tmp_path), options=json.dumps(OPTIONS)))
+    file.write_text(
+        PROGRAM.format(
+            tests=tests, folder=str(tmp_path), options=json.dumps(OPTIONS), distillation=DISTILLATION
+        )
+    )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -76,3 +90,8 @@ def test_two_processes_have_the_loss_curve_of_one(tmp_path):
         longer = small_stage(**(options | {"steps": 7}))
         train(small_model(), FlowMatching([clips], longer), longer, tmp_path / name)
         assert load_checkpoint(tmp_path / name)["step"] == 7
+    distilled = load_checkpoint(tmp_path / "distillation")
+    assert distilled["step"] == small_stage().steps
+    start = small_model().state_dict()
+    assert all(value.isfinite().all() for value in distilled["ema"].values())
+    assert any(not torch.equal(value, start[key]) for key, value in distilled["ema"].items())

@@ -103,7 +103,7 @@ class DistillationObjective(FlowMatching):
                 self.update_fake_score(model, step, update)
         batch = self.batch(model, step, part)
         generator = self.generator(step, part, 0)
-        last = int(torch.randint(len(self.sigmas) - 1, (), generator=generator))
+        last = self.draw_step(step, part, 0)
         if batch.cut.past < 2 and not self.options.asks:
             last = len(self.sigmas) - 2  # the truth alone can teach no other
         if self.is_determined(batch, last):
@@ -123,7 +123,8 @@ class DistillationObjective(FlowMatching):
             one, two, true = (seen(latents, self.root) for latents in (made, other, batch.sample))
             loss = loss + self.options.score * energy_score(one, two, true, batch.cut.past)
         if self.options.consistency:
-            loss = loss + self.options.consistency * self.consistency_loss(model, batch, generator)
+            number = self.draw_step(step, part, 1)
+            loss = loss + self.options.consistency * self.consistency_loss(model, batch, number)
         return loss, len(batch)
 
     def is_determined(self, batch: Batch, last: int) -> bool:
@@ -131,10 +132,9 @@ class DistillationObjective(FlowMatching):
         step has little noise to take away."""
         return self.options.truth > 0 and (batch.cut.past >= 2 or self.sigmas[last] <= CLEAR_SIGMA)
 
-    def consistency_loss(self, student: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
-        """From z at one sampling time, one Euler step of the teacher to the next; the student's end of the
-        path from the first is pulled to the teacher's from the second."""
-        number = int(torch.randint(len(self.sigmas) - 1, (), generator=generator))
+    def consistency_loss(self, student: nn.Module, batch: Batch, number: int) -> Tensor:
+        """From z at sampling time `number`, one Euler step of the teacher to the next; the student's end of
+        the path from the first is pulled to the teacher's from the second."""
         sigma, following = self.sigmas[number], self.sigmas[number + 1]
         noisy = self.noised(batch, batch.sample, sigma, batch.noise)
         with torch.no_grad():
@@ -192,7 +192,7 @@ class DistillationObjective(FlowMatching):
         if self.is_determined(batch, 0) or not (self.options.matching or self.critic):
             return  # nobody asks it about those
         generator = self.generator(step, 0, update + 1)
-        last = int(torch.randint(len(self.sigmas) - 1, (), generator=generator))
+        last = self.draw_step(step, 0, update + 2)
         with torch.no_grad():
             made = self.make(student, batch, generator, last, with_gradient=False)
         noise = self.draw(batch, generator)
@@ -300,6 +300,12 @@ class DistillationObjective(FlowMatching):
         return torch.Generator().manual_seed(
             seed_of(self.stage.seed, step, part, use, self.processes.rank, 7)
         )
+
+    def draw_step(self, step: int, part: int, use: int) -> int:
+        """One of the sampler's steps, the same in every process: how often networks are asked depends on it,
+        and networks that lie over all processes must be asked by all of them as often."""
+        drawn = torch.Generator().manual_seed(seed_of(self.stage.seed, step, part, use, 11))
+        return int(torch.randint(len(self.sigmas) - 1, (), generator=drawn))
 
     def state(self) -> dict[str, Any]:
         kept: dict[str, Any] = {
