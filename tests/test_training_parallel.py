@@ -1,4 +1,4 @@
-"""Two processes under FSDP2 train as one does."""
+"""Two processes under FSDP2 train as one does, and distil together."""
 
 from __future__ import annotations
 
@@ -22,26 +22,14 @@ OPTIONS = {
     for name, rate, mix in (("adamw", None, MIX), ("muon", 0.003, MIX | {"ti2v": 0.0}))
 }
 
-# The noise of a distillation is each process's own, its steps are not: all ask the networks equally often.
-DISTILLATION = {
-    "guidance_scale": 2.0,
-    "adversarial": 0.5,
-    "score": 0.1,
-    "truth": 1.0,
-    "teacher_steps": 2,
-    "motion_clips": 2,
-}
-
-PROGRAM = """
+FLOW = """
 import json, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from training_parts import clip_set, small_model, small_stage
-from kairos.training.distillation import DistillationObjective
 from kairos.training.flow import FlowMatching
 from kairos.training.loop import train
 from kairos.training.parallel import prepare, processes
-from kairos.training.stage import Distillation
 folder = Path({folder!r})
 losses = {{}}
 class Recorded(FlowMatching):
@@ -55,27 +43,41 @@ with processes() as here:
         stage, losses[name], model = small_stage(**options), [], small_model()
         prepare(model, here, checkpointing=True, compiled=False, precision=stage.precision)
         train(model, Recorded([clips], stage, here), stage, folder / name, here=here)
-    options = Distillation(**{distillation!r})
-    stage, model = small_stage(steps=3, distillation=options, precision="float32"), small_model()
-    student = DistillationObjective(model, [clips], stage, options, here)
-    prepare(model, here, checkpointing=False, compiled=False, precision=stage.precision)
-    train(model, student, stage, folder / "distillation", here=here)
     if here.first:
         (folder / "losses.json").write_text(json.dumps(losses))
 """
 
+DISTILLATION = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from training_parts import clip_set, small_model, small_stage
+from kairos.training.distillation import DistillationObjective
+from kairos.training.loop import train
+from kairos.training.parallel import prepare, processes
+from kairos.training.stage import Distillation
+folder = Path({folder!r})
+options = Distillation(adversarial=0.5, score=0.1, truth=1.0, teacher_steps=2, motion_clips=2)
+stage, model = small_stage(steps=3, distillation=options, precision="float32"), small_model()
+with processes() as here:
+    clips = clip_set(folder / "cache" / str(here.rank))
+    student = DistillationObjective(model, [clips], stage, options, here)
+    prepare(model, here, checkpointing=False, compiled=False, precision=stage.precision)
+    train(model, student, stage, folder / "distilled", here=here)
+"""
 
-def test_two_processes_have_the_loss_curve_of_one(tmp_path):
-    file = tmp_path / "program.py"
-    tests = str(Path(__file__).parent)
-    file.write_text(
-        PROGRAM.format(
-            tests=tests, folder=str(tmp_path), options=json.dumps(OPTIONS), distillation=DISTILLATION
-        )
-    )
+
+def run_twofold(program: str, folder: Path, **values: str) -> None:
+    """Run a program of two processes; it has to end well."""
+    file = folder / "program.py"
+    file.write_text(program.format(tests=str(Path(__file__).parent), folder=str(folder), **values))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+def test_two_processes_have_the_loss_curve_of_one(tmp_path):
+    run_twofold(FLOW, tmp_path, options=json.dumps(OPTIONS))
     together = json.loads((tmp_path / "losses.json").read_text())
     clips = clip_set(tmp_path / "one")
     for name, options in OPTIONS.items():
@@ -97,8 +99,12 @@ def test_two_processes_have_the_loss_curve_of_one(tmp_path):
         longer = small_stage(**(options | {"steps": 7}))
         train(small_model(), FlowMatching([clips], longer), longer, tmp_path / name)
         assert load_checkpoint(tmp_path / name)["step"] == 7
-    distilled = load_checkpoint(tmp_path / "distillation")
-    assert distilled["step"] == 3
-    start = small_model().state_dict()
-    assert all(value.isfinite().all() for value in distilled["ema"].values())
-    assert any(not torch.equal(value, start[key]) for key, value in distilled["ema"].items())
+
+
+def test_two_processes_distil_together(tmp_path):
+    """Each has noise of its own; their steps are the same, for both must ask the networks equally often."""
+    run_twofold(DISTILLATION, tmp_path)
+    state, start = load_checkpoint(tmp_path / "distilled"), small_model().state_dict()
+    assert state["step"] == 3
+    assert all(value.isfinite().all() for value in state["ema"].values())
+    assert any(not torch.equal(value, start[key]) for key, value in state["ema"].items())

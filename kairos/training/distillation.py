@@ -302,8 +302,8 @@ class DistillationObjective(FlowMatching):
         )
 
     def draw_step(self, step: int, part: int, use: int) -> int:
-        """One of the sampler's steps, the same in every process: how often networks are asked depends on it,
-        and networks that lie over all processes must be asked by all of them as often."""
+        """One of the sampler's steps, another draw for each `use`, the same in every process: it decides how
+        often networks are asked, and those that lie over all processes must be asked by all as often."""
         drawn = torch.Generator().manual_seed(seed_of(self.stage.seed, step, part, use, 11))
         return int(torch.randint(len(self.sigmas) - 1, (), generator=drawn))
 
