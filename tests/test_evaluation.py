@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kairos.evaluation.reading import blob_sizes, read
-from kairos.evaluation.scores import agreement, score
+from kairos.evaluation.scores import agreement, score, visible
 from kairos.evaluation.suite import Case
 from kairos.evaluation.summary import average, ratio
 from kairos.worlds import COLORS, SCENES, WORLD, simulate
@@ -91,6 +91,42 @@ def test_a_lost_ball_is_no_gain_even_where_it_would_stand_still(cases):
     assert scored["displacement"] < 0.05
 
 
+def test_what_is_not_shown_is_neither_conserved_nor_said_nor_moved():
+    """Black frames after the given ones, and pictures full of the ball's own colour."""
+    for scene in ("uniform", "occlusion", "collision", "bounce"):
+        for index in range(4):
+            case = Case.of(scene, "in", 0, index, FRAMES, 64)
+            for color in ("black", case.clip.colors[0]):
+                frames = case.clip.frames.copy()
+                frames[GIVEN:] = COLORS.get(color, (0, 0, 0))
+                scored = case.score(frames, GIVEN)
+                assert scored["conserved"] == 0, (scene, index, color)
+                for name in ("momentum_before", "energy_before", "momentum_after", "energy_after"):
+                    assert scored.get(name, 1) == 1 or math.isnan(scored[name])
+                frames[:] = COLORS.get(color, (0, 0, 0))
+                said = agreement(read(frames, case.scenery), case.clip.parameters["said"])
+                assert not any(said[name] == 1 for name in ("colors", "count", "direction", "all"))
+
+
+def test_momentum_before_the_contact_is_that_of_frames_that_were_made(cases):
+    for case in cases["collision"]:
+        frames = frozen(case.clip.frames[GIVEN - 1 :])
+        scored = case.score(np.concatenate([case.clip.frames[: GIVEN - 1], frames]), GIVEN)
+        early = case.clip.parameters["contact_time"] < (GIVEN + 1) * case.clip.dt
+        assert math.isnan(scored["energy_before"]) if early else scored["energy_before"] > 0.9
+
+
+def test_a_ball_is_missed_once_it_should_be_out_from_behind_the_wall(cases):
+    case = cases["occlusion"][0]
+    hidden = math.ceil(case.clip.parameters["hidden_times"][0] / case.clip.dt)
+    frames = case.clip.frames.copy()
+    frames[hidden:] = case.scenery[hidden:]
+    scored = case.score(frames, GIVEN)
+    assert scored["conserved"] == 0
+    out = visible(case.clip)[hidden:, 0].sum()
+    assert scored["conserved_frames"] == pytest.approx(1 - out / (FRAMES - GIVEN)) and out >= 2
+
+
 def test_a_ball_that_stays_behind_the_wall_or_comes_out_changed_is_not_permanent(cases):
     case = cases["occlusion"][0]
     clip = case.clip
@@ -145,6 +181,19 @@ def test_wrong_colours_counts_and_directions_are_noticed():
     twice = np.minimum(clip.frames, np.roll(clip.frames, 32, axis=1))
     assert not agreement(read(twice), said)["count"]
     assert not agreement(read(frozen(clip.frames)), said)["direction"]
+
+
+def test_what_a_caption_leaves_open_is_not_judged():
+    clip = simulate("uniform", split="in", index=0)
+    color, side = clip.colors[0], clip.parameters["directions"][0]
+    reading = read(clip.frames)
+    said = {"count": 1, "colors": [color], "directions": [None]}
+    assert math.isnan(agreement(reading, said)["direction"]) and agreement(reading, said)["all"] == 1
+    unnamed = {"count": 1, "colors": [None], "directions": [side]}
+    assert math.isnan(agreement(reading, unnamed)["colors"])
+    assert agreement(reading, unnamed)["direction"] == agreement(reading, unnamed)["all"] == 1
+    backwards = agreement(read(clip.frames[::-1]), unnamed)
+    assert backwards["direction"] == backwards["all"] == 0
 
 
 @pytest.mark.parametrize("scene", ("pendulum", "push", "occlusion", "ramp"))

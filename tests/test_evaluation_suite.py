@@ -16,6 +16,7 @@ from torch import nn
 
 from kairos import presets
 from kairos.cli import main
+from kairos.data.media import read_video, write_video
 from kairos.errors import UserError
 from kairos.evaluation.models import DiffusersModel, KairosModel, generate
 from kairos.evaluation.suite import Settings, evaluate
@@ -123,6 +124,29 @@ def test_a_student_is_compared_with_its_teacher(tmp_path):
         UserError, match="of other clips: their seed, given frames and frames are 0, 5 and 33"
     ):
         evaluate(slow, replace(settings, seed=1), teacher=tmp_path / "teacher")
+    elsewhere = replace(settings, scenes=("bounce",))
+    with pytest.raises(UserError, match="none of these clips"):
+        evaluate(slow, elsewhere, teacher=tmp_path / "teacher")
+
+
+def test_the_report_shows_the_videos_of_its_own_run(tmp_path):
+    def report(model):
+        evaluate(model, ONE_CLIP, output=tmp_path, name=model.identity)
+        return (tmp_path / "report.html").read_text()
+
+    good, still = Oracle(), Oracle(freeze)
+    still.identity = "still"
+    first, other = report(good), report(still)
+    assert first != other and report(good) == first
+
+
+def test_a_plot_has_the_scenes_of_every_split(tmp_path):
+    from kairos.evaluation.report import plot
+
+    entry = {"value": 1.0, "ci": [0.5, 1.5], "floor_truth": 0.0, "floor_vae": None}
+    measures = {"velocity_error": entry}
+    drawn = plot("velocity_error", {"in": {"uniform": measures}, "out": {"collision": measures}})
+    assert "uniform" in drawn and "collision" in drawn
 
 
 @pytest.mark.parametrize(
@@ -302,6 +326,9 @@ def test_records_of_another_model_or_precision_are_not_taken(tmp_path):
 
     pipeline = presets.load_pipeline("kairos-tiny", dtype=torch.float32)
     identity = KairosModel(pipeline).identity
+    others = presets.load_pipeline("kairos-tiny", dtype=torch.float32)
+    others.scheduler = others.scheduler.from_config(others.scheduler.config, shift=1.0)
+    assert KairosModel(others).identity != identity
     pipeline.to(torch.bfloat16)
     assert KairosModel(pipeline).identity == f"{identity}-bfloat16"
 
@@ -386,6 +413,28 @@ def test_exported_videos_are_scored_without_a_model(command, tmp_path):
     )
 
 
+def test_videos_are_each_clips_only_one_and_of_one_length(command, tmp_path):
+    export(tmp_path / "data", scenes=("uniform",), splits=("in",), clips=2, seed=3)
+    for video in (tmp_path / "data" / "clips").glob("*.mp4"):
+        frames = read_video(video)
+        write_video(tmp_path / "data" / video.name, freeze(frames, 5), fps=16)
+    assert command("--videos", "data", "-o", "scored")[0] == 0
+    results = json.loads((tmp_path / "scored" / "results.json").read_text())
+    assert results["videos"] == 2 and results["seeds"] == [3] and results["num_frames"] == 33
+    assert (
+        results["scenes"]["uniform"]["motion_ratio"]["value"] < 0.05
+    )  # the truth in clips/ is not the model's
+    assert "<video" not in (tmp_path / "scored" / "report.html").read_text()
+
+    write_video(tmp_path / "data" / "uniform-in-3-1.mp4", frames, fps=16)
+    status, _, error = command("--videos", "data")
+    assert status == 2 and "uniform-in-3-00001.mp4 and uniform-in-3-1.mp4 in data are of one clip" in error
+    (tmp_path / "data" / "uniform-in-3-1.mp4").unlink()
+    write_video(tmp_path / "data" / "uniform-in-3-00001.mp4", frames[:9], fps=16)
+    status, _, error = command("--videos", "data")
+    assert status == 2 and "at one length" in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -398,6 +447,8 @@ def test_exported_videos_are_scored_without_a_model(command, tmp_path):
         (("--videos", "."), "no video in . is named as a clip"),
         (("--videos", ".", "--model", "kairos-tiny"), "--model goes with a model; --videos scores"),
         (("--videos", ".", "--steps", "4"), "--steps goes with a model; --videos scores"),
+        (("--videos", ".", "--drift-seconds", "4"), "--drift-seconds goes with a model; --videos scores"),
+        (("--frames", "0"), "num_frames must be above"),
         (("--model", "kairos-huge"), "kairos-huge"),
     ],
 )

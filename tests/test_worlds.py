@@ -196,6 +196,14 @@ def test_a_disc_rolls_down_with_two_thirds_of_gravity_along_the_slope():
         assert (speed[last + 1 :] >= speed[last] - 1e-9).all()
 
 
+def test_a_caption_names_the_floor_only_where_the_ball_is_seen_to_roll_on_it():
+    ramps = [simulate("ramp", split="in", index=index) for index in range(60)]
+    named = [clip for clip in ramps if "floor" in clip.caption]
+    assert 5 < len(named) < 25
+    for clip in named:
+        assert np.ptp(clip.positions[-3:, 0, 1]) == 0 < np.ptp(clip.positions[:, 0, 1])
+
+
 def test_a_pushed_block_gains_and_loses_speed_as_force_and_friction_say():
     for clip in clips("push"):
         p, r = clip.parameters, clip.radii[0]

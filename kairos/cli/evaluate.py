@@ -13,9 +13,15 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 WHAT, HOW = "What is measured", "How"
+OF_MODELS = (
+    *("model", "teacher", "steps", "guidance", "clips", "frames", "seed", "batch"),
+    *("drift_seconds", "drift_clips", "device", "dtype"),
+)
+"""Options that say nothing of videos which are there already."""
 
 
 def evaluate(
+    context: typer.Context,
     model: Annotated[
         str | None,
         typer.Option(
@@ -116,7 +122,7 @@ def evaluate(
         splits=tuple(names(splits, "split")),
         clips=clips,
         given=given,
-        num_frames=frames or 33,
+        num_frames=33 if frames is None else frames,
         seed=seed,
         batch=batch,
         drift_seconds=drift_seconds,
@@ -127,10 +133,11 @@ def evaluate(
     if videos is not None:
         from kairos.evaluation.videos import score_videos
 
-        unused = {"--model": model, "--teacher": teacher, "--steps": steps, "--guidance": guidance}
-        for option, value in unused.items():
-            if value is not None:
-                raise UserError(f"{option} goes with a model; --videos scores what is there already")
+        for option in OF_MODELS:
+            source = context.get_parameter_source(option)
+            if source is not None and source.name == "COMMANDLINE":
+                said = option.replace("_", "-")
+                raise UserError(f"--{said} goes with a model; --videos scores what is there already")
         results = score_videos(videos, settings, output=output)
     else:
         results = measured(
@@ -172,7 +179,9 @@ def measured(
         pipeline = presets.load_pipeline(model, device=where, dtype=kind)
         defaults = pipeline.config.defaults
         settings = replace(
-            settings, size=int(defaults["height"]), num_frames=frames or int(defaults["num_frames"])
+            settings,
+            size=int(defaults["height"]),
+            num_frames=int(defaults["num_frames"]) if frames is None else frames,
         )
         total = settings.clips * len(settings.scenes) * len(settings.splits)
         columns = (TextColumn("clips"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -13,7 +13,9 @@ its VAE; `surprise`, for violation of expectation; `rolls` and `rollout`, for dr
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -95,7 +97,8 @@ class KairosModel:
                     "this model samples in %d steps without guidance, whatever is asked for", self.steps
                 )
         parts = {name: getattr(pipeline, name) for name in ("transformer", "vae", "text_encoder")}
-        self.identity = f"{fingerprint(parts)}-{self.steps}-{self.guidance:g}"
+        sampler = sampler_of(pipeline)
+        self.identity = f"{fingerprint(parts)}-{sampler}-{self.steps}-{self.guidance:g}"
         if pipeline.transformer.dtype != torch.float32:
             self.identity += f"-{str(pipeline.transformer.dtype).removeprefix('torch.')}"
 
@@ -264,8 +267,8 @@ class DiffusersModel:
         if self.given not in self.known:
             raise UserError(f"{type(pipeline).__name__} takes no {self.given}: it cannot go on with a video")
         chosen = ",".join(f"{key}={value}" for key, value in sorted(options.items()))
-        called = f"{name or type(pipeline).__name__}-{weights_of(pipeline)}"
-        self.identity = f"{called}-{height}x{width}-{self.given}-{chosen}"
+        called = f"{name or type(pipeline).__name__}-{weights_of(pipeline)}-{sampler_of(pipeline)}"
+        self.identity = f"{called}-{height}x{width}-{self.frames_unit}-{self.given}-{chosen}"
 
     def __call__(self, prompt: str, first_frames: Frames, num_frames: int) -> Frames:
         size = first_frames.shape[1:3]
@@ -317,6 +320,16 @@ def weights_of(pipeline: Any) -> str:
     modules = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
     here = {name: part for name, part in modules.items() if not any(p.is_meta for p in part.parameters())}
     return fingerprint(here)
+
+
+def sampler_of(pipeline: Any) -> str:
+    """A short name for a pipeline's scheduler and its settings; "none" where it has none."""
+    scheduler = getattr(pipeline, "scheduler", None)
+    if scheduler is None:
+        return "none"
+    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    said = type(scheduler).__name__ + json.dumps(config, sort_keys=True, default=str)
+    return hashlib.sha256(said.encode()).hexdigest()[:8]
 
 
 def frames_of(output: Any) -> Frames:

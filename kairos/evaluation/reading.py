@@ -24,6 +24,8 @@ SOLID = 0.5
 """Cover from which a pixel counts as part of a ball."""
 MIN_PIXELS = 6
 """A smaller blob, in a picture of 64 x 64, is not a ball."""
+MOST = 0.25
+"""Share of the picture from which a blob is too large for one; the largest block has 0.16."""
 TOLERANCE = 60.0
 """A pixel this far from every mixture of a colour, in steps of 0 to 255, has none of the colours."""
 GREY_NOISE = 30.0
@@ -85,7 +87,7 @@ def read(frames: Frames, scenery: Frames | None = None) -> Reading:
     behind = plain if scenery is None else shrunk(scenery)
     unit = WORLD / size
     axis = (np.arange(size) + 0.5) * unit
-    least, edge = MIN_PIXELS * (size / 64) ** 2, max(1, round(EDGE * size / 64))
+    least, most, edge = MIN_PIXELS * (size / 64) ** 2, MOST * size**2, max(1, round(EDGE * size / 64))
     centers = np.zeros((len(NAMES), len(frames), 2))
     areas = np.zeros((len(NAMES), len(frames)))
     blobs = np.zeros((len(NAMES), len(frames)), np.int64)
@@ -95,7 +97,7 @@ def read(frames: Frames, scenery: Frames | None = None) -> Reading:
         for color in np.unique(nearest[nearest >= 0]):
             cover = covers(frame, behind[number], NAMES[color])
             solid = (cover > SOLID) & (nearest == color)
-            blobs[color, number] = sum(pixels >= least for pixels in blob_sizes(solid))
+            blobs[color, number] = sum(least <= pixels < most for pixels in blob_sizes(solid))
             if blobs[color, number]:
                 found[int(color)] = cover, grown(solid, edge)
         for color, (cover, near) in found.items():

@@ -28,13 +28,13 @@ video { image-rendering: pixelated; height: 128px; display: block }
 """
 
 
-def report(results: Mapping[str, Any], videos: Path) -> str:
+def report(results: Mapping[str, Any], videos: Path | None) -> str:
     """The page of what `results.json` holds; `videos` is the folder of the side-by-side videos, if any."""
     splits = {split: entry["scenes"] for split, entry in results["splits"].items()}
     title = escape(f"{results['model']}: the physics suite")
     about = ", ".join(
         f"{name.replace('_', ' ')} {escape(str(results[name]))}"
-        for name in ("clips", "videos", "given_frames", "num_frames", "seed")
+        for name in ("clips", "videos", "given_frames", "num_frames", "seed", "seeds")
         if name in results
     )
     key = " ".join(f'<b style="color:{COLORS[split]}">{split}</b>' for split in splits)
@@ -49,7 +49,7 @@ def report(results: Mapping[str, Any], videos: Path) -> str:
             if "drift" in entry
         ),
         *(
-            f"<h2>{split}</h2>{table(scenes)}{shown(videos / split, list(scenes))}"
+            f"<h2>{split}</h2>{table(scenes)}{shown(videos / split, list(scenes)) if videos else ''}"
             for split, scenes in splits.items()
         ),
         "</html>\n",
@@ -61,7 +61,7 @@ def plot(name: str, splits: Mapping[str, Mapping[str, Any]]) -> str:
     """A measure of every scene, a dot for each split; nothing where no scene has it."""
     found = [
         (scene, split, scenes[scene][name])
-        for scene in next(iter(splits.values()))
+        for scene in dict.fromkeys(scene for scenes in splits.values() for scene in scenes)
         for split, scenes in splits.items()
         if name in scenes.get(scene, {})
     ]

@@ -26,6 +26,8 @@ SIZE_SLACK = 0.25
 """Share of its area by which a ball that comes out may differ."""
 NEAR_EDGE = 0.5
 """A ball last seen this near to the picture's border, or to the wall, may have left by its own motion."""
+ADRIFT = 0.02
+"""World units in two frames from which a ball moves towards a border."""
 FIT_FRAMES = 6
 """Frames before and after a contact that velocities are fitted to."""
 STARTS = 0.15
@@ -141,15 +143,22 @@ def conservation(reading: Reading, clip: Clip, given: int, end: int | None = Non
 
 
 def may_have_left(path: Track, clip: Clip, ball: int, frame: int) -> bool:
-    """Whether a ball missing in `frame` was last seen where the picture or a wall may hide it."""
+    """Whether a ball missing in `frame` was last seen on its way out, or where a wall may hide it.
+
+    A wall does so until the ball should be wholly out again; one a little late shows a part of itself then.
+    """
     before = np.flatnonzero(path.there[:frame])
     if not len(before):
         return False
     place, reach = path.centers[before[-1]], float(clip.radii[ball]) + NEAR_EDGE
-    if bool((place < reach).any() or (place > WORLD - reach).any()):
+    heading = place - path.centers[before[-3:][0]]
+    if bool(((place < reach) & (heading < -ADRIFT) | (place > WORLD - reach) & (heading > ADRIFT)).any()):
         return True
-    left, right = clip.parameters.get("wall", (math.inf, -math.inf))
-    return bool(left - reach < place[0] < right + reach)
+    if "hidden_times" not in clip.parameters:
+        return False
+    left, right = clip.parameters["wall"]
+    due = clip.parameters["hidden_times"][3]
+    return bool(left - reach < place[0] < right + reach) and frame * clip.dt < due
 
 
 def collision(reading: Reading, clip: Clip, given: int) -> Scores:
@@ -158,7 +167,8 @@ def collision(reading: Reading, clip: Clip, given: int) -> Scores:
     `contact`: whether they meet and part. `contact_time_error` in units of time; where there is no contact,
     the furthest that one could be off. `momentum_before`, `_after`, `energy_before`, `_after`: |measured -
     true|, momentum as a share of the balls' true momenta added up, energy of the true one; mass is radius
-    squared. `penetration`: the deepest overlap in world units.
+    squared; 1 where the balls cannot be seen. `penetration`: the deepest overlap in world units. A side on
+    which truth itself leaves less than two frames to judge by is NaN.
     """
     paths = [reading.ball(color) for color in clip.colors]
     reach = clip.radii[:, None] - 0.1
@@ -185,26 +195,33 @@ def collision(reading: Reading, clip: Clip, given: int) -> Scores:
     momentum, energy = mass @ true, float(mass @ (true**2).sum(-1)) / 2
     scale = float(mass @ np.linalg.norm(true, axis=-1))
     time = true_time if measured is None else measured
-    early, late = usable & (times < time - 1e-9), usable & (times > time + 1e-9)
+    made = np.arange(len(times)) >= given
+    early, late = usable & made & (times < time - 1e-9), usable & (times > time + 1e-9)
     for side, frames in (
         ("before", np.flatnonzero(early)[-FIT_FRAMES:]),
         ("after", np.flatnonzero(late)[:FIT_FRAMES]),
     ):
-        # Of a ball that cannot be seen nothing is known: it stands still, which is wrong wherever it moved.
-        velocity = np.zeros((2, 2))
+        # Of balls that cannot be seen nothing is known; to take them for still would suit those that meet
+        # head-on, whose momenta cancel.
+        scores[f"momentum_{side}"] = scores[f"energy_{side}"] = 1.0
         if len(frames) >= 2:
             velocity = np.array([slopes(times[frames], path.centers[frames]) for path in paths])
-        scores[f"momentum_{side}"] = float(np.linalg.norm(mass @ velocity - momentum)) / scale
-        scores[f"energy_{side}"] = abs(float(mass @ (velocity**2).sum(-1)) / 2 - energy) / energy
-    if not judged_after(clip):
+            scores[f"momentum_{side}"] = float(np.linalg.norm(mass @ velocity - momentum)) / scale
+            scores[f"energy_{side}"] = abs(float(mass @ (velocity**2).sum(-1)) / 2 - energy) / energy
+    before, after = judged(clip, given)
+    if not before:
+        scores |= dict.fromkeys(("momentum_before", "energy_before"), math.nan)
+    if not after:
         scores |= dict.fromkeys(("contact", "contact_time_error", "momentum_after", "energy_after"), math.nan)
     return scores
 
 
-def judged_after(clip: Clip) -> bool:
-    """Whether both balls stay in the picture for two whole frames after the contact, in truth."""
-    both, times = visible(clip).all(-1), frame_times(clip)
-    return int((both & (times > clip.parameters["contact_time"] + clip.dt)).sum()) >= 2
+def judged(clip: Clip, given: int) -> tuple[bool, bool]:
+    """Whether both balls are in the picture, in truth, in two frames from `given` on that are before the
+    contact, and in two whole ones after it."""
+    both, times, contact = visible(clip).all(-1), frame_times(clip), clip.parameters["contact_time"]
+    before, after = (both & (times < contact - 1e-9))[given:], both & (times > contact + clip.dt)
+    return int(before.sum()) >= 2, int(after.sum()) >= 2
 
 
 def contact_time(times: Floats, gap: Floats, usable: Mask) -> float | None:
@@ -271,21 +288,26 @@ def agreement(reading: Reading, said: dict[str, Any]) -> Scores:
     """Whether a video shows what its caption names: colours, count and directions of motion, and all of it.
 
     Colours and count are those of most of the first eight frames that show any, before anything leaves the
-    picture. What the caption leaves open is not judged.
+    picture. What the caption leaves open is not judged: NaN. A ball whose colour is not named is the only one
+    of those shown whose colour is not.
     """
     pictures = [shown for frame in range(min(8, len(reading))) if (shown := reading.shown(frame))]
     shown = max(pictures, key=pictures.count) if pictures else []
-    directions = all(
-        direction(reading.ball(color)) == side
-        for color, side in zip(said["colors"], said["directions"], strict=True)
-        if color and side in ("left", "right")
-    )
+    named = [color for color in said["colors"] if color]
+    unnamed = [color for color in shown if color not in named]
+    other = unnamed[0] if len(unnamed) == 1 else None
+    balls = [color or other for color in said["colors"]]
     right = {
-        "colors": all(color in shown for color in said["colors"] if color),
-        "count": len(shown) == said["count"],
-        "direction": directions,
+        "colors": [color in shown for color in named],
+        "count": [len(shown) == said["count"]],
+        "direction": [
+            direction(reading.ball(ball)) == side
+            for ball, side in zip(balls, said["directions"], strict=True)
+            if ball and side in ("left", "right")
+        ],
     }
-    return {name: float(value) for name, value in (right | {"all": all(right.values())}).items()}
+    judged = right | {"all": [all(answers) for answers in right.values()]}
+    return {name: float(all(answers)) if answers else math.nan for name, answers in judged.items()}
 
 
 def direction(path: Track) -> str:

@@ -14,6 +14,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 Frames = NDArray[np.uint8]
 Record = dict[str, Any]
-VERSION = 1
+VERSION = 2
 """Of the measures: records of another version are measured again."""
 SHOWN = 4
 """Clips of each scene and split whose videos are kept."""
@@ -126,6 +127,7 @@ def evaluate(
     if not settings.given and not getattr(model, "from_text", False):
         raise UserError("without given frames only a model with from_text can be measured")
     records = Records(output, record_key(model, settings, name))
+    videos = None if output is None else output / "videos" / records.key
     taught = None if teacher is None else Records.of_results(teacher, settings)
     every = range(settings.clips)
     result: dict[str, Any] = {}
@@ -137,7 +139,7 @@ def evaluate(
             on_clips(settings.clips - len(missing))
             for start in range(0, len(missing), settings.batch):
                 part = missing[start : start + settings.batch]
-                for index, record in measure(model, settings, scene, split, part, output):
+                for index, record in measure(model, settings, scene, split, part, videos):
                     records.put(split, scene, index, record)
                 on_clips(len(part))
             known = list(filter(None, (records.get(split, scene, index) for index in every)))
@@ -155,13 +157,20 @@ def evaluate(
         "given_frames": settings.given,
         "num_frames": settings.num_frames,
     }
-    return written(about, result, drift, output)
+    return written(about, result, drift, output, videos)
 
 
 def written(
-    about: Record, result: dict[str, Any], drift: dict[str, Any], output: Path | None
+    about: Record,
+    result: dict[str, Any],
+    drift: dict[str, Any],
+    output: Path | None,
+    videos: Path | None = None,
 ) -> dict[str, Any]:
-    """The results of all splits, {split: {scene: measures}}, as `results.json` has them, and the files."""
+    """The results of all splits, {split: {scene: measures}}, as `results.json` has them, and the files.
+
+    videos: the folder of those that the report shows.
+    """
     first = next(iter(result))
     splits: dict[str, Any] = {split: {"scenes": scenes} for split, scenes in result.items()}
     for split, scenes in drift.items():
@@ -169,7 +178,7 @@ def written(
     results = about | {"split": first, "scenes": result[first], "splits": splits}
     if output is not None:
         write_atomically(output / "results.json", dump(results))
-        write_atomically(output / "report.html", report(results, output / "videos").encode())
+        write_atomically(output / "report.html", report(results, videos).encode())
     return results
 
 
@@ -179,9 +188,9 @@ def measure(
     scene: str,
     split: str,
     indices: Sequence[int],
-    output: Path | None,
+    shown: Path | None,
 ) -> Iterator[tuple[int, Record]]:
-    """The records of some clips of one scene and split, made at once."""
+    """The records of some clips of one scene and split, made at once. shown: where the first videos go."""
     place = (scene, split, settings.seed)
     cases = [Case.of(*place, index, settings.num_frames, settings.size) for index in indices]
     captions = [case.clip.caption for case in cases]
@@ -212,8 +221,8 @@ def measure(
                 of_kind[kind] |= scores.agreement(reading, said)
             if kind == "vae":
                 of_kind[kind]["psnr"] = psnr(frames, case.clip.frames)
-        if output is not None and index < SHOWN:
-            keep(output, split, scene, index, {kind: batch[number] for kind, batch in videos.items()})
+        if shown is not None and index < SHOWN:
+            keep(shown / split, scene, index, {kind: batch[number] for kind, batch in videos.items()})
         yield index, {"caption": case.clip.caption, "scores": of_kind, "expectation": preferred[number]}
 
 
@@ -303,7 +312,18 @@ class Records:
                 f"the results in {folder} are of other clips: their seed, given frames and frames are "
                 f"{said[0]}, {said[1]} and {said[2]}, here {own[0]}, {own[1]} and {own[2]}"
             )
-        return cls(folder, key)
+        records = cls(folder, key)
+        asked = list(product(settings.splits, settings.scenes, range(settings.clips)))
+        if not (known := sum(records.get(*place) is not None for place in asked)):
+            raise UserError(
+                f"the results in {folder} have none of these clips: measure both models on the same scenes "
+                "and splits"
+            )
+        if known < len(asked):
+            logger.warning(
+                "%s has %d of the %d clips; motion is compared on those", folder, known, len(asked)
+            )
+        return records
 
     def get(self, split: str, scene: str, index: int) -> Record | None:
         place = (split, scene, index)
@@ -331,7 +351,9 @@ def identity(model: VideoModel, name: str = "") -> str:
 
 def record_key(model: VideoModel, settings: Settings, name: str = "") -> str:
     """The name of the folder of records: what they depend on, but for scene, split and index."""
-    said = [VERSION, identity(model, name), settings.seed, settings.num_frames, settings.given, settings.size]
+    from_text = bool(getattr(model, "from_text", False))
+    clips = [settings.seed, settings.num_frames, settings.given, settings.size]
+    said = [VERSION, identity(model, name), from_text, *clips]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12]
 
 
@@ -340,9 +362,8 @@ def seed_of(scene: str, split: str, seed: int, index: int, purpose: str) -> int:
     return zlib.crc32(f"{scene}/{split}/{seed}/{index}/{purpose}".encode())
 
 
-def keep(output: Path, split: str, scene: str, index: int, videos: dict[str, Frames]) -> None:
+def keep(folder: Path, scene: str, index: int, videos: dict[str, Frames]) -> None:
     """Write truth, reconstruction and model side by side, and what was made from the caption alone."""
-    folder = output / "videos" / split
     folder.mkdir(parents=True, exist_ok=True)
     beside = [videos[kind] for kind in ("truth", "vae", "model") if kind in videos]
     gap = np.full((*beside[0].shape[:2], 2, 3), 255, np.uint8)

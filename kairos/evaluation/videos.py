@@ -22,40 +22,68 @@ logger = logging.getLogger(__name__)
 def score_videos(folder: Path, settings: Settings, *, output: Path | None = None) -> dict[str, Any]:
     """Results, as of a model, of the mp4s in `folder` or in its `clips/`.
 
-    They are named as `kairos.worlds.export` names them, scene-split-seed-index.mp4, and begin with the given
-    frames of that clip, a frame of video for 0.1 units of world time. With `settings.given` 0 they were made
-    from the caption alone and are asked whether they show what it says. Of `settings`, the scenes and splits
-    choose among the videos, and `clips` is not used. Raises UserError where there is none to score.
+    They are named as `kairos.worlds.export` names them, scene-split-seed-index.mp4, are of one length, and
+    begin with the given frames of that clip, a frame of video for 0.1 units of world time. With
+    `settings.given` 0 they were made from the caption alone and are asked whether they show what it says. Of
+    `settings`, the scenes and splits choose among the videos; `clips`, `num_frames` and the drift's are not
+    used. Raises UserError where there is none to score, or two of one clip.
     """
     if not folder.is_dir():
         raise UserError(f"no folder of videos: {folder}")
-    found: dict[tuple[str, str], list[Record]] = {}
-    count = 0
-    for path in sorted([*folder.glob("*.mp4"), *folder.glob("clips/*.mp4")]):
-        name = ClipName.of(path.stem)
-        if name is None:
-            logger.warning("%s is not named as a clip is, such as uniform-in-0-00007.mp4", path.name)
-        elif name.scene in settings.scenes and name.split in settings.splits:
-            found.setdefault((name.split, name.scene), []).append(record(path, name, settings.given))
-            count += 1
-    if not count:
+    chosen = {
+        name: path
+        for name, path in (named(folder) or named(folder / "clips")).items()
+        if name.scene in settings.scenes and name.split in settings.splits
+    }
+    if not chosen:
         raise UserError(
             f"no video in {folder} is named as a clip of the chosen scenes and splits, such as "
             f"{ClipName(settings.scenes[0], settings.splits[0], 0, 7)}.mp4"
         )
     if output is not None:
         prepare_folder(output)
+    found: dict[tuple[str, str], list[Record]] = {}
+    lengths: dict[int, Path] = {}
+    for name, path in chosen.items():
+        frames, own = record(path, name, settings.given)
+        lengths.setdefault(frames, path)
+        if len(lengths) > 1:
+            said = " and ".join(f"{path.name} {count}" for count, path in lengths.items())
+            raise UserError(f"videos are compared at one length, in frames: {said}")
+        found.setdefault((name.split, name.scene), []).append(own)
     result: dict[str, Any] = {split: {} for split in settings.splits if any(key[0] == split for key in found)}
     for split, measures in result.items():
         for scene in settings.scenes:
             if (split, scene) in found:
                 measures[scene] = summarise(found[split, scene], settings.seed)
-    about = {"model": str(folder), "videos": count, "seed": settings.seed, "given_frames": settings.given}
+    about = {
+        "model": str(folder),
+        "videos": len(chosen),
+        "seeds": sorted({name.seed for name in chosen}),
+        "given_frames": settings.given,
+        "num_frames": next(iter(lengths)),
+    }
     return written(about, result, {}, output)
 
 
-def record(path: Path, name: ClipName, given: int) -> Record:
-    """The scores of one video beside those of the truth."""
+def named(folder: Path) -> dict[ClipName, Path]:
+    """The mp4s right in a folder that are named as clips are. Raises UserError for two of one clip."""
+    found: dict[ClipName, Path] = {}
+    for path in sorted(folder.glob("*.mp4")):
+        name = ClipName.of(path.stem)
+        if name is None:
+            logger.warning("%s is not named as a clip is, such as uniform-in-0-00007.mp4", path.name)
+        elif name in found:
+            raise UserError(
+                f"{found[name].name} and {path.name} in {folder} are of one clip: keep one of them"
+            )
+        else:
+            found[name] = path
+    return found
+
+
+def record(path: Path, name: ClipName, given: int) -> tuple[int, Record]:
+    """How many frames a video has, and its scores beside those of the truth."""
     frames = read_video(path)
     height, width = frames.shape[1:3]
     if height != width:
@@ -71,4 +99,4 @@ def record(path: Path, name: ClipName, given: int) -> Record:
         own = {"model": scores.score(reading, case.clip, given, case.truth)}
     else:
         own = {"text": scores.agreement(reading, said)}
-    return {"caption": case.clip.caption, "scores": own | {"truth": truth}}
+    return len(frames), {"caption": case.clip.caption, "scores": own | {"truth": truth}}

@@ -18,6 +18,9 @@ from kairos.worlds.ranges import RADIUS, RADIUS_OUT, SPEED, SPEED_HELD_OUT, Rang
 from kairos.worlds.render import Box, Disc, Rod, Wedge
 from kairos.worlds.world import FLOOR, GRAVITY, WORLD, Floats, Motion
 
+SEEN_BY = 2.8
+"""Time by which a ball must be at the floor for a caption to say so: in 33 frames it is there for four."""
+
 
 def own_ranges(
     rng: np.random.Generator, split: str, inside: Ranges, held_out: Ranges, outside: Ranges, name: str
@@ -220,7 +223,7 @@ class Ramp:
         return Motion(positions, velocities, np.array([radius]), facts, behind=(wedge,), heading=heading)
 
     def describe(self, rng: np.random.Generator, balls: Sequence[Ball], facts: dict[str, Any]) -> Caption:
-        return phrases.ramp(rng, balls[0], facts["manner"])
+        return phrases.ramp(rng, balls[0], facts["manner"], facts["arrival_time"] < SEEN_BY)
 
 
 class Push:

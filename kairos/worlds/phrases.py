@@ -197,14 +197,15 @@ def occlusion(rng: np.random.Generator, ball: Ball, manner: str | None) -> Capti
     return say.frame(say.caption(subject, say.pick("rolling", "moving"), say.way(0), "behind", wall))
 
 
-def ramp(rng: np.random.Generator, ball: Ball, manner: str | None) -> Caption:
-    """A ball that rolls down a ramp. `manner`: steep, gentle or None."""
+def ramp(rng: np.random.Generator, ball: Ball, manner: str | None, arrives: bool) -> Caption:
+    """A ball that rolls down a ramp. `manner`: steep, gentle or None. `arrives`: at the floor, in time to be
+    seen on it."""
     say = Speaker(rng, "ramp", [ball])
     subject = say.ball(0, article=say.article())
     slope = say.manner(manner, steep=("steep",), gentle=("gentle",))
     slope = say.caption("a", slope, say.pick("ramp", "ramp", "slope", "hill")).text
     verb = say.pick("rolls down", "rolls down", "runs down", "rolling down", "is let go and rolls down")
-    ending = say.pick("", "", "onto the floor", "and along the floor")
+    ending = say.pick("", "", *(("onto the floor", "and along the floor") if arrives else ()))
     return say.frame(say.caption(subject, verb, slope, say.toward(0, share=0.7), ending))
 
 
