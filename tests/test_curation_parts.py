@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import os
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import cv2
 import numpy as np
 import pytest
-from curation_plants import SETTINGS, real_clip, shot, write
+from curation_plants import SETTINGS, encoded, real_clip, shot, write
 
 from kairos.curation import Settings, curate
 from kairos.curation.duplicates import Fingerprinted, find_duplicates
 from kairos.curation.selection import choose
 from kairos.curation.settings import Duplicates, Shots, Split, read_settings
 from kairos.curation.shots import ShotDetector
+from kairos.curation.source import SplitTask, clip_file, split_source
 from kairos.curation.stages import STAGES, hashes_of, stages_of
 from kairos.curation.views import VIEWS, Views
 from kairos.curation.workers import run_locally
@@ -229,6 +231,27 @@ def test_clips_come_in_lengths_of_a_step_and_one() -> None:
     split = Split()
     assert [split.frames(n) for n in (80, 81, 96, 97, 641)] == [0, 81, 81, 97, 641]
     assert (split.piece_frames, split.max_frames) == (321, 641)
+
+
+def clips_of(file, folder, **split) -> list[dict]:
+    """The clips that a file is cut into, written to a folder."""
+    settings = Settings.from_dict(QUICK)
+    task = SplitTask(file, folder, settings.limits, settings.shots, replace(settings.split, **split))
+    clips: list[dict] = split_source(task)["clips"]
+    return clips
+
+
+def test_pixels_that_are_not_square_are_made_square(tmp_path) -> None:
+    from kairos.data.media import read_video
+
+    frames = np.zeros((33, 192, 128, 3), np.uint8)
+    for number, picture in enumerate(frames):
+        cv2.circle(picture, (64, 60 + number), 40, (255, 255, 255), -1)
+    encoded(tmp_path / "narrow.mp4", frames[:, :, ::2], pixel_aspect=2)
+    (clip,) = clips_of(tmp_path / "narrow.mp4", tmp_path)
+    bright = read_video(clip_file(tmp_path, clip["clip_id"]))[0].mean(axis=-1) > 128
+    assert bright.shape == (192, 128)
+    assert (bright.any(axis=0).sum(), bright.any(axis=1).sum()) == pytest.approx((81, 81), abs=3)
 
 
 @pytest.fixture

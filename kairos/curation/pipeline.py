@@ -356,7 +356,7 @@ def _is_split(ledger: Ledger, key: str, config: str, clips: Path) -> bool:
 
 def _split_hash(settings: Settings) -> str:
     limits = settings.limits
-    return hash_of("split", 1, settings.shots, settings.split, limits.streams, limits.side, limits.duration_s)
+    return hash_of("split", 2, settings.shots, settings.split, limits.streams, limits.side, limits.duration_s)
 
 
 def _sha256(ledger: Ledger, source: Source) -> str:

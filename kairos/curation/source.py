@@ -152,8 +152,9 @@ def _clips(
     """Every clip of the file, with its bytes, while its frames go by."""
     split = task.split
     detector = ShotDetector(task.shots, facts["source_fps"])
-    normalise, look = _Normaliser(split), VideoReformatter()
-    container.streams.video[0].codec_context.thread_count = 1
+    stream = container.streams.video[0]
+    normalise, look = _Normaliser(split, stream.sample_aspect_ratio), VideoReformatter()
+    stream.codec_context.thread_count = 1
     waiting: deque[tuple[int, int, Picture | None]] = deque()  # (source frame, repeats, normalised)
     shot = _Shot(split, 0, 0)
     ticks, index, number = 0, -1, 0
@@ -331,14 +332,15 @@ def _joined(pieces: list[bytes], count: int, fps: int) -> bytes:
 class _Normaliser:
     """Pictures upright, their pixels square, the short side as asked, both sides cropped to a multiple."""
 
-    def __init__(self, split: Split) -> None:
+    def __init__(self, split: Split, pixel_aspect: Fraction | None) -> None:
         self._split = split
+        # Of a pixel, width to height; what no camera writes is a broken header.
+        self._aspect = float(pixel_aspect) if pixel_aspect and 0.2 < pixel_aspect < 5 else 1.0
         self._reformatter = VideoReformatter()
 
     def __call__(self, frame: Any) -> Picture:
         split, multiple = self._split, self._split.multiple
-        aspect = float(getattr(frame, "sample_aspect_ratio", None) or 1)
-        width, height = frame.width * (aspect if 0.2 < aspect < 5 else 1.0), float(frame.height)
+        width, height = frame.width * self._aspect, float(frame.height)
         scale = min(1.0, split.short_side / min(width, height))
         wide, high = (max(multiple, round(side * scale)) for side in (width, height))
         turns = round(frame.rotation / 90) % 4
