@@ -254,6 +254,33 @@ def test_pixels_that_are_not_square_are_made_square(tmp_path) -> None:
     assert (bright.any(axis=0).sum(), bright.any(axis=1).sum()) == pytest.approx((81, 81), abs=3)
 
 
+def test_a_kill_between_shards_and_their_index_leaves_no_shard_that_is_taken_for_another(
+    tmp_path, monkeypatch
+) -> None:
+    import tarfile
+
+    from kairos.curation import shards
+
+    kept = [{"clip_id": name, "frames": 33, "height": 96, "width": 96} for name in ("aa", "bb")]
+    for row in kept:
+        clip_file(tmp_path, row["clip_id"]).parent.mkdir()
+        clip_file(tmp_path, row["clip_id"]).write_bytes(b"film")
+
+    def packed(count: int) -> None:
+        shards.write_shards(tmp_path / "shards", tmp_path, kept[:count], 256)
+
+    packed(2)
+    real, written = shards._write_tar, []
+    with monkeypatch.context() as killed:
+        killed.setattr(shards, "_write_tar", lambda *a: (real(*a), written.append(1), 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            packed(1)
+    assert written
+    packed(2)  # the former choice again
+    with tarfile.open(tmp_path / "shards" / "33x96x96" / "000000.tar") as tar:
+        assert tar.getnames() == ["aa.json", "aa.mp4", "bb.json", "bb.mp4"]
+
+
 @pytest.fixture
 def folder(tmp_path):
     source = tmp_path / "in"
