@@ -18,10 +18,10 @@ from kairos.curation.duplicates import Fingerprinted, find_duplicates
 from kairos.curation.selection import choose
 from kairos.curation.settings import Duplicates, Shots, Split, read_settings
 from kairos.curation.shots import ShotDetector
-from kairos.curation.source import SplitTask, clip_file, split_source
+from kairos.curation.source import Refused, SplitTask, clip_file, split_source
 from kairos.curation.stages import STAGES, hashes_of, stages_of
 from kairos.curation.views import VIEWS, Views
-from kairos.curation.workers import run_locally
+from kairos.curation.workers import Worker, run_locally, still_working
 from kairos.errors import UserError
 from kairos.worlds import simulate
 
@@ -178,6 +178,10 @@ def behave(item: str) -> dict:
         os.kill(os.getpid(), signal.SIGSEGV)
     if item == "hang":
         time.sleep(600)
+    if item == "long":
+        for _ in range(4):
+            still_working()
+            time.sleep(5)
     if item == "memory":
         return {"bytes": len(bytearray(30_000_000_000))}
     if item == "error":
@@ -186,13 +190,28 @@ def behave(item: str) -> dict:
 
 
 def test_what_crashes_hangs_or_eats_memory_takes_down_nothing_but_itself() -> None:
-    items = ["a", "crash", "b", "hang", "c", "memory", "error", "d"]
+    items = ["a", "crash", "b", "hang", "c", "memory", "error", "d", "long"]
     results = dict(run_locally(behave, items, workers=2, limit_s=15, memory_gb=4))
     assert [results[name] for name in "abcd"] == [{"fine": name} for name in "abcd"]
     assert results["crash"]["failed"] == "crashed: the decoder's process ended with signal 11 (SIGSEGV)"
     assert results["hang"]["failed"].startswith("hung:")
     assert results["memory"]["failed"].startswith("memory:")
     assert results["error"]["failed"] == "error: ValueError: no such codec"
+    assert results["long"] == {"fine": "long"}  # 20 s, and a sign of life every five
+
+
+def test_a_child_that_dies_between_two_items_fails_one_and_is_replaced() -> None:
+    worker = Worker(behave, 60, 4)
+    worker.begin("a")
+    assert worker.hear() == {"fine": "a"}
+    worker._process.kill()
+    worker._process.join()
+    worker._process.is_alive = lambda: True  # it was, when it was asked
+    worker.begin("b")
+    assert "crashed" in (worker.hear() or {})["failed"]
+    worker.begin("b")
+    assert worker.hear() == {"fine": "b"}
+    worker.stop()
 
 
 @pytest.mark.parametrize(
@@ -252,6 +271,26 @@ def test_pixels_that_are_not_square_are_made_square(tmp_path) -> None:
     bright = read_video(clip_file(tmp_path, clip["clip_id"]))[0].mean(axis=-1) > 128
     assert bright.shape == (192, 128)
     assert (bright.any(axis=0).sum(), bright.any(axis=1).sum()) == pytest.approx((81, 81), abs=3)
+
+
+def test_a_long_source_says_that_it_is_worked_on(tmp_path, monkeypatch) -> None:
+    from kairos.curation import source
+
+    signs: list[int] = []
+    monkeypatch.setattr(source, "_SIGN_S", 1.0)
+    monkeypatch.setattr(source, "still_working", lambda: signs.append(1))
+    write(tmp_path / "ball.mp4", shot("collision", 1))
+    clips_of(tmp_path / "ball.mp4", tmp_path / "clips")
+    assert len(signs) == 3  # of 3.06 s
+
+
+def test_a_source_that_is_refused_at_its_end_leaves_no_clip(tmp_path) -> None:
+    write(tmp_path / "long.mkv", shot("pendulum", 1, num_frames=150))
+    whole = (tmp_path / "long.mkv").read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(whole[: len(whole) * 3 // 4])
+    with pytest.raises(Refused, match="truncated"):
+        clips_of(tmp_path / "cut.mkv", tmp_path / "clips")
+    assert not list((tmp_path / "clips").iterdir())
 
 
 def test_a_kill_between_shards_and_their_index_leaves_no_shard_that_is_taken_for_another(

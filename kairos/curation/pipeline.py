@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -381,8 +382,11 @@ def _digest(file: Any) -> str:
 
 def _clean(output: Path) -> None:
     """Remove what a killed run left half-written. Only called while nobody else holds the ledger."""
-    for part in output.rglob(".kairos-*.part"):
-        part.unlink(missing_ok=True)
+    for part in list(output.rglob(".kairos-*.part")):
+        if part.is_dir():  # clips of a source that was not through
+            shutil.rmtree(part)
+        else:
+            part.unlink(missing_ok=True)
 
 
 def _keep_settings(output: Path, settings: Settings) -> None:

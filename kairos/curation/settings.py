@@ -32,7 +32,7 @@ class Limits:
     streams: int = 32
     side: int = 8192  # pixels
     duration_s: float = 6 * 3600.0
-    task_s: float = 900.0  # a source or a clip that takes longer is given up
+    task_s: float = 900.0  # a clip, or a minute of a source, that takes longer is given up
     memory_gb: float = 8.0  # for the process that decodes
 
     def __post_init__(self) -> None:

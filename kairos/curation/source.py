@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import av
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 from kairos.curation.intake import FORMATS
 from kairos.curation.settings import Limits, Shots, Split
 from kairos.curation.shots import LOOK_SIZE, ShotDetector
+from kairos.curation.workers import still_working
 from kairos.data.files import write_atomically
 from kairos.data.media import on_screen
 
@@ -34,6 +36,8 @@ Picture = NDArray[np.uint8]  # (H, W, 3)
 _MIN_RATE = 0.6
 """Sources below this share of the clips' rate are refused: repeated frames would look like stops."""
 _LEAST_SIDE = 32
+_SIGN_S = 60.0
+"""So much of a source is done between two signs of life: limits.task_s is for it, not for a film."""
 _DECODED_SHARE = 0.9
 """Of the length that a file claims, so much must be decoded."""
 
@@ -69,24 +73,29 @@ def split_source(task: SplitTask) -> dict[str, Any]:
     """
     started = time.process_time()
     costs = {"decode": 0.0, "shots": 0.0, "split": 0.0}
-    try:
-        with opened(task.file, task.limits) as container:
-            facts = _probe(container, task)
-            found = list(_clips(container, task, facts, costs))
-    except av.error.FFmpegError as error:
-        raise Refused(f"corrupt: {_said(error)}") from None
-    if facts["decoded_s"] < _DECODED_SHARE * facts["duration_s"] - 0.5:
-        claim = f"{facts['decoded_s']:.1f} s of {facts['duration_s']:.1f} s could be decoded"
-        raise Refused(f"truncated: {claim}", duration_s=facts["decoded_s"])
-    if facts["decoded_s"] < task.split.min_frames / task.split.fps - 0.02:
-        claim = f"{facts['decoded_s']:.2f} s, and a clip has at least {task.split.min_s:g} s"
-        raise Refused(f"short: {claim}", duration_s=facts["decoded_s"])
-    for clip in found:
-        path = clip_file(task.clips, clip["clip_id"])
-        data = clip.pop("data")
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, data)
+    found = []
+    task.clips.mkdir(parents=True, exist_ok=True)
+    # Clips wait on the disk until all of the source is known to be good: a film's would not fit in memory.
+    with TemporaryDirectory(prefix=".kairos-", suffix=".part", dir=task.clips) as waiting:
+        try:
+            with opened(task.file, task.limits) as container:
+                facts = _probe(container, task)
+                for clip in _clips(container, task, facts, costs):
+                    write_atomically(Path(waiting, clip["clip_id"]), clip.pop("data"))
+                    found.append(clip)
+        except av.error.FFmpegError as error:
+            raise Refused(f"corrupt: {_said(error)}") from None
+        if facts["decoded_s"] < _DECODED_SHARE * facts["duration_s"] - 0.5:
+            claim = f"{facts['decoded_s']:.1f} s of {facts['duration_s']:.1f} s could be decoded"
+            raise Refused(f"truncated: {claim}", duration_s=facts["decoded_s"])
+        if facts["decoded_s"] < task.split.min_frames / task.split.fps - 0.02:
+            claim = f"{facts['decoded_s']:.2f} s, and a clip has at least {task.split.min_s:g} s"
+            raise Refused(f"short: {claim}", duration_s=facts["decoded_s"])
+        for written in Path(waiting).iterdir():
+            path = clip_file(task.clips, written.name)
+            if not path.exists():
+                path.parent.mkdir(exist_ok=True)
+                written.replace(path)
     costs["split"] = time.process_time() - started - costs["decode"] - costs["shots"]
     return facts | {"clips": found, "costs": costs}
 
@@ -158,6 +167,7 @@ def _clips(
     waiting: deque[tuple[int, int, Picture | None]] = deque()  # (source frame, repeats, normalised)
     shot = _Shot(split, 0, 0)
     ticks, index, number = 0, -1, 0
+    frames_a_sign = max(1, round(_SIGN_S * facts["source_fps"]))
     frames = on_screen(container, split.fps)
     ahead = _timed(frames, costs)
     following = next(ahead, None)
@@ -165,7 +175,9 @@ def _clips(
     while following is not None:
         (frame, repeats), following = following, next(ahead, None)
         index += 1
-        if index * (1 / facts["source_fps"]) > task.limits.duration_s:
+        if (index + 1) % frames_a_sign == 0:
+            still_working()
+        if index / facts["source_fps"] > task.limits.duration_s:
             raise Refused(f"long: more than {task.limits.duration_s:g} s (limits.duration_s)")
         if max(frame.width, frame.height) > task.limits.side:
             raise Refused(f"large: {frame.width} x {frame.height} (limits.side)")
