@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import cv2
 import numpy as np
 import pytest
-from curation_plants import SETTINGS, encoded, real_clip, shot, write
+from curation_plants import FPS, SETTINGS, encoded, real_clip, shot, write
 
 from kairos.curation import Settings, curate
 from kairos.curation.duplicates import Fingerprinted, find_duplicates
@@ -318,6 +318,33 @@ def test_a_kill_between_shards_and_their_index_leaves_no_shard_that_is_taken_for
     packed(2)  # the former choice again
     with tarfile.open(tmp_path / "shards" / "33x96x96" / "000000.tar") as tar:
         assert tar.getnames() == ["aa.json", "aa.mp4", "bb.json", "bb.mp4"]
+
+
+def places(clips: list[dict]) -> list[tuple[int, int]]:
+    """The first frame and the number of frames of clips."""
+    return [(round(clip["start_s"] * FPS), clip["frames"]) for clip in clips]
+
+
+def test_a_margin_is_left_out_at_cuts_and_nowhere_else(tmp_path) -> None:
+    write(
+        tmp_path / "two.mkv",
+        np.concatenate([shot("collision", 1)[:1].repeat(67, 0), shot("bounce", 2, num_frames=68)]),
+    )
+    lengths = {"min_s": 2, "piece_s": 2, "max_s": 2}
+    whole = clips_of(tmp_path / "two.mkv", tmp_path, **lengths)
+    assert places(whole) == [(0, 33), (33, 33), (67, 33), (100, 33)]
+    trimmed = clips_of(tmp_path / "two.mkv", tmp_path, **lengths, margin_frames=2)
+    assert places(trimmed) == [(0, 33), (69, 33), (102, 33)]
+
+
+@pytest.mark.parametrize(
+    ("missing", "expected"),
+    [(1, [(0, 81)]), (32, [(0, 33), (72, 33)]), (16 * 3600, [(0, 33), (16 * 3600 + 40, 33)])],
+)
+def test_a_gap_in_time_is_the_end_of_a_shot_and_no_stop(tmp_path, missing, expected) -> None:
+    frames = shot("pendulum", 1, num_frames=80)
+    encoded(tmp_path / "hole.mkv", frames, times=[n if n < 40 else n + missing for n in range(80)])
+    assert places(clips_of(tmp_path / "hole.mkv", tmp_path)) == expected
 
 
 @pytest.fixture

@@ -71,7 +71,7 @@ class Split:
     frame_step: int = 16  # a clip has a multiple of this, plus one, frames: few buckets, little waste
     short_side: int = 480  # larger pictures are made smaller, none is enlarged
     multiple: int = 16  # of both sides, by cropping
-    margin_frames: int = 0  # left out at either side of a cut
+    margin_frames: int = 0  # left out at either side of a cut; a source's ends are none
     crf: int = 18
     preset: str = "faster"
 

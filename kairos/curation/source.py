@@ -35,6 +35,8 @@ Picture = NDArray[np.uint8]  # (H, W, 3)
 
 _MIN_RATE = 0.6
 """Sources below this share of the clips' rate are refused: repeated frames would look like stops."""
+_LONGEST = 3.0
+"""A frame that stays for more than so many frames' time is the edge of a gap: it would look like a stop."""
 _LEAST_SIDE = 32
 _SIGN_S = 60.0
 """So much of a source is done between two signs of life: limits.task_s is for it, not for a film."""
@@ -165,7 +167,8 @@ def _clips(
     normalise, look = _Normaliser(split, stream.sample_aspect_ratio), VideoReformatter()
     stream.codec_context.thread_count = 1
     waiting: deque[tuple[int, int, Picture | None]] = deque()  # (source frame, repeats, normalised)
-    shot = _Shot(split, 0, 0)
+    shot, gap = _Shot(split, 0, 0), False
+    longest = _LONGEST * split.fps / facts["source_fps"] + 1  # in ticks, wherever they fall
     ticks, index, number = 0, -1, 0
     frames_a_sign = max(1, round(_SIGN_S * facts["source_fps"]))
     frames = on_screen(container, split.fps)
@@ -188,16 +191,19 @@ def _clips(
         waiting.append((index, repeats, picture))
         while waiting and waiting[0][0] < detector.settled:
             source_frame, repeats, picture = waiting.popleft()
-            if cuts and cuts[0] == source_frame:
+            cut = bool(cuts) and cuts[0] == source_frame
+            if cut:
                 cuts.popleft()
-                yield from shot.end()
+            if cut or gap or (picture is not None and shot.size not in (None, picture.shape)):
+                yield from shot.end(split.margin_frames)
                 number += 1
                 shot = _Shot(split, ticks, number)
-            for _ in range(repeats):
+            gap = repeats > longest
+            for _ in range(1 if gap else repeats):
                 assert picture is not None
                 yield from shot.add(picture)
-                ticks += 1
-    yield from shot.end()
+            ticks += repeats
+    yield from shot.end(0)
     facts["decoded_s"] = round(ticks / split.fps, 3)
     facts["shots"] = number + 1
     if ticks == 0:
@@ -222,7 +228,8 @@ class _Shot:
         self._skip = split.margin_frames if number else 0
         self._pieces: list[_Piece] = []
         self._count = 0
-        self._size: tuple[int, ...] = ()
+        self.size: tuple[int, ...] | None = None
+        """The shape of its pictures, all alike."""
 
     def add(self, picture: Picture) -> Iterator[dict[str, Any]]:
         """The next frame; yields a clip when the shot is too long for one and a piece of it is full."""
@@ -230,31 +237,31 @@ class _Shot:
             self._skip -= 1
             self._next += 1
             return
-        if picture.shape != self._size and self._size:  # a stream that changes its size begins a new shot
-            yield from self.end()
-            self._count, self._pieces = 0, []
-        self._size = picture.shape
+        self.size = picture.shape
         if not self._pieces or self._pieces[-1].count == self._split.piece_frames:
             self._pieces.append(_Piece(self._split, picture.shape, self._next))
         self._pieces[-1].add(picture)
         self._count += 1
         self._next += 1
-        if self._count > self._split.max_frames and len(self._pieces) > 1:
-            yield from self._clip([self._pieces.pop(0)])
+        after = sum(piece.count for piece in self._pieces[1:])
+        if self._count > self._split.max_frames and after and after >= self._split.margin_frames:
+            yield from self._clip([self._pieces.pop(0)], self._split.piece_frames)
 
-    def end(self) -> Iterator[dict[str, Any]]:
-        """The clips that are left: all pieces as one where the shot was short enough."""
+    def end(self, margin: int) -> Iterator[dict[str, Any]]:
+        """The clips that are left, without the last `margin` frames; one where the shot was short enough."""
         together = self._count <= self._split.max_frames
         groups = [self._pieces] if together else [[piece] for piece in self._pieces]
+        usable = sum(piece.count for piece in self._pieces) - margin
         for group in groups:
             if group:
-                yield from self._clip(group)
+                yield from self._clip(group, usable)
+                usable -= sum(piece.count for piece in group)
 
-    def _clip(self, pieces: list[_Piece]) -> Iterator[dict[str, Any]]:
+    def _clip(self, pieces: list[_Piece], usable: int) -> Iterator[dict[str, Any]]:
+        """The pieces as one clip, of no more than `usable` frames."""
         available = sum(piece.count for piece in pieces)
-        usable = available - self._split.margin_frames
         first = pieces[0].first
-        count = self._split.frames(usable)
+        count = self._split.frames(min(available, usable))
         if not count:
             for piece in pieces:
                 piece.close()
