@@ -273,6 +273,15 @@ def test_pixels_that_are_not_square_are_made_square(tmp_path) -> None:
     assert (bright.any(axis=0).sum(), bright.any(axis=1).sum()) == pytest.approx((81, 81), abs=3)
 
 
+def test_other_ways_to_encode_give_other_clips(tmp_path) -> None:
+    write(tmp_path / "ball.mp4", shot("collision", 1))
+    ways = ({}, {"crf": 40}, {"preset": "ultrafast"})
+    clips = [clips_of(tmp_path / "ball.mp4", tmp_path, **way)[0]["clip_id"] for way in ways]
+    first, small, quick = (clip_file(tmp_path, clip).read_bytes() for clip in clips)
+    assert len(small) < len(first)
+    assert len({first, small, quick}) == 3
+
+
 def test_a_long_source_says_that_it_is_worked_on(tmp_path, monkeypatch) -> None:
     from kairos.curation import source
 

@@ -2,7 +2,7 @@
 
 OUTPUT/manifest.parquet, sources.parquet, clips.jsonl, report.html
 OUTPUT/shards/FRAMESxHEIGHTxWIDTH/000000.tar
-OUTPUT/clips/ab/ab12....mp4      every clip, named by its pictures
+OUTPUT/clips/ab/ab12....mp4      every clip, named by its pictures and their encoding
 OUTPUT/work/ledger.sqlite        what has been done; OUTPUT/curation.yaml, with which settings
 """
 

@@ -268,7 +268,9 @@ class _Shot:
             return
         digests = [digest for piece in pieces for digest in piece.digests][:count]
         height, width = pieces[0].height, pieces[0].width
-        name = hashlib.sha256(f"{self._split.fps} {height}x{width} ".encode() + b"".join(digests))
+        split = self._split  # all that the file's bytes depend on
+        made = f"{split.fps} {height}x{width} crf {split.crf} {split.preset} "
+        name = hashlib.sha256(made.encode() + b"".join(digests))
         yield {
             "clip_id": name.hexdigest()[:20],
             "shot": self._number,
