@@ -273,6 +273,18 @@ def test_pixels_that_are_not_square_are_made_square(tmp_path) -> None:
     assert (bright.any(axis=0).sum(), bright.any(axis=1).sum()) == pytest.approx((81, 81), abs=3)
 
 
+def test_a_source_that_lacks_a_frame_is_told_how_many_a_clip_has(tmp_path) -> None:
+    lengths = {"min_s": 5, "piece_s": 5, "max_s": 6, "frame_step": 16}
+    frames = shot("pendulum", 1, num_frames=81)
+    write(tmp_path / "80.mp4", frames[:80])
+    write(tmp_path / "81.mp4", frames)
+    with pytest.raises(Refused) as refused:
+        clips_of(tmp_path / "80.mp4", tmp_path, **lengths)
+    assert str(refused.value) == "short: 5.00 s, and a clip has at least 81 frames, 5.06 s (split.min_s)"
+    assert places(clips_of(tmp_path / "81.mp4", tmp_path, **lengths)) == [(0, 81)]
+    assert places(clips_of(tmp_path / "80.mp4", tmp_path, **lengths | {"min_s": 4})) == [(0, 65)]
+
+
 def test_other_ways_to_encode_give_other_clips(tmp_path) -> None:
     write(tmp_path / "ball.mp4", shot("collision", 1))
     ways = ({}, {"crf": 40}, {"preset": "ultrafast"})

@@ -90,9 +90,10 @@ def split_source(task: SplitTask) -> dict[str, Any]:
         if facts["decoded_s"] < _DECODED_SHARE * facts["duration_s"] - 0.5:
             claim = f"{facts['decoded_s']:.1f} s of {facts['duration_s']:.1f} s could be decoded"
             raise Refused(f"truncated: {claim}", duration_s=facts["decoded_s"])
-        if facts["decoded_s"] < task.split.min_frames / task.split.fps - 0.02:
-            claim = f"{facts['decoded_s']:.2f} s, and a clip has at least {task.split.min_s:g} s"
-            raise Refused(f"short: {claim}", duration_s=facts["decoded_s"])
+        least, least_s = task.split.min_frames, task.split.min_frames / task.split.fps
+        if facts["decoded_s"] < least_s - 0.02:
+            claim = f"{facts['decoded_s']:.2f} s, and a clip has at least {least} frames, {least_s:.2f} s"
+            raise Refused(f"short: {claim} (split.min_s)", duration_s=facts["decoded_s"])
         for written in Path(waiting).iterdir():
             path = clip_file(task.clips, written.name)
             if not path.exists():
