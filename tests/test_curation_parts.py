@@ -16,7 +16,7 @@ from curation_plants import FPS, SETTINGS, encoded, real_clip, shot, write
 from kairos.curation import Settings, curate
 from kairos.curation.duplicates import Fingerprinted, find_duplicates
 from kairos.curation.selection import choose
-from kairos.curation.settings import Duplicates, Shots, Split, read_settings
+from kairos.curation.settings import Duplicates, Shots, Split, Threshold, read_settings
 from kairos.curation.shots import ShotDetector
 from kairos.curation.source import Refused, SplitTask, clip_file, split_source
 from kairos.curation.stages import STAGES, hashes_of, stages_of
@@ -244,6 +244,25 @@ def test_settings_survive_yaml() -> None:
     content = {"thresholds": {"sharpness": {"min": 3}, "flow": None}, "plugins": {"nsfw": {"model": "m"}}}
     settings = Settings.from_dict(QUICK | content)
     assert Settings.from_dict(yaml.safe_load(yaml.safe_dump(settings.as_dict()))) == settings
+
+
+@pytest.mark.parametrize("bounds", ["min: -.inf", "rich_min: null", "max: 900, rich_max: .inf", "min: 70"])
+def test_thresholds_that_are_saved_are_those_that_were_used(tmp_path, bounds) -> None:
+    import yaml
+
+    path = tmp_path / "curation.yaml"
+    path.write_text(f"thresholds: {{sharpness: {{{bounds}}}}}")
+    used = read_settings(path)
+    path.write_text(yaml.safe_dump(used.as_dict()))
+    assert used != Settings()
+    assert read_settings(path).thresholds == used.thresholds
+
+
+def test_a_threshold_that_was_off_comes_back_with_the_bound_that_is_set_alone() -> None:
+    from kairos.cli.curate import _changed
+
+    off = Settings.from_dict({"thresholds": {"flow": None}})
+    assert _changed(off, ["flow.min=0.1"]).thresholds["flow"] == Threshold(min=0.1)
 
 
 def test_clips_come_in_lengths_of_a_step_and_one() -> None:

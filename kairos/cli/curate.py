@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -124,7 +125,7 @@ def report(output: Output) -> None:
 
 def _changed(settings: Settings, changes: list[str]) -> Settings:
     """The settings with thresholds as `--set` gives them."""
-    from kairos.curation.settings import Settings
+    from kairos.curation.settings import Settings, Threshold
     from kairos.errors import UserError
 
     content: dict[str, Any] = settings.as_dict()
@@ -137,7 +138,9 @@ def _changed(settings: Settings, changes: list[str]) -> Settings:
             raise UserError(
                 f"--set takes SCORE.min=VALUE, got {change!r}; for example sharpness.min=30"
             ) from None
-        content["thresholds"][score] = (content["thresholds"].get(score) or {}) | {bound: number}
+        # One that was off comes back without its other bounds.
+        before = content["thresholds"].get(score) or asdict(Threshold())
+        content["thresholds"][score] = before | {bound: number}
     return Settings.from_dict(content, "--set") if changes else settings
 
 

@@ -214,7 +214,7 @@ class Settings:
             if bounds is None:
                 thresholds.pop(score, None)
             else:
-                merged = _given(thresholds.get(score, Threshold())) | dict(bounds)
+                merged = asdict(thresholds.get(score, Threshold())) | dict(bounds)
                 thresholds[score] = made(Threshold, merged, f"{where}: thresholds: {score}")
         balance = content.get("balance") or {}
         check_known(balance, ["domain", "event"], f"{where}: balance")
@@ -230,7 +230,6 @@ class Settings:
         """The settings as `from_dict` takes them, with every value."""
         plain = json.loads(json.dumps(asdict(self)))
         stages = plain.pop("stages")
-        plain["thresholds"] = {name: _given(bounds) for name, bounds in self.thresholds.items()}
         for name in DEFAULT_THRESHOLDS:
             plain["thresholds"].setdefault(name, None)
         return plain | stages
@@ -295,13 +294,6 @@ def check_known(mapping: Mapping[str, Any], known: list[str], where: str) -> Non
     for key in mapping:
         if key not in known:
             raise UserError(f"{where}: unknown key {key!r}{did_you_mean(str(key), known)}")
-
-
-def _given(bounds: Threshold) -> dict[str, float]:
-    """Those of the bounds that bound something: YAML and JSON need no infinities then."""
-    return {
-        name: value for name, value in asdict(bounds).items() if value is not None and math.isfinite(value)
-    }
 
 
 def _check_positive(part: Any, but: tuple[str, ...] = ()) -> None:
