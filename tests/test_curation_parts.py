@@ -226,6 +226,27 @@ def test_a_child_that_dies_between_two_items_fails_one_and_is_replaced() -> None
         ("plugins: {nsfw: {}}", "model is missing"),
         ("balance: {event: {contact: 2}}", "must be above 0, at most 1, got 2"),
         ("- a", "must hold a mapping"),
+        ("thresholds: {sharpnes: {min: 3}}", "unknown key 'sharpnes'; did you mean 'sharpness'"),
+        ("thresholds: {caption: {min: 1}}", "unknown key 'caption'"),
+        ("thresholds: {sharpness: 30}", "sharpness must hold a mapping, got 30"),
+        ("thresholds: 5", "thresholds must hold a mapping, got 5"),
+        ("rich: {tags: [contct]}", "unknown event 'contct'"),
+        ("balance: {event: {contct: 0.3}}", "unknown key 'contct'; did you mean 'contact'"),
+        ("balance: {domain: {none: 0.3}}", "unknown key 'none'"),
+        ("balance: {event: 0.3}", "event must hold a mapping, got 0.3"),
+        ("balance: 3", "balance must hold a mapping, got 3"),
+        ("plugins: [nsfw]", "plugins must hold a mapping, got ['nsfw']"),
+        ("text: 3", "text must hold a mapping, got 3"),
+        ("text: samples", "text must hold a mapping, got 'samples'"),
+        ("text: 0", "text must hold a mapping, got 0"),
+        ("motion: [1]", "motion must hold a mapping, got [1]"),
+        ("limits: {side: .inf}", "side must be a whole number, got inf"),
+        ("limits: {task_s: .inf}", "task_s must be finite, got inf"),
+        ("tags: {measured: 'no'}", "measured must be true or false, got 'no'"),
+        ("split: {crf: 99}", "crf must be from 0 to 51, got 99"),
+        ("split: {preset: warp}", "preset must be one of ultrafast, "),
+        ("fingerprint: {rate: 0}", "rate must be above 0"),
+        ("plugins: {captions: {model: m, retries: -1}}", "retries must be at least 0"),
         ("a: [", "is not YAML"),
     ],
 )
@@ -244,6 +265,29 @@ def test_settings_survive_yaml() -> None:
     content = {"thresholds": {"sharpness": {"min": 3}, "flow": None}, "plugins": {"nsfw": {"model": "m"}}}
     settings = Settings.from_dict(QUICK | content)
     assert Settings.from_dict(yaml.safe_load(yaml.safe_dump(settings.as_dict()))) == settings
+
+
+def test_whole_numbers_may_be_written_with_a_point_and_sections_be_empty(tmp_path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "limits:\nsplit: {fps: 16.0, frame_step: 16.0}\nshards: {clips: 256.0}\nphysics: {window: 3.0}"
+    )
+    read = read_settings(path)
+    assert read == Settings.from_dict({"physics": {"window": 3}})
+    values = (read.split.fps, read.split.frame_step, read.shards.clips, read.stages["physics"]["window"])
+    assert all(type(value) is int for value in values)
+
+
+def test_every_number_of_a_clip_can_have_a_threshold_and_every_tag_a_share() -> None:
+    settings = Settings.from_dict(
+        {
+            "thresholds": {"height": {"min": 480}, "physics_score": {"min": 1}, "nsfw": {"max": 0.1}},
+            "balance": {"event": {"none": 0.3, "tool use": 0.2}, "domain": {"human": 0.5}},
+        }
+    )
+    chosen = choose([row("small", height=240), row("large", height=480)], settings)
+    assert chosen["small"][0] == "height: 240 is below 480"
+    assert chosen["large"][0] == ""
 
 
 @pytest.mark.parametrize("bounds", ["min: -.inf", "rich_min: null", "max: 900, rich_max: .inf", "min: 70"])
@@ -444,6 +488,9 @@ def test_the_command_runs_selects_and_explains(folder, tmp_path, capfd) -> None:
     assert "dropped, brightness: " in said
     assert command("why", output, "nothing")[0] == 2
     assert command("select", output, "--set", "brightness")[0] == 2
+    assert command("select", output, "--set", "caption.min=1")[0] == 2
+    status, said = command("select", output)  # what was refused was not saved
+    assert (status, "0 of 2 clips kept" in said) == (0, True), said
     assert command("report", tmp_path)[0] == 2
 
 

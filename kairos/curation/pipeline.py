@@ -73,7 +73,6 @@ def curate(
     limits = settings.limits
     with Ledger(output / "work") as ledger:
         _clean(output)
-        _keep_settings(output, settings)
         options: dict[str, Any] = {"limit_s": limits.task_s, "memory_gb": limits.memory_gb}
         execute: Execute
         if ray is None:
@@ -98,7 +97,6 @@ def select(output: str | os.PathLike[str], settings: Settings | None = None) -> 
         stored = replace(stored, **{name: getattr(settings, name) for name in views})
     with Ledger(output / "work") as ledger:
         _clean(output)
-        _keep_settings(output, stored)
         return _select(ledger, output, stored)
 
 
@@ -233,8 +231,9 @@ def _captions(settings: Settings) -> Captions | None:
 
 
 def _select(ledger: Ledger, output: Path, settings: Settings) -> Summary:
-    """The choice, and everything that goes out."""
+    """The choice, and everything that goes out; settings are kept when a choice could be made with them."""
     chosen = choose(clip_rows(ledger, settings), settings)
+    _keep_settings(output, settings)
     names = [name for stage in stages_of(settings) for name in stage.outputs if name not in HIDDEN]
     if Captions.name in settings.plugins:
         names.append("physics_caption")

@@ -33,6 +33,8 @@ _FIRST = {
     "source_width": "int64",
     "source_fps": "double",
 }
+FACTS = tuple(name for name, kind in _FIRST.items() if kind != "string")
+"""The numbers that a clip has without any stage."""
 _LAST = {"duplicate_of": "string", "kept": "bool", "reason": "string"}
 _SOURCES = {
     "path": "string",
@@ -43,13 +45,13 @@ _SOURCES = {
     "clips_kept": "int64",
     "sha256": "string",
 }
-_TEXTS = ("domain", "events", "caption", "text", "physics_caption")
+TEXTS = ("domain", "events", "caption", "text", "physics_caption")
 _GROUP = 1024  # rows that are in memory at once
 
 
 def write_manifest(path: Path, rows: Iterable[Row], scores: Iterable[str]) -> None:
     """A row a clip. `events` is a text, its tags with commas between them."""
-    columns = _FIRST | {name: "string" if name in _TEXTS else "double" for name in scores} | _LAST
+    columns = _FIRST | {name: "string" if name in TEXTS else "double" for name in scores} | _LAST
     _write_parquet(path, (row | {"events": ", ".join(row.get("events") or ())} for row in rows), columns)  # type: ignore[operator]
 
 

@@ -22,6 +22,7 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any, ClassVar
 
+from kairos.curation.settings import check_positive
 from kairos.curation.vocabulary import DOMAINS, EVENTS
 from kairos.errors import UserError
 
@@ -69,9 +70,7 @@ class Captions:
             raise UserError("model is missing; give a folder, or the name that the endpoint knows")
         if self.endpoint and not self.endpoint.startswith(("http://", "https://")):
             raise UserError(f"endpoint must begin with http:// or https://, got {self.endpoint!r}")
-        for name in ("requests_per_minute", "parallel", "timeout_s", "max_tokens", "budget_tokens"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
+        check_positive(self, but=("retries",))
 
     @property
     def identity(self) -> dict[str, Any]:
