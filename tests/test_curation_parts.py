@@ -160,6 +160,26 @@ def test_a_stage_has_a_new_hash_when_it_or_what_it_reads_changes_and_no_other() 
     assert {name for name in before if before[name] != after[name]} == {"physics", "tags", "caption"}
 
 
+@pytest.mark.parametrize(
+    ("said", "events"),
+    [
+        ("Flowers beside a cute cat.", []),
+        ("A NASA mission comes out again, under pressure.", []),
+        ("A retriever and a collie in slippers saw a roller.", []),
+        ("folder1/clip_02", []),
+        ("Water flows, a man cuts wood with a saw and misses.", ["fluid", "tool use", "failure"]),
+        ("cutting_paper_and_folding_it.mp4", ["deformation", "tool use"]),
+        ("It slips and slid; he retries, tries again and catches it.", ["sliding", "recovery"]),
+        ("Two balls collided, one dropped and bouncing.", ["collision", "gravity"]),
+    ],
+)
+def test_words_give_tags_and_words_that_only_begin_like_them_give_none(said, events) -> None:
+    from kairos.curation.stages.tags import Tags
+
+    views = Views(fps=16, frames=1, height=8, width=8, labels={"caption": said})
+    assert Tags().measure(views)["events"] == events
+
+
 def test_every_stage_declares_what_it_reads_and_what_it_gives() -> None:
     given: set[str] = set(VIEWS)
     for name, stage in STAGES.items():
