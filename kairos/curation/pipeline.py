@@ -222,6 +222,9 @@ def _caption(ledger: Ledger, settings: Settings) -> None:
         if not chosen[row["clip_id"]][0] and not ledger.is_done(row["clip_id"], captions.name, config)
     )
     for clip_id, answer in captions.ask(waiting, ledger.spent(captions.name, "tokens")):
+        # What a failure cost is not forgotten when another answer takes its place.
+        before = ledger.result(clip_id, captions.name, config) or {}
+        answer["tokens"] += before.get("tokens", 0)
         ledger.keep(clip_id, config, {captions.name: answer})
         _remark(f"clip {clip_id}", answer)
 
