@@ -473,6 +473,42 @@ def test_a_manifest_names_the_videos_and_labels_them(folder, tmp_path) -> None:
     assert "failure" in clip["events"]
 
 
+def test_manifests_and_texts_may_begin_with_a_byte_order_mark(folder) -> None:
+    from kairos.curation.intake import take_in
+    from kairos.curation.settings import Limits
+
+    (folder / "list.csv").write_text("path,caption\none.mp4,Two balls meet.\n", encoding="utf-8-sig")
+    (folder / "list.jsonl").write_text('{"path": "one.mp4"}\n', encoding="utf-8-sig")
+    (folder / "one.txt").write_text("Two balls meet.", encoding="utf-8-sig")
+    assert take_in(folder / "list.csv", Limits())[1][0].labels == {"caption": "Two balls meet."}
+    assert [found.path for found in take_in(folder / "list.jsonl", Limits())[1]] == ["one.mp4"]
+    one = {found.path: found for found in take_in(folder, Limits())[1]}["one.mp4"]
+    assert one.labels == {"caption": "Two balls meet."}
+
+
+def test_a_text_belongs_to_its_video_however_its_name_is_written(folder) -> None:
+    from kairos.curation.intake import take_in
+    from kairos.curation.settings import Limits
+
+    (folder / "one.mp4").rename(folder / "ONE.MP4")
+    (folder / "ONE.txt").write_text("Two balls meet.")
+    (folder / "three.txt").write_text("Nobody's.")
+    found = {entry.path: entry for entry in take_in(folder, Limits())[1]}
+    assert found["ONE.MP4"].labels == {"caption": "Two balls meet."}
+    assert [found[name].status for name in ("ONE.txt", "three.txt")] == ["sidecar", "rejected"]
+
+
+def test_what_is_said_of_a_copy_is_said_of_the_first(folder, tmp_path) -> None:
+    import pyarrow.parquet as pq
+
+    (folder / "two.mp4").unlink()
+    (folder / "three.mp4").write_bytes((folder / "one.mp4").read_bytes())
+    (folder / "three.txt").write_text("Two balls meet.")
+    curate(folder, tmp_path / "out", Settings.from_dict(QUICK), workers=1)
+    (clip,) = pq.read_table(tmp_path / "out" / "manifest.parquet").to_pylist()
+    assert (clip["source"], clip["caption"]) == ("one.mp4", "Two balls meet.")
+
+
 def test_input_that_cannot_be_is_refused(folder, tmp_path) -> None:
     with pytest.raises(UserError, match="input not found"):
         curate(tmp_path / "nothing", tmp_path / "out")
@@ -494,24 +530,29 @@ def test_the_command_runs_selects_and_explains(folder, tmp_path, capfd) -> None:
         said = capfd.readouterr()
         return int(left.value.code or 0), said.out + said.err
 
-    output, config = tmp_path / "out", tmp_path / "c.yaml"
+    output, config = tmp_path / "[red]out[/x]", tmp_path / "c.yaml"
+    (folder / "one.txt").write_text("Two [balls] meet [/again].")
     config.write_text(yaml.safe_dump(QUICK))
     status, said = command("run", "-i", folder, "-o", output, "--config", config, "--workers", 1)
     assert (status, "2 of 2 clips kept" in said) == (0, True), said
+    assert f"hours: {output}/report.html" in said
     status, said = command(
         "select", output, "--set", "brightness.min=0.9", "--set", "brightness.rich_min=0.9"
     )
     assert (status, "0 of 2 clips kept" in said) == (0, True), said
-    clip = json.loads(json.dumps(next((output / "clips").rglob("*.mp4")).stem))
-    status, said = command("why", output, clip)
-    assert status == 0
-    assert "dropped, brightness: " in said
+    explained = [command("why", output, clip.stem) for clip in (output / "clips").rglob("*.mp4")]
+    assert [status for status, _ in explained] == [0, 0]
+    assert all("dropped, brightness: " in said for _, said in explained)
+    assert any("Two [balls] meet [/again]." in said for _, said in explained)
     assert command("why", output, "nothing")[0] == 2
     assert command("select", output, "--set", "brightness")[0] == 2
     assert command("select", output, "--set", "caption.min=1")[0] == 2
     status, said = command("select", output)  # what was refused was not saved
     assert (status, "0 of 2 clips kept" in said) == (0, True), said
     assert command("report", tmp_path)[0] == 2
+    (output / "sources.parquet").unlink()
+    status, said = command("report", output)
+    assert (status, "sources.parquet is missing" in said) == (2, True), said
 
 
 class Endpoint(BaseHTTPRequestHandler):

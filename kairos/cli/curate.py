@@ -85,6 +85,7 @@ def why(
     """Say what happened to one clip, and every score of it beside its threshold."""
     _need_extra()
     from rich.table import Table
+    from rich.text import Text
 
     from kairos.curation import why as explain
     from kairos.curation.pipeline import saved_settings
@@ -110,7 +111,7 @@ def why(
         threshold = settings.thresholds.get(name)
         low, high = threshold.bounds(rich) if threshold else (float("-inf"), float("inf"))
         shown = f"{value:.5g}" if isinstance(value, float) else str(value)
-        table.add_row(name, shown, *("" if abs(b) == float("inf") else f"{b:g}" for b in (low, high)))
+        table.add_row(name, Text(shown), *("" if abs(b) == float("inf") else f"{b:g}" for b in (low, high)))
     out.print(table)
 
 
@@ -160,8 +161,10 @@ def _need_extra() -> None:
 
 def _tell(summary: Summary, output: Path) -> None:
     statuses = ", ".join(f"{count} {status}" for status, count in sorted(summary.sources.items()))
-    out.print(f"{sum(summary.sources.values())} files came in: {statuses}", highlight=False)
+    out.print(f"{sum(summary.sources.values())} files came in: {statuses}", highlight=False, markup=False)
     hours = f"{summary.hours_kept:.2f} of {summary.hours_in:.2f} hours"
     out.print(
-        f"{summary.kept} of {summary.clips} clips kept, {hours}: {output / 'report.html'}", highlight=False
+        f"{summary.kept} of {summary.clips} clips kept, {hours}: {output / 'report.html'}",
+        highlight=False,
+        markup=False,
     )

@@ -28,7 +28,7 @@ from kairos.curation.settings import Settings, hash_of, read_settings
 from kairos.curation.shards import write_shards
 from kairos.curation.source import SplitTask, clip_file, split_source
 from kairos.curation.stages import Stage, hashes_of, stages_of
-from kairos.curation.tables import HIDDEN, read_manifest, write_lines, write_manifest, write_sources
+from kairos.curation.tables import HIDDEN, read_rows, write_lines, write_manifest, write_sources
 from kairos.curation.workers import run_locally, run_on_ray
 from kairos.data.files import prepare_folder, write_atomically
 from kairos.errors import UserError
@@ -102,9 +102,7 @@ def select(output: str | os.PathLike[str], settings: Settings | None = None) -> 
 
 def why(output: str | os.PathLike[str], clip: str) -> dict[str, Any]:
     """The row of the manifest whose clip_id is, or begins with, `clip`. Raises UserError unless it is one."""
-    rows = [
-        row for row in read_manifest(Path(output) / "manifest.parquet") if row["clip_id"].startswith(clip)
-    ]
+    rows = [row for row in read_rows(Path(output) / "manifest.parquet") if row["clip_id"].startswith(clip)]
     if not rows:
         raise UserError(
             f"no clip {clip!r} in {output}; the column clip_id of manifest.parquet has their names"
@@ -163,7 +161,10 @@ def _split(ledger: Ledger, found: list[Source], output: Path, settings: Settings
         key = f"{sha256}:{FORMATS[source.file.suffix.lower()]}"
         entry |= {"key": key, "sha256": sha256}
         if key in first_by_key:
-            entry |= {"status": "duplicate", "reason": f"duplicate: the same bytes as {first_by_key[key]}"}
+            first = first_by_key[key]
+            entry |= {"status": "duplicate", "reason": f"duplicate: the same bytes as {first}"}
+            # What is said of a copy is said of them both; what is said of the first goes before it.
+            entries[first]["labels"] = source.labels | entries[first]["labels"]
             continue
         first_by_key[key] = source.path
         if not _is_split(ledger, key, config, output / "clips"):

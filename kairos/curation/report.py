@@ -15,7 +15,7 @@ from kairos.curation.ledger import Ledger
 from kairos.curation.pipeline import clip_rows, saved_settings
 from kairos.curation.settings import Settings, Threshold
 from kairos.curation.stages import numbers_of, stages_of
-from kairos.curation.tables import read_manifest
+from kairos.curation.tables import read_rows
 from kairos.data.files import write_atomically
 
 _SHOWN = 4  # clips at either end of a score, and of each reason
@@ -36,13 +36,10 @@ details summary{{cursor:pointer;color:#555}}
 
 def write_report(output: str | os.PathLike[str]) -> Path:
     """Write OUTPUT/report.html of what was chosen last, and return its path. UserError without a run."""
-    import pyarrow.parquet as pq
-
     output = Path(output)
     settings = saved_settings(output)
-    manifest = output / "manifest.parquet"
-    rows = list(_light(read_manifest(manifest), settings))
-    sources = pq.read_table(output / "sources.parquet").to_pylist()
+    rows = list(_light(read_rows(output / "manifest.parquet"), settings))
+    sources = list(read_rows(output / "sources.parquet"))
     names = [
         name for name in numbers_of(stages_of(settings)) if any(row.get(name) is not None for row in rows)
     ]

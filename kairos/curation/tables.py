@@ -67,12 +67,12 @@ def write_lines(path: Path, rows: Iterable[Row]) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def read_manifest(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a manifest, a group at a time. Raises UserError where there is none."""
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of the manifest or of the sources, a group at a time. Raises UserError without the file."""
     import pyarrow.parquet as pq
 
     if not path.is_file():
-        raise UserError(f"no manifest at {path}; run `kairos curate run` with this output first")
+        raise UserError(f"{path} is missing; run `kairos curate run` with this output, to its end")
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(_GROUP):
             yield from batch.to_pylist()
