@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import os
 import threading
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import cv2
 import numpy as np
 import pytest
-from curation_plants import FPS, SETTINGS, encoded, real_clip, shot, write
+from curation_plants import SETTINGS, real_clip, shot, write
 
 from kairos.curation import Settings, curate
 from kairos.curation.duplicates import Fingerprinted, find_duplicates
 from kairos.curation.selection import choose
 from kairos.curation.settings import Duplicates, Shots, Split, Threshold, read_settings
 from kairos.curation.shots import ShotDetector
-from kairos.curation.source import Refused, SplitTask, clip_file, split_source
+from kairos.curation.source import clip_file
 from kairos.curation.stages import STAGES, hashes_of, stages_of
 from kairos.curation.views import VIEWS, Views
 from kairos.curation.workers import Worker, run_locally, still_working
@@ -335,68 +334,6 @@ def test_clips_come_in_lengths_of_a_step_and_one() -> None:
     assert (split.piece_frames, split.max_frames) == (321, 641)
 
 
-def clips_of(file, folder, **split) -> list[dict]:
-    """The clips that a file is cut into, written to a folder."""
-    settings = Settings.from_dict(QUICK)
-    task = SplitTask(file, folder, settings.limits, settings.shots, replace(settings.split, **split))
-    clips: list[dict] = split_source(task)["clips"]
-    return clips
-
-
-def test_pixels_that_are_not_square_are_made_square(tmp_path) -> None:
-    from kairos.data.media import read_video
-
-    frames = np.zeros((33, 192, 128, 3), np.uint8)
-    for number, picture in enumerate(frames):
-        cv2.circle(picture, (64, 60 + number), 40, (255, 255, 255), -1)
-    encoded(tmp_path / "narrow.mp4", frames[:, :, ::2], pixel_aspect=2)
-    (clip,) = clips_of(tmp_path / "narrow.mp4", tmp_path)
-    bright = read_video(clip_file(tmp_path, clip["clip_id"]))[0].mean(axis=-1) > 128
-    assert bright.shape == (192, 128)
-    assert (bright.any(axis=0).sum(), bright.any(axis=1).sum()) == pytest.approx((81, 81), abs=3)
-
-
-def test_a_source_that_lacks_a_frame_is_told_how_many_a_clip_has(tmp_path) -> None:
-    lengths = {"min_s": 5, "piece_s": 5, "max_s": 6, "frame_step": 16}
-    frames = shot("pendulum", 1, num_frames=81)
-    write(tmp_path / "80.mp4", frames[:80])
-    write(tmp_path / "81.mp4", frames)
-    with pytest.raises(Refused) as refused:
-        clips_of(tmp_path / "80.mp4", tmp_path, **lengths)
-    assert str(refused.value) == "short: 5.00 s, and a clip has at least 81 frames, 5.06 s (split.min_s)"
-    assert places(clips_of(tmp_path / "81.mp4", tmp_path, **lengths)) == [(0, 81)]
-    assert places(clips_of(tmp_path / "80.mp4", tmp_path, **lengths | {"min_s": 4})) == [(0, 65)]
-
-
-def test_other_ways_to_encode_give_other_clips(tmp_path) -> None:
-    write(tmp_path / "ball.mp4", shot("collision", 1))
-    ways = ({}, {"crf": 40}, {"preset": "ultrafast"})
-    clips = [clips_of(tmp_path / "ball.mp4", tmp_path, **way)[0]["clip_id"] for way in ways]
-    first, small, quick = (clip_file(tmp_path, clip).read_bytes() for clip in clips)
-    assert len(small) < len(first)
-    assert len({first, small, quick}) == 3
-
-
-def test_a_long_source_says_that_it_is_worked_on(tmp_path, monkeypatch) -> None:
-    from kairos.curation import source
-
-    signs: list[int] = []
-    monkeypatch.setattr(source, "_SIGN_S", 1.0)
-    monkeypatch.setattr(source, "still_working", lambda: signs.append(1))
-    write(tmp_path / "ball.mp4", shot("collision", 1))
-    clips_of(tmp_path / "ball.mp4", tmp_path / "clips")
-    assert len(signs) == 3  # of 3.06 s
-
-
-def test_a_source_that_is_refused_at_its_end_leaves_no_clip(tmp_path) -> None:
-    write(tmp_path / "long.mkv", shot("pendulum", 1, num_frames=150))
-    whole = (tmp_path / "long.mkv").read_bytes()
-    (tmp_path / "cut.mkv").write_bytes(whole[: len(whole) * 3 // 4])
-    with pytest.raises(Refused, match="truncated"):
-        clips_of(tmp_path / "cut.mkv", tmp_path / "clips")
-    assert not list((tmp_path / "clips").iterdir())
-
-
 def test_a_kill_between_shards_and_their_index_leaves_no_shard_that_is_taken_for_another(
     tmp_path, monkeypatch
 ) -> None:
@@ -422,33 +359,6 @@ def test_a_kill_between_shards_and_their_index_leaves_no_shard_that_is_taken_for
     packed(2)  # the former choice again
     with tarfile.open(tmp_path / "shards" / "33x96x96" / "000000.tar") as tar:
         assert tar.getnames() == ["aa.json", "aa.mp4", "bb.json", "bb.mp4"]
-
-
-def places(clips: list[dict]) -> list[tuple[int, int]]:
-    """The first frame and the number of frames of clips."""
-    return [(round(clip["start_s"] * FPS), clip["frames"]) for clip in clips]
-
-
-def test_a_margin_is_left_out_at_cuts_and_nowhere_else(tmp_path) -> None:
-    write(
-        tmp_path / "two.mkv",
-        np.concatenate([shot("collision", 1)[:1].repeat(67, 0), shot("bounce", 2, num_frames=68)]),
-    )
-    lengths = {"min_s": 2, "piece_s": 2, "max_s": 2}
-    whole = clips_of(tmp_path / "two.mkv", tmp_path, **lengths)
-    assert places(whole) == [(0, 33), (33, 33), (67, 33), (100, 33)]
-    trimmed = clips_of(tmp_path / "two.mkv", tmp_path, **lengths, margin_frames=2)
-    assert places(trimmed) == [(0, 33), (69, 33), (102, 33)]
-
-
-@pytest.mark.parametrize(
-    ("missing", "expected"),
-    [(1, [(0, 81)]), (32, [(0, 33), (72, 33)]), (16 * 3600, [(0, 33), (16 * 3600 + 40, 33)])],
-)
-def test_a_gap_in_time_is_the_end_of_a_shot_and_no_stop(tmp_path, missing, expected) -> None:
-    frames = shot("pendulum", 1, num_frames=80)
-    encoded(tmp_path / "hole.mkv", frames, times=[n if n < 40 else n + missing for n in range(80)])
-    assert places(clips_of(tmp_path / "hole.mkv", tmp_path)) == expected
 
 
 @pytest.fixture
@@ -619,106 +529,6 @@ def test_captions_of_an_endpoint_are_retried_paid_once_and_end_with_the_budget(
     assert len(pictures) == 6
     events = pq.read_table(output / "manifest.parquet")["events"].to_pylist()
     assert events == ["collision"] * 2
-
-
-class Scripted(BaseHTTPRequestHandler):
-    """A server that sends prepared bodies: an empty one drops the connection, an open one comes by half."""
-
-    bodies: list[str] = []
-    asked: list[dict] = []
-
-    def do_POST(self) -> None:
-        type(self).asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-        body = type(self).bodies.pop(0)
-        if not body:
-            return
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body) + (not body.endswith(("}", "]")))))
-        self.end_headers()
-        self.wfile.write(body.encode())
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-def answer(content, usage: object = {"total_tokens": 7}) -> str:
-    return json.dumps({"choices": [{"message": {"content": content}}], "usage": usage})
-
-
-@pytest.fixture
-def ask():
-    """Captions of one clip whose strip has four pictures, from the bodies that an endpoint sends."""
-    from kairos.curation.plugins.captions import Captions
-    from kairos.curation.stages.looks import Strip
-
-    samples = np.stack([np.full((48, 80, 3), level, np.uint8) for level in range(0, 256, 36)])
-    views = Views(fps=16, frames=8, height=48, width=80, samples=samples)
-    clip = {"height": 48, "width": 80, "strip": Strip(pictures=4).measure(views)["strip"]}
-
-    def asked(*bodies: str, **changes) -> dict:
-        Scripted.bodies, Scripted.asked = list(bodies), []
-        url = f"http://127.0.0.1:{server.server_port}/v1"
-        options = {"physics": False, "requests_per_minute": 6e6, "retries": 1} | changes
-        ((_, found),) = Captions(model="eyes", endpoint=url, **options).ask([("aa", clip)], 0)
-        return found
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Scripted) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield asked
-        server.shutdown()
-
-
-@pytest.mark.parametrize(
-    ("body", "tokens"),
-    [
-        (answer(None), 7),
-        (answer(" "), 7),
-        (answer('{"caption": ["a", "b"]}'), 7),
-        (answer('{"domain": "human"}'), 7),
-        ('{"choices": []}', 0),
-        ('{"error": {"message": "none"}}', 0),
-        ("[]", 0),
-        ("[1]", 0),
-        ('{"no": json}', 0),
-    ],
-)
-def test_an_answer_that_is_no_caption_fails_its_clip_and_is_paid(ask, body, tokens) -> None:
-    found = ask(body)
-    assert found["failed"].startswith("captions: ValueError: ") or "JSON" in found["failed"]
-    assert (found["tokens"], "scores" in found) == (tokens, False)
-
-
-def test_an_answer_counts_what_it_says_and_is_taken_as_it_is_where_it_is_plain(ask) -> None:
-    assert ask(answer("A cat\nsleeps.", None)) == {"scores": {"caption": "A cat sleeps."}, "tokens": 0}
-
-
-@pytest.mark.parametrize("broken", ["", '{"choices": [{"mess'])
-def test_a_connection_that_ends_early_is_tried_again(ask, broken) -> None:
-    assert ask(broken, answer("A cat.")) == {"scores": {"caption": "A cat."}, "tokens": 7}
-    assert "does not answer" in ask(broken, broken)["failed"]
-
-
-def test_a_second_question_that_fails_or_is_not_afforded_leaves_the_first_one_paid(ask) -> None:
-    failed = ask(answer("A cat."), answer(None), physics=True)
-    assert (failed["tokens"], "no text" in failed["failed"]) == (14, True)
-    poor = ask(answer("A cat."), physics=True, budget_tokens=5)
-    assert (poor["tokens"], "the budget ended" in poor["failed"]) == (7, True)
-
-
-def test_a_model_is_shown_the_pictures_that_a_strip_has_each_by_itself(ask) -> None:
-    import base64
-    import io
-
-    from PIL import Image
-
-    ask(answer("A cat."))
-    urls = [part["image_url"]["url"] for part in Scripted.asked[0]["messages"][0]["content"][:-1]]
-    pictures = [
-        np.asarray(Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).convert("L")) for url in urls
-    ]
-    assert len(pictures) == 4
-    assert max(picture.std() for picture in pictures) < 8
-    assert len({round(picture.mean() / 30) for picture in pictures}) == 4
 
 
 def test_models_score_by_name_or_folder(tmp_path) -> None:
