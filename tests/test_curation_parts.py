@@ -15,11 +15,12 @@ from curation_plants import SETTINGS, real_clip, shot, write
 from kairos.curation import Settings, curate
 from kairos.curation.duplicates import Fingerprinted, find_duplicates
 from kairos.curation.selection import choose
-from kairos.curation.settings import Duplicates, Shots, Split, read_settings
+from kairos.curation.settings import Duplicates, Shots, Split, Threshold, read_settings
 from kairos.curation.shots import ShotDetector
+from kairos.curation.source import clip_file
 from kairos.curation.stages import STAGES, hashes_of, stages_of
 from kairos.curation.views import VIEWS, Views
-from kairos.curation.workers import run_locally
+from kairos.curation.workers import Worker, run_locally, still_working
 from kairos.errors import UserError
 from kairos.worlds import simulate
 
@@ -158,6 +159,26 @@ def test_a_stage_has_a_new_hash_when_it_or_what_it_reads_changes_and_no_other() 
     assert {name for name in before if before[name] != after[name]} == {"physics", "tags", "caption"}
 
 
+@pytest.mark.parametrize(
+    ("said", "events"),
+    [
+        ("Flowers beside a cute cat.", []),
+        ("A NASA mission comes out again, under pressure.", []),
+        ("A retriever and a collie in slippers saw a roller.", []),
+        ("folder1/clip_02", []),
+        ("Water flows, a man cuts wood with a saw and misses.", ["fluid", "tool use", "failure"]),
+        ("cutting_paper_and_folding_it.mp4", ["deformation", "tool use"]),
+        ("It slips and slid; he retries, tries again and catches it.", ["sliding", "recovery"]),
+        ("Two balls collided, one dropped and bouncing.", ["collision", "gravity"]),
+    ],
+)
+def test_words_give_tags_and_words_that_only_begin_like_them_give_none(said, events) -> None:
+    from kairos.curation.stages.tags import Tags
+
+    views = Views(fps=16, frames=1, height=8, width=8, labels={"caption": said})
+    assert Tags().measure(views)["events"] == events
+
+
 def test_every_stage_declares_what_it_reads_and_what_it_gives() -> None:
     given: set[str] = set(VIEWS)
     for name, stage in STAGES.items():
@@ -176,6 +197,10 @@ def behave(item: str) -> dict:
         os.kill(os.getpid(), signal.SIGSEGV)
     if item == "hang":
         time.sleep(600)
+    if item == "long":
+        for _ in range(4):
+            still_working()
+            time.sleep(5)
     if item == "memory":
         return {"bytes": len(bytearray(30_000_000_000))}
     if item == "error":
@@ -184,13 +209,28 @@ def behave(item: str) -> dict:
 
 
 def test_what_crashes_hangs_or_eats_memory_takes_down_nothing_but_itself() -> None:
-    items = ["a", "crash", "b", "hang", "c", "memory", "error", "d"]
+    items = ["a", "crash", "b", "hang", "c", "memory", "error", "d", "long"]
     results = dict(run_locally(behave, items, workers=2, limit_s=15, memory_gb=4))
     assert [results[name] for name in "abcd"] == [{"fine": name} for name in "abcd"]
     assert results["crash"]["failed"] == "crashed: the decoder's process ended with signal 11 (SIGSEGV)"
     assert results["hang"]["failed"].startswith("hung:")
     assert results["memory"]["failed"].startswith("memory:")
     assert results["error"]["failed"] == "error: ValueError: no such codec"
+    assert results["long"] == {"fine": "long"}  # 20 s, and a sign of life every five
+
+
+def test_a_child_that_dies_between_two_items_fails_one_and_is_replaced() -> None:
+    worker = Worker(behave, 60, 4)
+    worker.begin("a")
+    assert worker.hear() == {"fine": "a"}
+    worker._process.kill()
+    worker._process.join()
+    worker._process.is_alive = lambda: True  # it was, when it was asked
+    worker.begin("b")
+    assert "crashed" in (worker.hear() or {})["failed"]
+    worker.begin("b")
+    assert worker.hear() == {"fine": "b"}
+    worker.stop()
 
 
 @pytest.mark.parametrize(
@@ -205,6 +245,27 @@ def test_what_crashes_hangs_or_eats_memory_takes_down_nothing_but_itself() -> No
         ("plugins: {nsfw: {}}", "model is missing"),
         ("balance: {event: {contact: 2}}", "must be above 0, at most 1, got 2"),
         ("- a", "must hold a mapping"),
+        ("thresholds: {sharpnes: {min: 3}}", "unknown key 'sharpnes'; did you mean 'sharpness'"),
+        ("thresholds: {caption: {min: 1}}", "unknown key 'caption'"),
+        ("thresholds: {sharpness: 30}", "sharpness must hold a mapping, got 30"),
+        ("thresholds: 5", "thresholds must hold a mapping, got 5"),
+        ("rich: {tags: [contct]}", "unknown event 'contct'"),
+        ("balance: {event: {contct: 0.3}}", "unknown key 'contct'; did you mean 'contact'"),
+        ("balance: {domain: {none: 0.3}}", "unknown key 'none'"),
+        ("balance: {event: 0.3}", "event must hold a mapping, got 0.3"),
+        ("balance: 3", "balance must hold a mapping, got 3"),
+        ("plugins: [nsfw]", "plugins must hold a mapping, got ['nsfw']"),
+        ("text: 3", "text must hold a mapping, got 3"),
+        ("text: samples", "text must hold a mapping, got 'samples'"),
+        ("text: 0", "text must hold a mapping, got 0"),
+        ("motion: [1]", "motion must hold a mapping, got [1]"),
+        ("limits: {side: .inf}", "side must be a whole number, got inf"),
+        ("limits: {task_s: .inf}", "task_s must be finite, got inf"),
+        ("tags: {measured: 'no'}", "measured must be true or false, got 'no'"),
+        ("split: {crf: 99}", "crf must be from 0 to 51, got 99"),
+        ("split: {preset: warp}", "preset must be one of ultrafast, "),
+        ("fingerprint: {rate: 0}", "rate must be above 0"),
+        ("plugins: {captions: {model: m, retries: -1}}", "retries must be at least 0"),
         ("a: [", "is not YAML"),
     ],
 )
@@ -225,10 +286,79 @@ def test_settings_survive_yaml() -> None:
     assert Settings.from_dict(yaml.safe_load(yaml.safe_dump(settings.as_dict()))) == settings
 
 
+def test_whole_numbers_may_be_written_with_a_point_and_sections_be_empty(tmp_path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "limits:\nsplit: {fps: 16.0, frame_step: 16.0}\nshards: {clips: 256.0}\nphysics: {window: 3.0}"
+    )
+    read = read_settings(path)
+    assert read == Settings.from_dict({"physics": {"window": 3}})
+    values = (read.split.fps, read.split.frame_step, read.shards.clips, read.stages["physics"]["window"])
+    assert all(type(value) is int for value in values)
+
+
+def test_every_number_of_a_clip_can_have_a_threshold_and_every_tag_a_share() -> None:
+    settings = Settings.from_dict(
+        {
+            "thresholds": {"height": {"min": 480}, "physics_score": {"min": 1}, "nsfw": {"max": 0.1}},
+            "balance": {"event": {"none": 0.3, "tool use": 0.2}, "domain": {"human": 0.5}},
+        }
+    )
+    chosen = choose([row("small", height=240), row("large", height=480)], settings)
+    assert chosen["small"][0] == "height: 240 is below 480"
+    assert chosen["large"][0] == ""
+
+
+@pytest.mark.parametrize("bounds", ["min: -.inf", "rich_min: null", "max: 900, rich_max: .inf", "min: 70"])
+def test_thresholds_that_are_saved_are_those_that_were_used(tmp_path, bounds) -> None:
+    import yaml
+
+    path = tmp_path / "curation.yaml"
+    path.write_text(f"thresholds: {{sharpness: {{{bounds}}}}}")
+    used = read_settings(path)
+    path.write_text(yaml.safe_dump(used.as_dict()))
+    assert used != Settings()
+    assert read_settings(path).thresholds == used.thresholds
+
+
+def test_a_threshold_that_was_off_comes_back_with_the_bound_that_is_set_alone() -> None:
+    from kairos.cli.curate import _changed
+
+    off = Settings.from_dict({"thresholds": {"flow": None}})
+    assert _changed(off, ["flow.min=0.1"]).thresholds["flow"] == Threshold(min=0.1)
+
+
 def test_clips_come_in_lengths_of_a_step_and_one() -> None:
     split = Split()
     assert [split.frames(n) for n in (80, 81, 96, 97, 641)] == [0, 81, 81, 97, 641]
     assert (split.piece_frames, split.max_frames) == (321, 641)
+
+
+def test_a_kill_between_shards_and_their_index_leaves_no_shard_that_is_taken_for_another(
+    tmp_path, monkeypatch
+) -> None:
+    import tarfile
+
+    from kairos.curation import shards
+
+    kept = [{"clip_id": name, "frames": 33, "height": 96, "width": 96} for name in ("aa", "bb")]
+    for row in kept:
+        clip_file(tmp_path, row["clip_id"]).parent.mkdir()
+        clip_file(tmp_path, row["clip_id"]).write_bytes(b"film")
+
+    def packed(count: int) -> None:
+        shards.write_shards(tmp_path / "shards", tmp_path, kept[:count], 256)
+
+    packed(2)
+    real, written = shards._write_tar, []
+    with monkeypatch.context() as killed:
+        killed.setattr(shards, "_write_tar", lambda *a: (real(*a), written.append(1), 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            packed(1)
+    assert written
+    packed(2)  # the former choice again
+    with tarfile.open(tmp_path / "shards" / "33x96x96" / "000000.tar") as tar:
+        assert tar.getnames() == ["aa.json", "aa.mp4", "bb.json", "bb.mp4"]
 
 
 @pytest.fixture
@@ -253,6 +383,42 @@ def test_a_manifest_names_the_videos_and_labels_them(folder, tmp_path) -> None:
     assert "failure" in clip["events"]
 
 
+def test_manifests_and_texts_may_begin_with_a_byte_order_mark(folder) -> None:
+    from kairos.curation.intake import take_in
+    from kairos.curation.settings import Limits
+
+    (folder / "list.csv").write_text("path,caption\none.mp4,Two balls meet.\n", encoding="utf-8-sig")
+    (folder / "list.jsonl").write_text('{"path": "one.mp4"}\n', encoding="utf-8-sig")
+    (folder / "one.txt").write_text("Two balls meet.", encoding="utf-8-sig")
+    assert take_in(folder / "list.csv", Limits())[1][0].labels == {"caption": "Two balls meet."}
+    assert [found.path for found in take_in(folder / "list.jsonl", Limits())[1]] == ["one.mp4"]
+    one = {found.path: found for found in take_in(folder, Limits())[1]}["one.mp4"]
+    assert one.labels == {"caption": "Two balls meet."}
+
+
+def test_a_text_belongs_to_its_video_however_its_name_is_written(folder) -> None:
+    from kairos.curation.intake import take_in
+    from kairos.curation.settings import Limits
+
+    (folder / "one.mp4").rename(folder / "ONE.MP4")
+    (folder / "ONE.txt").write_text("Two balls meet.")
+    (folder / "three.txt").write_text("Nobody's.")
+    found = {entry.path: entry for entry in take_in(folder, Limits())[1]}
+    assert found["ONE.MP4"].labels == {"caption": "Two balls meet."}
+    assert [found[name].status for name in ("ONE.txt", "three.txt")] == ["sidecar", "rejected"]
+
+
+def test_what_is_said_of_a_copy_is_said_of_the_first(folder, tmp_path) -> None:
+    import pyarrow.parquet as pq
+
+    (folder / "two.mp4").unlink()
+    (folder / "three.mp4").write_bytes((folder / "one.mp4").read_bytes())
+    (folder / "three.txt").write_text("Two balls meet.")
+    curate(folder, tmp_path / "out", Settings.from_dict(QUICK), workers=1)
+    (clip,) = pq.read_table(tmp_path / "out" / "manifest.parquet").to_pylist()
+    assert (clip["source"], clip["caption"]) == ("one.mp4", "Two balls meet.")
+
+
 def test_input_that_cannot_be_is_refused(folder, tmp_path) -> None:
     with pytest.raises(UserError, match="input not found"):
         curate(tmp_path / "nothing", tmp_path / "out")
@@ -274,21 +440,29 @@ def test_the_command_runs_selects_and_explains(folder, tmp_path, capfd) -> None:
         said = capfd.readouterr()
         return int(left.value.code or 0), said.out + said.err
 
-    output, config = tmp_path / "out", tmp_path / "c.yaml"
+    output, config = tmp_path / "[red]out[/x]", tmp_path / "c.yaml"
+    (folder / "one.txt").write_text("Two [balls] meet [/again].")
     config.write_text(yaml.safe_dump(QUICK))
     status, said = command("run", "-i", folder, "-o", output, "--config", config, "--workers", 1)
     assert (status, "2 of 2 clips kept" in said) == (0, True), said
+    assert f"hours: {output}/report.html" in said
     status, said = command(
         "select", output, "--set", "brightness.min=0.9", "--set", "brightness.rich_min=0.9"
     )
     assert (status, "0 of 2 clips kept" in said) == (0, True), said
-    clip = json.loads(json.dumps(next((output / "clips").rglob("*.mp4")).stem))
-    status, said = command("why", output, clip)
-    assert status == 0
-    assert "dropped, brightness: " in said
+    explained = [command("why", output, clip.stem) for clip in (output / "clips").rglob("*.mp4")]
+    assert [status for status, _ in explained] == [0, 0]
+    assert all("dropped, brightness: " in said for _, said in explained)
+    assert any("Two [balls] meet [/again]." in said for _, said in explained)
     assert command("why", output, "nothing")[0] == 2
     assert command("select", output, "--set", "brightness")[0] == 2
+    assert command("select", output, "--set", "caption.min=1")[0] == 2
+    status, said = command("select", output)  # what was refused was not saved
+    assert (status, "0 of 2 clips kept" in said) == (0, True), said
     assert command("report", tmp_path)[0] == 2
+    (output / "sources.parquet").unlink()
+    status, said = command("report", output)
+    assert (status, "sources.parquet is missing" in said) == (2, True), said
 
 
 class Endpoint(BaseHTTPRequestHandler):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -84,6 +85,7 @@ def why(
     """Say what happened to one clip, and every score of it beside its threshold."""
     _need_extra()
     from rich.table import Table
+    from rich.text import Text
 
     from kairos.curation import why as explain
     from kairos.curation.pipeline import saved_settings
@@ -109,7 +111,7 @@ def why(
         threshold = settings.thresholds.get(name)
         low, high = threshold.bounds(rich) if threshold else (float("-inf"), float("inf"))
         shown = f"{value:.5g}" if isinstance(value, float) else str(value)
-        table.add_row(name, shown, *("" if abs(b) == float("inf") else f"{b:g}" for b in (low, high)))
+        table.add_row(name, Text(shown), *("" if abs(b) == float("inf") else f"{b:g}" for b in (low, high)))
     out.print(table)
 
 
@@ -124,7 +126,7 @@ def report(output: Output) -> None:
 
 def _changed(settings: Settings, changes: list[str]) -> Settings:
     """The settings with thresholds as `--set` gives them."""
-    from kairos.curation.settings import Settings
+    from kairos.curation.settings import Settings, Threshold
     from kairos.errors import UserError
 
     content: dict[str, Any] = settings.as_dict()
@@ -137,7 +139,9 @@ def _changed(settings: Settings, changes: list[str]) -> Settings:
             raise UserError(
                 f"--set takes SCORE.min=VALUE, got {change!r}; for example sharpness.min=30"
             ) from None
-        content["thresholds"][score] = (content["thresholds"].get(score) or {}) | {bound: number}
+        # One that was off comes back without its other bounds.
+        before = content["thresholds"].get(score) or asdict(Threshold())
+        content["thresholds"][score] = before | {bound: number}
     return Settings.from_dict(content, "--set") if changes else settings
 
 
@@ -157,8 +161,10 @@ def _need_extra() -> None:
 
 def _tell(summary: Summary, output: Path) -> None:
     statuses = ", ".join(f"{count} {status}" for status, count in sorted(summary.sources.items()))
-    out.print(f"{sum(summary.sources.values())} files came in: {statuses}", highlight=False)
+    out.print(f"{sum(summary.sources.values())} files came in: {statuses}", highlight=False, markup=False)
     hours = f"{summary.hours_kept:.2f} of {summary.hours_in:.2f} hours"
     out.print(
-        f"{summary.kept} of {summary.clips} clips kept, {hours}: {output / 'report.html'}", highlight=False
+        f"{summary.kept} of {summary.clips} clips kept, {hours}: {output / 'report.html'}",
+        highlight=False,
+        markup=False,
     )

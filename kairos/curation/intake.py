@@ -36,6 +36,7 @@ FORMATS = {
 }
 """The names of videos, and how FFmpeg calls what has to be inside."""
 _SIDECARS = (".txt", ".json", ".srt", ".vtt")
+_UTF8 = "utf-8-sig"  # Excel and Notepad begin a file with a byte-order mark
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ def take_in(source: Path, limits: Limits) -> tuple[Path, list[Source]]:
     if source.is_dir():
         root = source.resolve()
         found = [_examined(root, file, limits) for file in _walk(root)]
-        names = {entry.path for entry in found if entry.status == "waiting"}
-        found = [_with_sidecar(entry, names) for entry in found]
+        videos = {_stem(entry) for entry in found if entry.status == "waiting"}
+        found = [_with_sidecar(entry, videos) for entry in found]
     elif source.is_file():
         root = source.parent.resolve()
         found = list(_listed(root, source, limits))
@@ -103,10 +104,10 @@ def _rows(manifest: Path) -> Iterator[Any]:
 
             yield from pq.read_table(manifest).to_pylist()
         elif manifest.suffix == ".csv":
-            with manifest.open(newline="", encoding="utf-8") as file:
+            with manifest.open(newline="", encoding=_UTF8) as file:
                 yield from csv.DictReader(file)
         else:
-            with manifest.open(encoding="utf-8") as file:
+            with manifest.open(encoding=_UTF8) as file:
                 yield from (json.loads(line) for line in file if line.strip())
     except (ValueError, OSError, csv.Error) as error:
         reason = " ".join(str(error).split())[:200]
@@ -156,10 +157,16 @@ def _with_sidecar(entry: Source, videos: set[str]) -> Source:
     if entry.status == "waiting":
         text = entry.file.with_suffix(".txt")
         if text.is_file() and not text.is_symlink() and text.stat().st_size < 100_000:
-            caption = " ".join(text.read_text(encoding="utf-8", errors="replace").split())
+            caption = " ".join(text.read_text(encoding=_UTF8, errors="replace").split())
             return Source(entry.path, entry.file, labels={"caption": caption} if caption else {})
-    elif entry.file.suffix.lower() in _SIDECARS and entry.reason.startswith("extension"):
-        stem = entry.path.removesuffix(entry.file.suffix)
-        if any(stem + suffix in videos for suffix in FORMATS):
-            return Source(entry.path, entry.file, "sidecar", "belongs to the video of this name")
+    elif (
+        entry.file.suffix.lower() in _SIDECARS
+        and entry.reason.startswith("extension")
+        and _stem(entry) in videos
+    ):
+        return Source(entry.path, entry.file, "sidecar", "belongs to the video of this name")
     return entry
+
+
+def _stem(entry: Source) -> str:
+    return entry.path.removesuffix(entry.file.suffix)

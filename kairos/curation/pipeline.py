@@ -2,7 +2,7 @@
 
 OUTPUT/manifest.parquet, sources.parquet, clips.jsonl, report.html
 OUTPUT/shards/FRAMESxHEIGHTxWIDTH/000000.tar
-OUTPUT/clips/ab/ab12....mp4      every clip, named by its pictures
+OUTPUT/clips/ab/ab12....mp4      every clip, named by its pictures and their encoding
 OUTPUT/work/ledger.sqlite        what has been done; OUTPUT/curation.yaml, with which settings
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from kairos.curation.settings import Settings, hash_of, read_settings
 from kairos.curation.shards import write_shards
 from kairos.curation.source import SplitTask, clip_file, split_source
 from kairos.curation.stages import Stage, hashes_of, stages_of
-from kairos.curation.tables import HIDDEN, read_manifest, write_lines, write_manifest, write_sources
+from kairos.curation.tables import HIDDEN, read_rows, write_lines, write_manifest, write_sources
 from kairos.curation.workers import run_locally, run_on_ray
 from kairos.data.files import prepare_folder, write_atomically
 from kairos.errors import UserError
@@ -72,7 +73,6 @@ def curate(
     limits = settings.limits
     with Ledger(output / "work") as ledger:
         _clean(output)
-        _keep_settings(output, settings)
         options: dict[str, Any] = {"limit_s": limits.task_s, "memory_gb": limits.memory_gb}
         execute: Execute
         if ray is None:
@@ -97,15 +97,12 @@ def select(output: str | os.PathLike[str], settings: Settings | None = None) -> 
         stored = replace(stored, **{name: getattr(settings, name) for name in views})
     with Ledger(output / "work") as ledger:
         _clean(output)
-        _keep_settings(output, stored)
         return _select(ledger, output, stored)
 
 
 def why(output: str | os.PathLike[str], clip: str) -> dict[str, Any]:
     """The row of the manifest whose clip_id is, or begins with, `clip`. Raises UserError unless it is one."""
-    rows = [
-        row for row in read_manifest(Path(output) / "manifest.parquet") if row["clip_id"].startswith(clip)
-    ]
+    rows = [row for row in read_rows(Path(output) / "manifest.parquet") if row["clip_id"].startswith(clip)]
     if not rows:
         raise UserError(
             f"no clip {clip!r} in {output}; the column clip_id of manifest.parquet has their names"
@@ -164,7 +161,10 @@ def _split(ledger: Ledger, found: list[Source], output: Path, settings: Settings
         key = f"{sha256}:{FORMATS[source.file.suffix.lower()]}"
         entry |= {"key": key, "sha256": sha256}
         if key in first_by_key:
-            entry |= {"status": "duplicate", "reason": f"duplicate: the same bytes as {first_by_key[key]}"}
+            first = first_by_key[key]
+            entry |= {"status": "duplicate", "reason": f"duplicate: the same bytes as {first}"}
+            # What is said of a copy is said of them both; what is said of the first goes before it.
+            entries[first]["labels"] = source.labels | entries[first]["labels"]
             continue
         first_by_key[key] = source.path
         if not _is_split(ledger, key, config, output / "clips"):
@@ -223,6 +223,9 @@ def _caption(ledger: Ledger, settings: Settings) -> None:
         if not chosen[row["clip_id"]][0] and not ledger.is_done(row["clip_id"], captions.name, config)
     )
     for clip_id, answer in captions.ask(waiting, ledger.spent(captions.name, "tokens")):
+        # What a failure cost is not forgotten when another answer takes its place.
+        before = ledger.result(clip_id, captions.name, config) or {}
+        answer["tokens"] += before.get("tokens", 0)
         ledger.keep(clip_id, config, {captions.name: answer})
         _remark(f"clip {clip_id}", answer)
 
@@ -232,8 +235,9 @@ def _captions(settings: Settings) -> Captions | None:
 
 
 def _select(ledger: Ledger, output: Path, settings: Settings) -> Summary:
-    """The choice, and everything that goes out."""
+    """The choice, and everything that goes out; settings are kept when a choice could be made with them."""
     chosen = choose(clip_rows(ledger, settings), settings)
+    _keep_settings(output, settings)
     names = [name for stage in stages_of(settings) for name in stage.outputs if name not in HIDDEN]
     if Captions.name in settings.plugins:
         names.append("physics_caption")
@@ -356,7 +360,7 @@ def _is_split(ledger: Ledger, key: str, config: str, clips: Path) -> bool:
 
 def _split_hash(settings: Settings) -> str:
     limits = settings.limits
-    return hash_of("split", 1, settings.shots, settings.split, limits.streams, limits.side, limits.duration_s)
+    return hash_of("split", 2, settings.shots, settings.split, limits.streams, limits.side, limits.duration_s)
 
 
 def _sha256(ledger: Ledger, source: Source) -> str:
@@ -381,8 +385,11 @@ def _digest(file: Any) -> str:
 
 def _clean(output: Path) -> None:
     """Remove what a killed run left half-written. Only called while nobody else holds the ledger."""
-    for part in output.rglob(".kairos-*.part"):
-        part.unlink(missing_ok=True)
+    for part in list(output.rglob(".kairos-*.part")):
+        if part.is_dir():  # clips of a source that was not through
+            shutil.rmtree(part)
+        else:
+            part.unlink(missing_ok=True)
 
 
 def _keep_settings(output: Path, settings: Settings) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 from kairos.curation.ledger import Ledger
 from kairos.curation.pipeline import clip_rows, saved_settings
 from kairos.curation.settings import Settings, Threshold
-from kairos.curation.stages import stages_of
-from kairos.curation.tables import read_manifest
+from kairos.curation.stages import numbers_of, stages_of
+from kairos.curation.tables import read_rows
 from kairos.data.files import write_atomically
 
 _SHOWN = 4  # clips at either end of a score, and of each reason
@@ -36,14 +36,13 @@ details summary{{cursor:pointer;color:#555}}
 
 def write_report(output: str | os.PathLike[str]) -> Path:
     """Write OUTPUT/report.html of what was chosen last, and return its path. UserError without a run."""
-    import pyarrow.parquet as pq
-
     output = Path(output)
     settings = saved_settings(output)
-    manifest = output / "manifest.parquet"
-    rows = list(_light(read_manifest(manifest), settings))
-    sources = pq.read_table(output / "sources.parquet").to_pylist()
-    names = [name for name in _numeric(settings) if any(row.get(name) is not None for row in rows)]
+    rows = list(_light(read_rows(output / "manifest.parquet"), settings))
+    sources = list(read_rows(output / "sources.parquet"))
+    names = [
+        name for name in numbers_of(stages_of(settings)) if any(row.get(name) is not None for row in rows)
+    ]
     wanted = {row["clip_id"] for name in names for row in [*_ends(rows, name)[0], *_ends(rows, name)[1]]}
     samples = _samples(rows)
     wanted |= {row["clip_id"] for group in samples.values() for row in group}
@@ -73,15 +72,10 @@ def _light(rows: Iterable[dict[str, Any]], settings: Settings) -> Iterable[dict[
         "reason",
         "domain",
         "events",
-        *_numeric(settings),
+        *numbers_of(stages_of(settings)),
     )
     for row in rows:
         yield {name: row.get(name) for name in names}
-
-
-def _numeric(settings: Settings) -> list[str]:
-    texts = ("strip", "moments", "changes", "colors", "embedding", "text", "domain", "events", "caption")
-    return [name for stage in stages_of(settings) for name in stage.outputs if name not in texts]
 
 
 def _overview(rows: list[dict[str, Any]], sources: list[dict[str, Any]]) -> str:

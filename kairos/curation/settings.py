@@ -17,11 +17,27 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from kairos.curation.vocabulary import DOMAINS, EVENTS
 from kairos.errors import UserError
 
 T = TypeVar("T")
 
 DETECTORS = ("adaptive", "content", "hash", "histogram", "threshold", "transnet")
+PRESETS = (
+    "ultrafast",
+    "superfast",
+    "veryfast",
+    "faster",
+    "fast",
+    "medium",
+    "slow",
+    "slower",
+    "veryslow",
+    "placebo",
+)
+"""x264's names for how long it may search."""
+TAGS = {"domain": DOMAINS, "event": (*EVENTS, "none")}
+"""What a balance can be of; "none" is a clip without an event."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +48,11 @@ class Limits:
     streams: int = 32
     side: int = 8192  # pixels
     duration_s: float = 6 * 3600.0
-    task_s: float = 900.0  # a source or a clip that takes longer is given up
+    task_s: float = 900.0  # a clip, or a minute of a source, that takes longer is given up
     memory_gb: float = 8.0  # for the process that decodes
 
     def __post_init__(self) -> None:
-        _check_positive(self)
+        check_positive(self)
 
 
 @dataclass(frozen=True)
@@ -54,7 +70,7 @@ class Shots:
     min_frames: int = 4  # two cuts closer than this are one
 
     def __post_init__(self) -> None:
-        _check_positive(self)
+        check_positive(self)
         for name in self.detectors:
             if name not in DETECTORS:
                 raise UserError(f"shots.detectors: unknown detector {name!r}; one of {', '.join(DETECTORS)}")
@@ -71,18 +87,22 @@ class Split:
     frame_step: int = 16  # a clip has a multiple of this, plus one, frames: few buckets, little waste
     short_side: int = 480  # larger pictures are made smaller, none is enlarged
     multiple: int = 16  # of both sides, by cropping
-    margin_frames: int = 0  # left out at either side of a cut
+    margin_frames: int = 0  # left out at either side of a cut; a source's ends are none
     crf: int = 18
     preset: str = "faster"
 
     def __post_init__(self) -> None:
-        _check_positive(self, but=("margin_frames", "crf"))
+        check_positive(self, but=("margin_frames", "crf"))
         if not self.min_s <= self.piece_s <= self.max_s:
             raise UserError(
                 f"split: min_s <= piece_s <= max_s, got {self.min_s:g}, {self.piece_s:g}, {self.max_s:g}"
             )
         if self.multiple % 2:
             raise UserError(f"split.multiple must be even, got {self.multiple}; try 16")
+        if self.crf > 51:
+            raise UserError(f"crf must be from 0 to 51, got {self.crf}; 18 looks like the source")
+        if self.preset not in PRESETS:
+            raise UserError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
 
     def frames(self, available: int) -> int:
         """The longest allowed clip within `available` frames; 0 where there is none."""
@@ -145,7 +165,7 @@ class Duplicates:
     embedding: float = 0.01  # cosine distance, where the embedding plug-in is on
 
     def __post_init__(self) -> None:
-        _check_positive(self)
+        check_positive(self)
 
 
 @dataclass(frozen=True)
@@ -155,13 +175,18 @@ class Rich:
     events_per_s: float = 0.25
     tags: tuple[str, ...] = ("contact", "collision", "failure", "recovery")
 
+    def __post_init__(self) -> None:
+        for tag in self.tags:
+            if tag not in EVENTS:
+                raise UserError(f"tags: unknown event {tag!r}; one of {', '.join(EVENTS)}")
+
 
 @dataclass(frozen=True)
 class Shards:
     clips: int = 256  # in one tar at most
 
     def __post_init__(self) -> None:
-        _check_positive(self)
+        check_positive(self)
 
 
 @dataclass(frozen=True)
@@ -183,10 +208,10 @@ class Settings:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], where: str = "configuration") -> Settings:
         """Settings of a mapping as in YAML. Raises UserError for anything unknown or out of range."""
-        from kairos.curation.stages import PLUGINS, STAGES
+        from kairos.curation.stages import PLUGINS, STAGES, numbers_of
+        from kairos.curation.tables import FACTS
 
-        if not isinstance(content, Mapping):
-            raise UserError(f"{where} must hold a mapping of sections, got {content!r}")
+        content = _mapping(content, where)
         parts: dict[str, type] = {
             "limits": Limits,
             "shots": Shots,
@@ -202,23 +227,35 @@ class Settings:
             for name, part in parts.items()
             if name in content
         }
-        stages = {name: dict(content[name] or {}) for name in STAGES if name in content}
-        plugins = {name: dict(options or {}) for name, options in (content.get("plugins") or {}).items()}
-        check_known(plugins, list(PLUGINS), f"{where}: plugins")
-        for name, options in stages.items():
-            made(STAGES[name], options, f"{where}: {name}")
-        for name, options in plugins.items():
-            made(PLUGINS[name], options, f"{where}: plugins: {name}")
+        stages = {
+            name: _options(part, content[name], f"{where}: {name}")
+            for name, part in STAGES.items()
+            if name in content
+        }
+        named = _mapping(content.get("plugins"), f"{where}: plugins")
+        check_known(named, list(PLUGINS), f"{where}: plugins")
+        plugins = {
+            name: _options(PLUGINS[name], options, f"{where}: plugins: {name}")
+            for name, options in named.items()
+        }
         thresholds = dict(DEFAULT_THRESHOLDS)
-        for score, bounds in (content.get("thresholds") or {}).items():
+        bounded = _mapping(content.get("thresholds"), f"{where}: thresholds")
+        numbers = [*numbers_of([*STAGES.values(), *PLUGINS.values()]), *FACTS]
+        check_known(bounded, numbers, f"{where}: thresholds")
+        for score, bounds in bounded.items():
             if bounds is None:
                 thresholds.pop(score, None)
             else:
-                merged = _given(thresholds.get(score, Threshold())) | dict(bounds)
+                given = _mapping(bounds, f"{where}: thresholds: {score}")
+                merged = asdict(thresholds.get(score, Threshold())) | dict(given)
                 thresholds[score] = made(Threshold, merged, f"{where}: thresholds: {score}")
-        balance = content.get("balance") or {}
-        check_known(balance, ["domain", "event"], f"{where}: balance")
+        capped = _mapping(content.get("balance"), f"{where}: balance")
+        check_known(capped, list(TAGS), f"{where}: balance")
+        balance = {
+            kind: dict(_mapping(shares, f"{where}: balance: {kind}")) for kind, shares in capped.items()
+        }
         for kind, shares in balance.items():
+            check_known(shares, list(TAGS[kind]), f"{where}: balance: {kind}")
             for tag, share in shares.items():
                 if not (isinstance(share, int | float) and 0 < share <= 1):
                     raise UserError(
@@ -230,7 +267,6 @@ class Settings:
         """The settings as `from_dict` takes them, with every value."""
         plain = json.loads(json.dumps(asdict(self)))
         stages = plain.pop("stages")
-        plain["thresholds"] = {name: _given(bounds) for name, bounds in self.thresholds.items()}
         for name in DEFAULT_THRESHOLDS:
             plain["thresholds"].setdefault(name, None)
         return plain | stages
@@ -250,7 +286,7 @@ def read_settings(path: Path | None) -> Settings:
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    return Settings.from_dict(content or {}, path.name)
+    return Settings.from_dict(content, path.name)
 
 
 def hash_of(*parts: Any) -> str:
@@ -261,8 +297,7 @@ def hash_of(*parts: Any) -> str:
 
 def made(part: type[T], values: Any, where: str) -> T:
     """A dataclass of YAML's values: known names, the types of the defaults. Raises UserError."""
-    if not isinstance(values, Mapping):
-        raise UserError(f"{where} must hold a mapping, got {values!r}")
+    values = _mapping(values, where)
     known = {f.name: f for f in fields(part)}  # type: ignore[arg-type]
     check_known(values, list(known), where)
     ready: dict[str, Any] = {}
@@ -273,8 +308,12 @@ def made(part: type[T], values: Any, where: str) -> T:
             if not isinstance(value, list | tuple):
                 raise UserError(f"{where}: {name} must be a list, got {value!r}")
             value = tuple(value)
-        elif kind.startswith("int") and not (number and value == int(value)):
-            raise UserError(f"{where}: {name} must be a whole number, got {value!r}")
+        elif kind.startswith("int"):
+            if not (number and math.isfinite(value) and value == int(value)):
+                raise UserError(f"{where}: {name} must be a whole number, got {value!r}")
+            value = int(value)
+        elif kind.startswith("bool") and not isinstance(value, bool):
+            raise UserError(f"{where}: {name} must be true or false, got {value!r}")
         elif kind.startswith("float") and not number and not (value is None and "None" in kind):
             raise UserError(f"{where}: {name} must be a number, got {value!r}")
         elif kind.startswith("str") and not isinstance(value, str) and not (value is None and "None" in kind):
@@ -284,8 +323,21 @@ def made(part: type[T], values: Any, where: str) -> T:
         return part(**ready)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    except TypeError as error:
-        raise UserError(f"{where}: {error}") from None
+
+
+def _options(part: type[Any], values: Any, where: str) -> dict[str, Any]:
+    """Those fields of a part that are given, checked."""
+    whole = made(part, values, where)
+    return {name: getattr(whole, name) for name in values or ()}
+
+
+def _mapping(value: Any, where: str) -> Mapping[str, Any]:
+    """A section of YAML, which is None there when nothing stands under it. Raises UserError."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where} must hold a mapping, got {value!r}")
+    return value
 
 
 def check_known(mapping: Mapping[str, Any], known: list[str], where: str) -> None:
@@ -297,16 +349,12 @@ def check_known(mapping: Mapping[str, Any], known: list[str], where: str) -> Non
             raise UserError(f"{where}: unknown key {key!r}{did_you_mean(str(key), known)}")
 
 
-def _given(bounds: Threshold) -> dict[str, float]:
-    """Those of the bounds that bound something: YAML and JSON need no infinities then."""
-    return {
-        name: value for name, value in asdict(bounds).items() if value is not None and math.isfinite(value)
-    }
-
-
-def _check_positive(part: Any, but: tuple[str, ...] = ()) -> None:
+def check_positive(part: Any, but: tuple[str, ...] = ()) -> None:
+    """Refuse numbers that are infinite or not above 0, where those of `but` may be 0."""
     for f in fields(part):
         value = getattr(part, f.name)
-        least_ok = isinstance(value, int | float) and (value > 0 or (f.name in but and value >= 0))
-        if isinstance(value, int | float) and not least_ok:
-            raise UserError(f"{f.name} must be {'at least' if f.name in but else 'above'} 0, got {value:g}")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if not (value > 0 or (f.name in but and value == 0)) or math.isinf(value):
+            rule = "finite" if math.isinf(value) else f"{'at least' if f.name in but else 'above'} 0"
+            raise UserError(f"{f.name} must be {rule}, got {value:g}")

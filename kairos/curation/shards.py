@@ -1,7 +1,7 @@
 """Training shards: webdataset tars of `KEY.mp4` and `KEY.json`, in folders named FRAMESxHEIGHTxWIDTH.
 
 The same clips give the same bytes. A shard is written whole or not at all; one that would not change is
-left alone, one that is no longer wanted is removed.
+left alone, one that is no longer wanted is removed. The index holds no digest that its shard may not have.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def write_shards(
     for row in rows:
         text = json.dumps(row, sort_keys=True, ensure_ascii=False)
         buckets[f"{row['frames']}x{row['height']}x{row['width']}"].append((row["clip_id"], text))
-    before = _index(folder)
     index: dict[str, dict[str, Any]] = {}
+    parts: dict[str, list[tuple[str, str]]] = {}
     homes: dict[str, str] = {}
     for bucket, members in sorted(buckets.items()):
         members.sort()
@@ -39,16 +39,25 @@ def write_shards(
             name = f"{bucket}/{number:06d}.tar"
             digest = hashlib.sha256("\n".join(f"{key} {text}" for key, text in part).encode()).hexdigest()
             index[name] = {"clips": len(part), "digest": digest}
+            parts[name] = part
             homes |= {key: name for key, _ in part}
-            same = before.get(name, {}).get("digest") == digest and (folder / name).is_file()
-            if not same:
-                _write_tar(folder / name, clips, part)
+    before = _index(folder)
+    same = {
+        name: entry
+        for name, entry in index.items()
+        if before.get(name) == entry and (folder / name).is_file()
+    }
+    # Forgotten before they are written anew: after a kill between the two nobody takes them for the old ones.
+    _write_index(folder, same)
+    for name, part in parts.items():
+        if name not in same:
+            _write_tar(folder / name, clips, part)
     for stale in sorted(folder.glob("*/*.tar")):
         if stale.relative_to(folder).as_posix() not in index:
             stale.unlink()
             if not any(stale.parent.iterdir()):
                 stale.parent.rmdir()
-    write_atomically(folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
+    _write_index(folder, index)
     return homes
 
 
@@ -58,6 +67,10 @@ def _index(folder: Path) -> dict[str, dict[str, Any]]:
         return found
     except (FileNotFoundError, ValueError):
         return {}
+
+
+def _write_index(folder: Path, index: Mapping[str, Mapping[str, Any]]) -> None:
+    write_atomically(folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
 
 
 def _write_tar(path: Path, clips: Path, members: list[tuple[str, str]]) -> None:

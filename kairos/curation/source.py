@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import av
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 from kairos.curation.intake import FORMATS
 from kairos.curation.settings import Limits, Shots, Split
 from kairos.curation.shots import LOOK_SIZE, ShotDetector
+from kairos.curation.workers import still_working
 from kairos.data.files import write_atomically
 from kairos.data.media import on_screen
 
@@ -33,7 +35,11 @@ Picture = NDArray[np.uint8]  # (H, W, 3)
 
 _MIN_RATE = 0.6
 """Sources below this share of the clips' rate are refused: repeated frames would look like stops."""
+_LONGEST = 3.0
+"""A frame that stays for more than so many frames' time is the edge of a gap: it would look like a stop."""
 _LEAST_SIDE = 32
+_SIGN_S = 60.0
+"""So much of a source is done between two signs of life: limits.task_s is for it, not for a film."""
 _DECODED_SHARE = 0.9
 """Of the length that a file claims, so much must be decoded."""
 
@@ -69,24 +75,30 @@ def split_source(task: SplitTask) -> dict[str, Any]:
     """
     started = time.process_time()
     costs = {"decode": 0.0, "shots": 0.0, "split": 0.0}
-    try:
-        with opened(task.file, task.limits) as container:
-            facts = _probe(container, task)
-            found = list(_clips(container, task, facts, costs))
-    except av.error.FFmpegError as error:
-        raise Refused(f"corrupt: {_said(error)}") from None
-    if facts["decoded_s"] < _DECODED_SHARE * facts["duration_s"] - 0.5:
-        claim = f"{facts['decoded_s']:.1f} s of {facts['duration_s']:.1f} s could be decoded"
-        raise Refused(f"truncated: {claim}", duration_s=facts["decoded_s"])
-    if facts["decoded_s"] < task.split.min_frames / task.split.fps - 0.02:
-        claim = f"{facts['decoded_s']:.2f} s, and a clip has at least {task.split.min_s:g} s"
-        raise Refused(f"short: {claim}", duration_s=facts["decoded_s"])
-    for clip in found:
-        path = clip_file(task.clips, clip["clip_id"])
-        data = clip.pop("data")
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, data)
+    found = []
+    task.clips.mkdir(parents=True, exist_ok=True)
+    # Clips wait on the disk until all of the source is known to be good: a film's would not fit in memory.
+    with TemporaryDirectory(prefix=".kairos-", suffix=".part", dir=task.clips) as waiting:
+        try:
+            with opened(task.file, task.limits) as container:
+                facts = _probe(container, task)
+                for clip in _clips(container, task, facts, costs):
+                    write_atomically(Path(waiting, clip["clip_id"]), clip.pop("data"))
+                    found.append(clip)
+        except av.error.FFmpegError as error:
+            raise Refused(f"corrupt: {_said(error)}") from None
+        if facts["decoded_s"] < _DECODED_SHARE * facts["duration_s"] - 0.5:
+            claim = f"{facts['decoded_s']:.1f} s of {facts['duration_s']:.1f} s could be decoded"
+            raise Refused(f"truncated: {claim}", duration_s=facts["decoded_s"])
+        least, least_s = task.split.min_frames, task.split.min_frames / task.split.fps
+        if facts["decoded_s"] < least_s - 0.02:
+            claim = f"{facts['decoded_s']:.2f} s, and a clip has at least {least} frames, {least_s:.2f} s"
+            raise Refused(f"short: {claim} (split.min_s)", duration_s=facts["decoded_s"])
+        for written in Path(waiting).iterdir():
+            path = clip_file(task.clips, written.name)
+            if not path.exists():
+                path.parent.mkdir(exist_ok=True)
+                written.replace(path)
     costs["split"] = time.process_time() - started - costs["decode"] - costs["shots"]
     return facts | {"clips": found, "costs": costs}
 
@@ -152,11 +164,14 @@ def _clips(
     """Every clip of the file, with its bytes, while its frames go by."""
     split = task.split
     detector = ShotDetector(task.shots, facts["source_fps"])
-    normalise, look = _Normaliser(split), VideoReformatter()
-    container.streams.video[0].codec_context.thread_count = 1
+    stream = container.streams.video[0]
+    normalise, look = _Normaliser(split, stream.sample_aspect_ratio), VideoReformatter()
+    stream.codec_context.thread_count = 1
     waiting: deque[tuple[int, int, Picture | None]] = deque()  # (source frame, repeats, normalised)
-    shot = _Shot(split, 0, 0)
+    shot, gap = _Shot(split, 0, 0), False
+    longest = _LONGEST * split.fps / facts["source_fps"] + 1  # in ticks, wherever they fall
     ticks, index, number = 0, -1, 0
+    frames_a_sign = max(1, round(_SIGN_S * facts["source_fps"]))
     frames = on_screen(container, split.fps)
     ahead = _timed(frames, costs)
     following = next(ahead, None)
@@ -164,7 +179,9 @@ def _clips(
     while following is not None:
         (frame, repeats), following = following, next(ahead, None)
         index += 1
-        if index * (1 / facts["source_fps"]) > task.limits.duration_s:
+        if (index + 1) % frames_a_sign == 0:
+            still_working()
+        if index / facts["source_fps"] > task.limits.duration_s:
             raise Refused(f"long: more than {task.limits.duration_s:g} s (limits.duration_s)")
         if max(frame.width, frame.height) > task.limits.side:
             raise Refused(f"large: {frame.width} x {frame.height} (limits.side)")
@@ -175,16 +192,19 @@ def _clips(
         waiting.append((index, repeats, picture))
         while waiting and waiting[0][0] < detector.settled:
             source_frame, repeats, picture = waiting.popleft()
-            if cuts and cuts[0] == source_frame:
+            cut = bool(cuts) and cuts[0] == source_frame
+            if cut:
                 cuts.popleft()
-                yield from shot.end()
+            if cut or gap or (picture is not None and shot.size not in (None, picture.shape)):
+                yield from shot.end(split.margin_frames)
                 number += 1
                 shot = _Shot(split, ticks, number)
-            for _ in range(repeats):
+            gap = repeats > longest
+            for _ in range(1 if gap else repeats):
                 assert picture is not None
                 yield from shot.add(picture)
-                ticks += 1
-    yield from shot.end()
+            ticks += repeats
+    yield from shot.end(0)
     facts["decoded_s"] = round(ticks / split.fps, 3)
     facts["shots"] = number + 1
     if ticks == 0:
@@ -209,7 +229,8 @@ class _Shot:
         self._skip = split.margin_frames if number else 0
         self._pieces: list[_Piece] = []
         self._count = 0
-        self._size: tuple[int, ...] = ()
+        self.size: tuple[int, ...] | None = None
+        """The shape of its pictures, all alike."""
 
     def add(self, picture: Picture) -> Iterator[dict[str, Any]]:
         """The next frame; yields a clip when the shot is too long for one and a piece of it is full."""
@@ -217,38 +238,40 @@ class _Shot:
             self._skip -= 1
             self._next += 1
             return
-        if picture.shape != self._size and self._size:  # a stream that changes its size begins a new shot
-            yield from self.end()
-            self._count, self._pieces = 0, []
-        self._size = picture.shape
+        self.size = picture.shape
         if not self._pieces or self._pieces[-1].count == self._split.piece_frames:
             self._pieces.append(_Piece(self._split, picture.shape, self._next))
         self._pieces[-1].add(picture)
         self._count += 1
         self._next += 1
-        if self._count > self._split.max_frames and len(self._pieces) > 1:
-            yield from self._clip([self._pieces.pop(0)])
+        after = sum(piece.count for piece in self._pieces[1:])
+        if self._count > self._split.max_frames and after and after >= self._split.margin_frames:
+            yield from self._clip([self._pieces.pop(0)], self._split.piece_frames)
 
-    def end(self) -> Iterator[dict[str, Any]]:
-        """The clips that are left: all pieces as one where the shot was short enough."""
+    def end(self, margin: int) -> Iterator[dict[str, Any]]:
+        """The clips that are left, without the last `margin` frames; one where the shot was short enough."""
         together = self._count <= self._split.max_frames
         groups = [self._pieces] if together else [[piece] for piece in self._pieces]
+        usable = sum(piece.count for piece in self._pieces) - margin
         for group in groups:
             if group:
-                yield from self._clip(group)
+                yield from self._clip(group, usable)
+                usable -= sum(piece.count for piece in group)
 
-    def _clip(self, pieces: list[_Piece]) -> Iterator[dict[str, Any]]:
+    def _clip(self, pieces: list[_Piece], usable: int) -> Iterator[dict[str, Any]]:
+        """The pieces as one clip, of no more than `usable` frames."""
         available = sum(piece.count for piece in pieces)
-        usable = available - self._split.margin_frames
         first = pieces[0].first
-        count = self._split.frames(usable)
+        count = self._split.frames(min(available, usable))
         if not count:
             for piece in pieces:
                 piece.close()
             return
         digests = [digest for piece in pieces for digest in piece.digests][:count]
         height, width = pieces[0].height, pieces[0].width
-        name = hashlib.sha256(f"{self._split.fps} {height}x{width} ".encode() + b"".join(digests))
+        split = self._split  # all that the file's bytes depend on
+        made = f"{split.fps} {height}x{width} crf {split.crf} {split.preset} "
+        name = hashlib.sha256(made.encode() + b"".join(digests))
         yield {
             "clip_id": name.hexdigest()[:20],
             "shot": self._number,
@@ -331,14 +354,15 @@ def _joined(pieces: list[bytes], count: int, fps: int) -> bytes:
 class _Normaliser:
     """Pictures upright, their pixels square, the short side as asked, both sides cropped to a multiple."""
 
-    def __init__(self, split: Split) -> None:
+    def __init__(self, split: Split, pixel_aspect: Fraction | None) -> None:
         self._split = split
+        # Of a pixel, width to height; what no camera writes is a broken header.
+        self._aspect = float(pixel_aspect) if pixel_aspect and 0.2 < pixel_aspect < 5 else 1.0
         self._reformatter = VideoReformatter()
 
     def __call__(self, frame: Any) -> Picture:
         split, multiple = self._split, self._split.multiple
-        aspect = float(getattr(frame, "sample_aspect_ratio", None) or 1)
-        width, height = frame.width * (aspect if 0.2 < aspect < 5 else 1.0), float(frame.height)
+        width, height = frame.width * self._aspect, float(frame.height)
         scale = min(1.0, split.short_side / min(width, height))
         wide, high = (max(multiple, round(side * scale)) for side in (width, height))
         turns = round(frame.rotation / 90) % 4

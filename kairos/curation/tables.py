@@ -33,6 +33,8 @@ _FIRST = {
     "source_width": "int64",
     "source_fps": "double",
 }
+FACTS = tuple(name for name, kind in _FIRST.items() if kind != "string")
+"""The numbers that a clip has without any stage."""
 _LAST = {"duplicate_of": "string", "kept": "bool", "reason": "string"}
 _SOURCES = {
     "path": "string",
@@ -43,13 +45,13 @@ _SOURCES = {
     "clips_kept": "int64",
     "sha256": "string",
 }
-_TEXTS = ("domain", "events", "caption", "text", "physics_caption")
+TEXTS = ("domain", "events", "caption", "text", "physics_caption")
 _GROUP = 1024  # rows that are in memory at once
 
 
 def write_manifest(path: Path, rows: Iterable[Row], scores: Iterable[str]) -> None:
     """A row a clip. `events` is a text, its tags with commas between them."""
-    columns = _FIRST | {name: "string" if name in _TEXTS else "double" for name in scores} | _LAST
+    columns = _FIRST | {name: "string" if name in TEXTS else "double" for name in scores} | _LAST
     _write_parquet(path, (row | {"events": ", ".join(row.get("events") or ())} for row in rows), columns)  # type: ignore[operator]
 
 
@@ -65,12 +67,12 @@ def write_lines(path: Path, rows: Iterable[Row]) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def read_manifest(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a manifest, a group at a time. Raises UserError where there is none."""
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of the manifest or of the sources, a group at a time. Raises UserError without the file."""
     import pyarrow.parquet as pq
 
     if not path.is_file():
-        raise UserError(f"no manifest at {path}; run `kairos curate run` with this output first")
+        raise UserError(f"{path} is missing; run `kairos curate run` with this output, to its end")
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(_GROUP):
             yield from batch.to_pylist()

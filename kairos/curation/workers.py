@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 from kairos.errors import MachineError, UserError
@@ -22,6 +23,14 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = dict[str, Any]
 """What a task gives; of one that could not be done, {"failed": reason}."""
+
+_PARENT: list[Any] = []  # in a child: the connection to who waits for its results
+
+
+def still_working() -> None:
+    """Called by a long task now and then: the time that it has begins anew."""
+    for connection in _PARENT:
+        connection.send(None)
 
 
 class Worker(Generic[Item]):
@@ -35,25 +44,32 @@ class Worker(Generic[Item]):
         self.connection: Any = None
 
     def begin(self, item: Item) -> None:
-        """Send an item; `finish` gives its result."""
+        """Send an item; `hear` gives its result."""
         if self._process is None or not self._process.is_alive():
             self._start()
         self.item, self._began = item, time.monotonic()
-        self.connection.send(item)
+        with suppress(ConnectionError):  # a child that has just died: `hear` tells of it
+            self.connection.send(item)
 
     @property
     def left_s(self) -> float:
-        """Seconds until the time of the task is up."""
+        """Seconds until the time of the task is up, unless it says before that it is still working."""
         return self._began + self._limit_s - time.monotonic()
 
-    def finish(self) -> Result:
-        """The result of what was begun: waits for it, for the child's death, or for the end of its time."""
-        result: Result
+    def hear(self) -> Result | None:
+        """The result of what was begun; None where the child says that it is still working.
+
+        Waits for one of the two, for the child's death, or for the end of its time.
+        """
+        result: Result | None
         try:
             if self.connection.poll(max(0.0, self.left_s)):
                 result = self.connection.recv()
+                if result is None:
+                    self._began = time.monotonic()
+                    return None
             else:
-                result = {"failed": f"hung: no result within {self._limit_s:g} s (limits.task_s)"}
+                result = {"failed": f"hung: nothing was heard for {self._limit_s:g} s (limits.task_s)"}
                 self.stop()
         except (EOFError, ConnectionError):
             self._process.join(5)
@@ -99,10 +115,11 @@ def run_locally(
             patience = max(0.0, min(worker.left_s for worker in busy))
             ready = multiprocessing.connection.wait([worker.connection for worker in busy], patience)
             for worker in [w for w in busy if w.connection in ready or w.left_s <= 0]:
-                busy.remove(worker)
                 item = worker.item
                 assert item is not None
-                yield item, worker.finish()
+                if (result := worker.hear()) is not None:
+                    busy.remove(worker)
+                    yield item, result
     finally:
         for worker in pool:
             worker.stop()
@@ -157,7 +174,9 @@ class _Isolated:
         results = []
         for index in batch["index"]:
             self._worker.begin(self._items[int(index)])
-            results.append(json.dumps(self._worker.finish()))
+            while (result := self._worker.hear()) is None:
+                pass
+            results.append(json.dumps(result))
         return {"index": batch["index"], "result": np.array(results, dtype=object)}
 
 
@@ -206,6 +225,7 @@ def _serve(connection: Any, task: Callable[[Any], Result], memory_gb: float, par
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _single_threaded()
+    _PARENT.append(connection)
     while True:
         try:
             item = connection.recv()

@@ -1,12 +1,13 @@
 """Captions, tags and the physics of a clip by a vision-language model: a local one, or an endpoint.
 
-Six pictures of each clip are sent with two questions. Asked is only about clips that are kept, in the process
-that runs the curation; answers go to the ledger, so that none is paid for twice.
+The pictures of each clip's strip are sent with two questions. Asked is only about clips that are kept, in the
+process that runs the curation; answers go to the ledger, so that none is paid for twice.
 """
 
 from __future__ import annotations
 
 import base64
+import http.client
 import io
 import json
 import logging
@@ -22,6 +23,7 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any, ClassVar
 
+from kairos.curation.settings import check_positive
 from kairos.curation.vocabulary import DOMAINS, EVENTS
 from kairos.errors import UserError
 
@@ -69,9 +71,7 @@ class Captions:
             raise UserError("model is missing; give a folder, or the name that the endpoint knows")
         if self.endpoint and not self.endpoint.startswith(("http://", "https://")):
             raise UserError(f"endpoint must begin with http:// or https://, got {self.endpoint!r}")
-        for name in ("requests_per_minute", "parallel", "timeout_s", "max_tokens", "budget_tokens"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
+        check_positive(self, but=("retries",))
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -86,7 +86,7 @@ class Captions:
     def ask(
         self, clips: Iterable[tuple[str, Mapping[str, Any]]], spent: int
     ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(clip_id, {"scores", "tokens"} or {"failed"}) for each clip, while the budget lasts."""
+        """(clip_id, {"scores" or "failed", "tokens"}) for each clip, while the budget lasts."""
         budget = _Budget(self.budget_tokens - spent, self.requests_per_minute if self.endpoint else 0)
         waiting = iter(clips)
         with ThreadPoolExecutor(self.parallel if self.endpoint else 1) as pool:
@@ -103,23 +103,28 @@ class Captions:
                     )
                     return
 
-    def _about(self, scores: Mapping[str, Any], budget: _Budget) -> dict[str, Any] | None:
+    def _about(self, row: Mapping[str, Any], budget: _Budget) -> dict[str, Any] | None:
+        tokens = 0  # also of an answer that is of no use: it was paid for
         try:
-            pictures = _pictures(scores["strip"])
+            pictures = _pictures(row["strip"], row["width"] / row["height"])
             said, tokens = self._answer(pictures, CAPTION, budget)
             found = _read(said)
             if self.physics:
-                tags = ", ".join(found.get("events") or scores.get("events") or ()) or "with no event"
+                tags = ", ".join(found.get("events") or row.get("events") or ()) or "with no event"
                 said, more = self._answer(pictures, PHYSICS.format(tags=tags), budget)
-                found["physics_caption"] = " ".join(said.split())
                 tokens += more
+                found["physics_caption"] = _text(said)
             return {"scores": found, "tokens": tokens}
         except Spent:
-            return None
+            if not tokens:
+                return None
+            return {"failed": "captions: the budget ended between its two questions", "tokens": tokens}
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            return {"failed": f"captions: {type(error).__name__}: {' '.join(str(error).split())[:160]}"}
+            said = " ".join(str(error).split())[:160]
+            return {"failed": f"captions: {type(error).__name__}: {said}", "tokens": tokens}
 
-    def _answer(self, pictures: list[bytes], prompt: str, budget: _Budget) -> tuple[str, int]:
+    def _answer(self, pictures: list[bytes], prompt: str, budget: _Budget) -> tuple[Any, int]:
+        """What was said, which need not be a text, and its tokens."""
         budget.wait()
         said, tokens = (
             self._from_endpoint(pictures, prompt) if self.endpoint else self._from_here(pictures, prompt)
@@ -127,7 +132,7 @@ class Captions:
         budget.spend(tokens)
         return said, tokens
 
-    def _from_endpoint(self, pictures: list[bytes], prompt: str) -> tuple[str, int]:
+    def _from_endpoint(self, pictures: list[bytes], prompt: str) -> tuple[Any, int]:
         content: list[dict[str, Any]] = [
             {
                 "type": "image_url",
@@ -160,12 +165,16 @@ class Captions:
                 time.sleep(
                     float(pause) if pause.replace(".", "", 1).isdigit() else min(30.0, 0.5 * 2**attempt)
                 )
-            except (urllib.error.URLError, TimeoutError) as error:
+            except (OSError, http.client.HTTPException) as error:  # no answer, or half of one
                 if attempt == self.retries:
                     raise OSError(f"{url} does not answer: {error}") from None
                 time.sleep(min(30.0, 0.5 * 2**attempt))
-        said = answer["choices"][0]["message"]["content"]
-        return str(said), int(answer.get("usage", {}).get("total_tokens", 0))
+        try:
+            said = answer["choices"][0]["message"]["content"]
+            tokens = (answer.get("usage") or {}).get("total_tokens") or 0
+            return said, int(tokens)
+        except (KeyError, IndexError, TypeError, AttributeError, OverflowError):
+            raise ValueError(f"{url} answered no chat completion: {json.dumps(answer)}") from None
 
     def _from_here(self, pictures: list[bytes], prompt: str) -> tuple[str, int]:
         from PIL import Image
@@ -211,14 +220,12 @@ class _Budget:
             self._left -= tokens
 
 
-def _pictures(strip: str) -> list[bytes]:
-    """The strip's pictures, each a JPEG. They are equally wide: the strip stage makes six."""
+def _pictures(strip: str, aspect: float) -> list[bytes]:
+    """The strip's pictures, each a JPEG; `aspect` is the width of one, its height 1."""
     from PIL import Image
 
-    from kairos.curation.stages.looks import Strip
-
     whole = Image.open(io.BytesIO(base64.b64decode(strip)))
-    count = Strip.pictures
+    count = max(1, round(whole.width / (whole.height * aspect)))
     width = whole.width // count
     parts = []
     for column in range(count):
@@ -228,15 +235,25 @@ def _pictures(strip: str) -> list[bytes]:
     return parts
 
 
-def _read(said: str) -> dict[str, Any]:
-    """The JSON object in an answer, its tags checked; of an answer that is none, its text as the caption."""
-    begin, end = said.find("{"), said.rfind("}")
+def _text(said: Any) -> str:
+    """A text without its line breaks. Raises ValueError for what is none."""
+    if not isinstance(said, str) or not said.strip():
+        raise ValueError(f"the answer is no text: {said!r}")
+    return " ".join(said.split())
+
+
+def _read(said: Any) -> dict[str, Any]:
+    """The JSON object in an answer, its tags checked; of an answer that is none, its text as the caption.
+
+    Raises ValueError where there is no caption.
+    """
+    text = _text(said)
+    begin, end = text.find("{"), text.rfind("}")
     try:
-        content = json.loads(said[begin : end + 1]) if 0 <= begin < end else {}
+        content = json.loads(text[begin : end + 1]) if 0 <= begin < end else {"caption": text}
     except json.JSONDecodeError:
-        content = {}
-    caption = " ".join(str(content.get("caption") or said).split())
-    found: dict[str, Any] = {"caption": caption}
+        content = {"caption": text}
+    found: dict[str, Any] = {"caption": _text(content.get("caption"))}
     if content.get("domain") in DOMAINS:
         found["domain"] = content["domain"]
     if isinstance(content.get("events"), list):

@@ -11,7 +11,7 @@ A clip is decoded once, for the views that the stages still to be run ask for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 from kairos.curation.plugins import PLUGINS
@@ -22,6 +22,7 @@ from kairos.curation.stages.motion import Flow, Motion, Richness
 from kairos.curation.stages.physics import Physics
 from kairos.curation.stages.tags import Caption, Tags
 from kairos.curation.stages.text import Text
+from kairos.curation.tables import HIDDEN, TEXTS
 from kairos.curation.views import Views
 
 
@@ -55,7 +56,7 @@ STAGES: Mapping[str, type] = {
 }
 """What runs by default, in this order; none needs a download."""
 
-__all__ = ["PLUGINS", "STAGES", "Stage", "Views", "hashes_of", "stages_of"]
+__all__ = ["PLUGINS", "STAGES", "Stage", "Views", "hashes_of", "numbers_of", "stages_of"]
 
 
 def stages_of(settings: Settings) -> list[Stage]:
@@ -68,6 +69,11 @@ def stages_of(settings: Settings) -> list[Stage]:
             if PLUGINS[name].scores_clips
         ),
     ]
+
+
+def numbers_of(stages: Iterable[Any]) -> list[str]:
+    """The scores of stages, or of their classes, that are numbers: a threshold can bound them."""
+    return [name for stage in stages for name in stage.outputs if name not in (*HIDDEN, *TEXTS)]
 
 
 def hashes_of(stages: Sequence[Stage]) -> dict[str, str]:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from kairos.curation.settings import check_positive
 from kairos.curation.views import Views
 
 
@@ -26,6 +27,9 @@ class Fingerprint:
     rate: float = 2.0
     flat: float = 2.0  # grey levels of standard deviation
     change: float = 16.0  # grey levels from the clip's median picture: what is less is noise
+
+    def __post_init__(self) -> None:
+        check_positive(self, but=("flat", "change"))
 
     def measure(self, views: Views) -> dict[str, Any]:
         import cv2

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from kairos.curation.settings import check_positive
 from kairos.curation.views import Views
 
 
@@ -26,6 +27,9 @@ class Sharpness:
     outputs: ClassVar[tuple[str, ...]] = ("sharpness",)
     cells: int = 6  # along each side
     share: float = 0.1  # of the cells, the sharpest
+
+    def __post_init__(self) -> None:
+        check_positive(self)
 
     def measure(self, views: Views) -> dict[str, Any]:
         import cv2
@@ -96,6 +100,9 @@ class Strip:
     pictures: int = 6
     height: int = 112
     quality: int = 80
+
+    def __post_init__(self) -> None:
+        check_positive(self)
 
     def measure(self, views: Views) -> dict[str, Any]:
         from PIL import Image

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from kairos.curation.settings import check_positive
 from kairos.curation.views import Views
 
 
@@ -23,6 +24,9 @@ class Motion:
     inputs: ClassVar[tuple[str, ...]] = ("vectors",)
     outputs: ClassVar[tuple[str, ...]] = ("motion", "motion_patch")
     share: float = 0.02  # of the cells, those that move most
+
+    def __post_init__(self) -> None:
+        check_positive(self)
 
     def measure(self, views: Views) -> dict[str, Any]:
         if not len(views.vectors):
@@ -47,6 +51,9 @@ class Flow:
     outputs: ClassVar[tuple[str, ...]] = ("flow", "flow_share", "camera")
     rate: float = 4.0
     least: float = 0.02  # widths a second: what is slower stands still
+
+    def __post_init__(self) -> None:
+        check_positive(self, but=("least",))
 
     def measure(self, views: Views) -> dict[str, Any]:
         import cv2
@@ -86,6 +93,9 @@ class Richness:
     rate: float = 4.0
     side: int = 24
     noise: float = 0.5  # grey levels, a pixel
+
+    def __post_init__(self) -> None:
+        check_positive(self, but=("noise",))
 
     def measure(self, views: Views) -> dict[str, Any]:
         import cv2

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from kairos.curation.settings import check_positive
 from kairos.curation.stages.tracking import Track, gap, moving_masks, tracks_of
 from kairos.curation.views import Views
 
@@ -40,6 +41,9 @@ class Physics:
     least_frames: int = 6  # of a track that counts
     least_reach: float = 0.03  # picture widths that it must go
     one_moment_s: float = 0.25
+
+    def __post_init__(self) -> None:
+        check_positive(self, but=("least_jump", "relative_jump", "least_frames", "least_reach"))
 
     def measure(self, views: Views) -> dict[str, Any]:
         grey = views.grey

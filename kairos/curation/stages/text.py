@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from kairos.curation.settings import check_positive
 from kairos.curation.views import Views
 
 _ENGINES: list[Any] = []  # loaded once in a process
@@ -27,6 +28,9 @@ class Text:
     samples: int = 2
     sure: float = 0.6  # the least confidence of what was read
     side: int = 640  # pixels of the longer side of what is looked at
+
+    def __post_init__(self) -> None:
+        check_positive(self, but=("samples", "sure"))
 
     def measure(self, views: Views) -> dict[str, Any]:
         import cv2

@@ -1,0 +1,102 @@
+"""From a source to its clips: square pixels, gaps, margins, names, and what a refused source leaves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+from curation_plants import FPS, SETTINGS, encoded, shot, write
+
+from kairos.curation import Settings
+from kairos.curation.source import Refused, SplitTask, clip_file, split_source
+
+
+def clips_of(file, folder, **split) -> list[dict]:
+    """The clips that a file is cut into, written to a folder."""
+    settings = Settings.from_dict(SETTINGS)
+    task = SplitTask(file, folder, settings.limits, settings.shots, replace(settings.split, **split))
+    clips: list[dict] = split_source(task)["clips"]
+    return clips
+
+
+def test_pixels_that_are_not_square_are_made_square(tmp_path) -> None:
+    from kairos.data.media import read_video
+
+    frames = np.zeros((33, 192, 128, 3), np.uint8)
+    for number, picture in enumerate(frames):
+        cv2.circle(picture, (64, 60 + number), 40, (255, 255, 255), -1)
+    encoded(tmp_path / "narrow.mp4", frames[:, :, ::2], pixel_aspect=2)
+    (clip,) = clips_of(tmp_path / "narrow.mp4", tmp_path)
+    bright = read_video(clip_file(tmp_path, clip["clip_id"]))[0].mean(axis=-1) > 128
+    assert bright.shape == (192, 128)
+    assert (bright.any(axis=0).sum(), bright.any(axis=1).sum()) == pytest.approx((81, 81), abs=3)
+
+
+def test_a_source_that_lacks_a_frame_is_told_how_many_a_clip_has(tmp_path) -> None:
+    lengths = {"min_s": 5, "piece_s": 5, "max_s": 6, "frame_step": 16}
+    frames = shot("pendulum", 1, num_frames=81)
+    write(tmp_path / "80.mp4", frames[:80])
+    write(tmp_path / "81.mp4", frames)
+    with pytest.raises(Refused) as refused:
+        clips_of(tmp_path / "80.mp4", tmp_path, **lengths)
+    assert str(refused.value) == "short: 5.00 s, and a clip has at least 81 frames, 5.06 s (split.min_s)"
+    assert places(clips_of(tmp_path / "81.mp4", tmp_path, **lengths)) == [(0, 81)]
+    assert places(clips_of(tmp_path / "80.mp4", tmp_path, **lengths | {"min_s": 4})) == [(0, 65)]
+
+
+def test_other_ways_to_encode_give_other_clips(tmp_path) -> None:
+    write(tmp_path / "ball.mp4", shot("collision", 1))
+    ways = ({}, {"crf": 40}, {"preset": "ultrafast"})
+    clips = [clips_of(tmp_path / "ball.mp4", tmp_path, **way)[0]["clip_id"] for way in ways]
+    first, small, quick = (clip_file(tmp_path, clip).read_bytes() for clip in clips)
+    assert len(small) < len(first)
+    assert len({first, small, quick}) == 3
+
+
+def test_a_long_source_says_that_it_is_worked_on(tmp_path, monkeypatch) -> None:
+    from kairos.curation import source
+
+    signs: list[int] = []
+    monkeypatch.setattr(source, "_SIGN_S", 1.0)
+    monkeypatch.setattr(source, "still_working", lambda: signs.append(1))
+    write(tmp_path / "ball.mp4", shot("collision", 1))
+    clips_of(tmp_path / "ball.mp4", tmp_path / "clips")
+    assert len(signs) == 3  # of 3.06 s
+
+
+def test_a_source_that_is_refused_at_its_end_leaves_no_clip(tmp_path) -> None:
+    write(tmp_path / "long.mkv", shot("pendulum", 1, num_frames=150))
+    whole = (tmp_path / "long.mkv").read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(whole[: len(whole) * 3 // 4])
+    with pytest.raises(Refused, match="truncated"):
+        clips_of(tmp_path / "cut.mkv", tmp_path / "clips")
+    assert not list((tmp_path / "clips").iterdir())
+
+
+def places(clips: list[dict]) -> list[tuple[int, int]]:
+    """The first frame and the number of frames of clips."""
+    return [(round(clip["start_s"] * FPS), clip["frames"]) for clip in clips]
+
+
+def test_a_margin_is_left_out_at_cuts_and_nowhere_else(tmp_path) -> None:
+    write(
+        tmp_path / "two.mkv",
+        np.concatenate([shot("collision", 1)[:1].repeat(67, 0), shot("bounce", 2, num_frames=68)]),
+    )
+    lengths = {"min_s": 2, "piece_s": 2, "max_s": 2}
+    whole = clips_of(tmp_path / "two.mkv", tmp_path, **lengths)
+    assert places(whole) == [(0, 33), (33, 33), (67, 33), (100, 33)]
+    trimmed = clips_of(tmp_path / "two.mkv", tmp_path, **lengths, margin_frames=2)
+    assert places(trimmed) == [(0, 33), (69, 33), (102, 33)]
+
+
+@pytest.mark.parametrize(
+    ("missing", "expected"),
+    [(1, [(0, 81)]), (32, [(0, 33), (72, 33)]), (16 * 3600, [(0, 33), (16 * 3600 + 40, 33)])],
+)
+def test_a_gap_in_time_is_the_end_of_a_shot_and_no_stop(tmp_path, missing, expected) -> None:
+    frames = shot("pendulum", 1, num_frames=80)
+    encoded(tmp_path / "hole.mkv", frames, times=[n if n < 40 else n + missing for n in range(80)])
+    assert places(clips_of(tmp_path / "hole.mkv", tmp_path)) == expected
