@@ -186,7 +186,7 @@ class KairosPipeline(DiffusionPipeline):
             latents = draw_noise(shape, generator)
         elif tuple(latents.shape) != shape:
             raise UserError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
-        latents = latents.to(device, torch.float32)
+        latents = latents.to(device, torch.float32, copy=True)  # written to below; the caller's stay
 
         # 3. Denoise, chunk by chunk, and 4. decode.
         chunks = chunk_ends(self.transformer, shape[2], known_frames)
