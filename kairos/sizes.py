@@ -170,10 +170,9 @@ def forward_flops(config: Mapping[str, Any], shape: Shape, text_tokens: int = 51
 def mean_seen_frames(frames: int, window: int, dilation: int) -> float:
     """Frames that a query's window holds on average; at the clip's ends there are fewer."""
     total = 0.0
-    for frame in range(frames):
-        for step in range(-window, window + 1):
-            if 0 <= frame + step * dilation < frames:
-                total += 0.5 if abs(step) == window else 1.0
+    for step in range(-window, window + 1):
+        inside = max(0, frames - abs(step) * dilation)  # of all frames, those that have one `step` away
+        total += inside * (0.5 if abs(step) == window else 1.0)
     return total / frames
 
 

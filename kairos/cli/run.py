@@ -163,7 +163,7 @@ def vae_precision(options: RunOptions, device: Any) -> Any:
 def planned(
     requests: Sequence[Request], options: RunOptions, device: Any, *, rolling: bool = False
 ) -> "Plan":
-    """The plan in which every request fits: that of the largest. `kairos plan` prints the same."""
+    """The plan in which every request fits. `kairos plan` prints the same."""
     from kairos import memory
     from kairos.model_info import for_planning, info
 
@@ -185,11 +185,7 @@ def planned(
     model = for_planning(about, kind, options.dtype)
     tiled = all(request.tiled for request in requests)
     clips = [replace(clip, rolling=rolling) for clip in clips]
-    plans = [
-        memory.plan(model, clip, budget_gb, device=kind, quantize=options.quantize, tiled=tiled)
-        for clip in clips
-    ]
-    plan = max(plans, key=lambda plan: plan.peak_gb)
+    plan = memory.plan(model, clips, budget_gb, device=kind, quantize=options.quantize, tiled=tiled)
     logger.log(logging.WARNING if kind == "cpu" else logging.INFO, "memory: %s", plan.line())
     return plan
 
