@@ -27,6 +27,16 @@ RELEASED_TRANSFORMER: dict[str, Any] = {
 }
 """The released 4B model; the defaults of KairosTransformer3DModel."""
 
+RELEASED_DEFAULTS: dict[str, float] = {
+    "height": 480,
+    "width": 640,
+    "num_frames": 81,
+    "fps": 16,
+    "num_inference_steps": 50,
+    "guidance_scale": 5.0,
+}
+"""What a call takes where neither it nor the model says; the released 4B model's."""
+
 RELEASED_VAE, RELEASED_TEXT_ENCODER = 126_892_531, 8_292_166_656
 """Parameters of the WAN2.1 VAE and of Qwen2.5-VL-7B."""
 
