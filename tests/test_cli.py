@@ -387,6 +387,8 @@ BAD_INPUT = {
     "an output with too long a name": (("x", "-o", "x" * 300 + ".mp4"), "too long"),
     "an image with too long a name": (("x", "--image", "x" * 300), "too long"),
     "weights that are not there": (("x", "--weights", "no.safetensors"), "weights not found: no.safetensors"),
+    "weights whose name is no text": (("x", "--weights", "\udcff"), "weights holds the control character"),
+    "a LoRA whose name is no text": (("x", "--lora", "\udcff"), "lora holds the control character"),
     "a scale that is none": (("x", "--scale", "0"), "scale must be a whole number from 1 to 64, got 0"),
     "a model that is not downloaded": (
         ("x", "--model", "kairos-4b-480p"),

@@ -375,6 +375,7 @@ def test_input_that_cannot_be_used_is_refused_in_one_line(rollout: Any) -> None:
         ("causal", ("a", *SHORT, "--prompt-at", "soon b"), 'takes a second and a text, such as "12s'),
         ("causal", ("a", *SHORT, "--prompt-at", "1s \x1b[2J"), "--prompt-at holds the control character"),
         ("causal", ("a", *SHORT, "--prompt-at", "1s \udcff"), "--prompt-at holds the control character"),
+        ("causal", ("a", *SHORT, "--save-state", "\udcff"), "save_state holds the control character"),
         ("causal", ("a",), "--seconds N, or --forever"),
         ("causal", ("a", "--forever", "--seconds", 1), "--seconds N, or --forever"),
         ("causal", ("a", "--seconds", -1), "seconds must be above 0, got -1"),

@@ -31,7 +31,7 @@ from kairos.data.files import prepare_file
 from kairos.data.growing_video import GrowingFile, GrowingVideo
 from kairos.data.media import read_image, video_frames
 from kairos.errors import UserError
-from kairos.request import Request
+from kairos.request import Request, check_text
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +63,8 @@ class Plan:
     stop_on_drift: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("save_state", "from_state"):
+            check_text(name, str(getattr(self, name) or ""))  # they stand in the video's metadata
         for written in (self.output, self.drift_log):
             if self.save_state and os.path.realpath(self.save_state) == os.path.realpath(written):
                 raise UserError(f"--save-state {self.save_state} would replace {written}; name another file")

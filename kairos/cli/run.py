@@ -17,7 +17,7 @@ from kairos.cli.console import err, hush, out, waiting
 from kairos.data.files import prepare_file
 from kairos.errors import MachineError, UserError
 from kairos.memory import QUANTIZED
-from kairos.request import Request, did_you_mean
+from kairos.request import Request, check_text, did_you_mean
 
 if TYPE_CHECKING:
     from kairos.cli.generate import Job
@@ -50,6 +50,9 @@ class RunOptions:
     verbose: bool = False
 
     def __post_init__(self) -> None:
+        texts = {"model": self.model, "weights": self.weights, "rewrite": self.rewrite}
+        for name, text in (texts | {"lora": "".join(self.loras)}).items():
+            check_text(name, text or "")  # they stand in the video's metadata
         if self.dtype not in DTYPES:
             raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.vae_dtype not in DTYPES:
