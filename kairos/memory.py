@@ -7,7 +7,8 @@ seconds are what the work would take at an assumed share of a stated peak; nothi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -157,7 +158,7 @@ class Model:
 
 def plan(
     model: Model,
-    clip: Clip,
+    clips: Clip | Sequence[Clip],
     budget_gb: float,
     *,
     device: str = "cuda",
@@ -165,9 +166,10 @@ def plan(
     tiled: bool = False,
     peak_tflops: float = PEAK_TFLOPS,
 ) -> Plan:
-    """The quickest way to make `clip` in `budget_gb` of the device's memory.
+    """The quickest way to make all of `clips`, one after the other, in `budget_gb` of the device's memory.
 
     Args:
+        clips: one or several; the plan's stages are those of the clip that takes the most.
         device: "cuda", or "cpu", where there is nowhere to offload to: the encoder is freed after use, but in
             a rollout, whose prompt may change.
         quantize: one of `QUANTIZED`: fewer bits for the weights of the LinearDiT's blocks and the encoder.
@@ -182,15 +184,25 @@ def plan(
         raise UserError(f"the peak must be above 0 TFLOP/s, got {peak_tflops:g}")
     if quantize is not None and quantize not in QUANTIZED:
         raise UserError(f"quantize must be one of {', '.join(QUANTIZED)}, got {quantize!r}")
-    ways = _ways(model, clip, budget_gb, device, quantize, tiled, peak_tflops)
-    fitting = [way for way in ways if way.peak_gb <= budget_gb]
+    clips = [clips] if isinstance(clips, Clip) else clips
+    by_clip = [_ways(model, clip, budget_gb, device, quantize, tiled, peak_tflops) for clip in clips]
+    fitting = [way for way in zip(*by_clip, strict=True) if all(one.peak_gb <= budget_gb for one in way)]
     if fitting:
-        return min(fitting, key=lambda way: (model.dtypes.index(way.dtype), way.seconds))
-    least = min(ways, key=lambda way: way.peak_gb)
+        quickest = min(
+            fitting, key=lambda way: (model.dtypes.index(way[0].dtype), sum(one.seconds for one in way))
+        )
+        return max(quickest, key=lambda one: one.peak_gb)
+    for clip, ways in zip(clips, by_clip, strict=True):
+        least = min(ways, key=lambda way: way.peak_gb)
+        if least.peak_gb > budget_gb:
+            raise UserError(
+                f"{clip.num_frames} frames of {clip.height} x {clip.width} do not fit in {budget_gb:g} GB: "
+                f"the least is {least.peak_gb:.3g} GB ({least.stages[_worst(least)].name}); "
+                f"{_what_would_fit(model, clip, budget_gb, device, quantize, tiled, least)}"
+            )
     raise UserError(
-        f"{clip.num_frames} frames of {clip.height} x {clip.width} do not fit in {budget_gb:g} GB: the least "
-        f"is {least.peak_gb:.3g} GB ({least.stages[_worst(least)].name}); "
-        f"{_what_would_fit(model, clip, budget_gb, device, quantize, tiled, least)}"
+        f"each of the {len(clips)} videos fits in {budget_gb:g} GB, but in no one way for all; "
+        "make them with one command each"
     )
 
 
@@ -382,9 +394,10 @@ def _what_would_fit(
         less = next((kind for kind in ("int8", "int4") if fits(quantize=kind)), None)
         if less is not None:
             found.append(f"{less} (--quantize {less})")
-    fewer = next((n for n in range((clip.num_frames - 1) // 4 * 4 - 3, 0, -4) if fits(num_frames=n)), None)
-    if fewer is not None:
-        found.append(f"{fewer} frames")
+    lengths = range(1, clip.num_frames, 4)
+    # A longer video never takes less, and there may be thousands of lengths.
+    if fitting := bisect_left(lengths, True, key=lambda length: not fits(num_frames=length)):
+        found.append(f"{lengths[fitting - 1]} frames")
     for tenths in range(9, 1, -1):
         height, width = (max(side * tenths // 160, 1) * 16 for side in (clip.height, clip.width))
         if (height, width) != (clip.height, clip.width) and fits(height=height, width=width):

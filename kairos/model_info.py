@@ -12,7 +12,7 @@ from typing import Any
 from kairos import sizes
 from kairos.errors import UserError
 from kairos.memory import Model
-from kairos.presets import PARTS, is_downloaded, local_files, locate, read_json
+from kairos.presets import PARTS, defaults_of, is_downloaded, local_files, locate, read_json
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def info(name_or_path: str | os.PathLike[str]) -> ModelInfo:
     if preset is not None and preset.kind == "released":
         here = is_downloaded(preset) if folder is None else True
         path = local_files(preset, folder)["transformer"] if here else None
-        defaults, template, scheduler = preset.defaults, preset.template, preset.scheduler
+        template, scheduler = preset.template, preset.scheduler
         parameters = {
             "transformer": sizes.transformer_parameters(config),
             "vae": sizes.RELEASED_VAE,
@@ -65,10 +65,10 @@ def info(name_or_path: str | os.PathLike[str]) -> ModelInfo:
         path = folder
         index = read_json(folder / "model_index.json")
         config |= read_json(folder / "transformer" / "config.json")
-        defaults = (preset.defaults if preset else {}) | (index.get("defaults") or {})
         template = index.get("prompt_template", "2025-12")
         scheduler = "few_step" if "FewStep" in str(index.get("scheduler")) else "flow_match"
         parameters = {part: stored_parameters(folder / part) for part in PARTS}
+    defaults = defaults_of(name_or_path)
     shape = sizes.clip_shape(config, *(int(defaults[name]) for name in ("height", "width", "num_frames")))
 
     def memory(free_encoder: bool) -> dict[str, float]:

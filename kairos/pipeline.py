@@ -30,6 +30,7 @@ from kairos.models.transformer import KairosTransformer3DModel, PromptMemory
 from kairos.models.vae import SPATIAL, TEMPORAL
 from kairos.models.vae_layers import quicken
 from kairos.schedulers import FewStepScheduler, FlowMatchScheduler, draw_noise
+from kairos.sizes import RELEASED_DEFAULTS
 
 if TYPE_CHECKING:
     from kairos.streaming import Rollout
@@ -186,7 +187,7 @@ class KairosPipeline(DiffusionPipeline):
             latents = draw_noise(shape, generator)
         elif tuple(latents.shape) != shape:
             raise UserError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
-        latents = latents.to(device, torch.float32)
+        latents = latents.to(device, torch.float32, copy=True)  # written to below; the caller's stay
 
         # 3. Denoise, chunk by chunk, and 4. decode.
         chunks = chunk_ends(self.transformer, shape[2], known_frames)
@@ -385,15 +386,6 @@ class KairosPipeline(DiffusionPipeline):
 
 OPENING_FRAMES = 2
 """Latent frames that a chunk-causal model makes one by one, before it makes several at once."""
-
-RELEASED_DEFAULTS: dict[str, float] = {
-    "height": 480,
-    "width": 640,
-    "num_frames": 81,
-    "fps": 16,
-    "num_inference_steps": 50,
-    "guidance_scale": 5.0,
-}
 
 
 def is_guided(defaults: Mapping[str, Any], known_frames: int) -> bool:

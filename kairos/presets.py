@@ -9,6 +9,7 @@ Importing this module imports nothing heavy.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from kairos import hub
 from kairos.errors import UserError, one_line
 from kairos.hub import Source
+from kairos.sizes import RELEASED_DEFAULTS
 
 if TYPE_CHECKING:
     import torch
@@ -171,14 +173,12 @@ def download(name: str, folder: str | os.PathLike[str] | None = None) -> dict[st
     """
     preset = get(name)
     target = None if folder is None else Path(folder)
-    found = {}
-    for part, source in preset.sources.items():
-        found[part] = hub.fetch(source, target and target / part)
-    if target is not None and found:
-        from kairos.data.files import write_atomically
+    if target is not None and preset.sources:
+        from kairos.data.files import prepare_folder, write_atomically
 
+        prepare_folder(target)  # marked first: a download that breaks off can say what it is to be
         write_atomically(target / MARK, json.dumps({"preset": name}).encode())
-    return found
+    return {part: hub.fetch(source, target and target / part) for part, source in preset.sources.items()}
 
 
 def local_files(preset: Preset, folder: Path | None = None, *, own_weights: bool = True) -> dict[str, Path]:
@@ -239,20 +239,41 @@ def load_pipeline(
 def locate(name_or_path: str | os.PathLike[str]) -> tuple[Preset | None, Path | None]:
     """What a name or a folder means: the preset (None for a saved pipeline), the folder (None for the cache).
 
+    A known name is that model, unless there is a folder of this name with a model in it.
+
     Raises:
         UserError: for a name that is not known and a path that is no folder of a model.
     """
     folder = Path(name_or_path)
+    if is_name(name_or_path):
+        preset = PRESETS[str(name_or_path)]
+        return preset, ASSETS / preset.name if preset.kind == "embedded" else None
     if folder.is_file():
         raise UserError(
             f"{folder} is a file; give a model's name or folder (weights alone: KairosPipeline.from_original)"
         )
     if not folder.is_dir():
-        preset = get(str(name_or_path))
-        return preset, ASSETS / preset.name if preset.kind == "embedded" else None
+        get(str(name_or_path))  # refuses it, with the nearest name
     if (folder / MARK).exists():
         return get(str(read_json(folder / MARK).get("preset"))), folder
     return None, folder
+
+
+def is_name(name_or_path: str | os.PathLike[str]) -> bool:
+    """Whether it means a model by name, whatever else is called so here."""
+    folder = Path(name_or_path)
+    return str(name_or_path) in PRESETS and not any(
+        (folder / file).exists() for file in (MARK, "model_index.json")
+    )
+
+
+def defaults_of(name_or_path: str | os.PathLike[str]) -> dict[str, float]:
+    """What a call of the model takes where it is not told; nothing is loaded. UserError as `locate`."""
+    preset, folder = locate(name_or_path)
+    if preset is not None:
+        return preset.defaults
+    assert folder is not None
+    return _all_defaults(read_json(folder / "model_index.json").get("defaults") or {}, name_or_path)
 
 
 def is_downloaded(preset: Preset) -> bool:
@@ -307,9 +328,7 @@ def _load_saved(folder: Path, dtype: torch.dtype, weights: Any) -> KairosPipelin
 
 def _check_parts(pipeline: KairosPipeline, name: object) -> None:
     """The parts speak to each other: widths of embeddings, channels of latents; and defaults are numbers."""
-    for key in ("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "fps"):
-        if not isinstance(value := pipeline.config.defaults.get(key), int | float):
-            raise UserError(f"{name}: the pipeline's default {key} must be a number, got {value!r}")
+    _all_defaults(pipeline.config.defaults, name)
     config = pipeline.transformer.config
     assert pipeline.text_encoder is not None
     width = pipeline.text_encoder.config.get_text_config().hidden_size
@@ -322,6 +341,17 @@ def _check_parts(pipeline: KairosPipeline, name: object) -> None:
         raise UserError(
             f"{name}: the VAE's latents have {channels} channels, the LinearDiT's {config.in_channels}"
         )
+
+
+def _all_defaults(own: Any, name: object) -> dict[str, float]:
+    """A pipeline's own defaults, and the released model's for what they do not say."""
+    if not isinstance(own, Mapping):
+        raise UserError(f"{name}: the pipeline's defaults must be a dictionary, got {own!r}")
+    defaults = RELEASED_DEFAULTS | dict(own)
+    for key in RELEASED_DEFAULTS:
+        if not isinstance(value := defaults[key], int | float) or not math.isfinite(value):
+            raise UserError(f"{name}: the pipeline's default {key} must be a number, got {value!r}")
+    return defaults
 
 
 def _vae_path(folder: Path) -> Path:

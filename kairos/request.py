@@ -74,7 +74,7 @@ class Request:
             raise UserError("input_frames says how much of input_video to use, and there is no input_video")
         for field in fields(self):
             if isinstance(text := getattr(self, field.name), str):
-                _check_text(field.name, text)
+                check_text(field.name, text)
         _check_within("seed", self.seed, 0, 2**63 - 1)
         for name in ("height", "width"):
             _check_within(name, getattr(self, name), MIN_SIZE, 16384)
@@ -86,8 +86,9 @@ class Request:
                 f"num_frames counts the {self.input_frames} given frames too, so it must be above that, "
                 f"got {self.num_frames}"
             )
-        if self.input_image and self.num_frames == 1:
-            raise UserError("num_frames counts the image too, so it must be 5 or more, got 1")
+        if (self.input_image or self.input_video) and self.num_frames == 1:
+            given = "image" if self.input_image else "first frame of the video"
+            raise UserError(f"num_frames counts the {given} too, so it must be 5 or more, got 1")
         _check_within("num_inference_steps", self.num_inference_steps, 1, 1000)
         _check_within("guidance_scale", self.guidance_scale, 0, 100)
         _check_within("fps", self.fps, 1, 240)
@@ -282,7 +283,7 @@ def _check_frames(name: str, frames: int | None) -> None:
     raise UserError(f"{name} must be 4n + 1, got {frames}; {advice}")
 
 
-def _check_text(name: str, text: str) -> None:
+def check_text(name: str, text: str) -> None:
     """Refuse half characters, and what would drive a terminal that shows the request."""
     bad = [c for c in text if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\r\t"]
     if bad:

@@ -27,6 +27,16 @@ RELEASED_TRANSFORMER: dict[str, Any] = {
 }
 """The released 4B model; the defaults of KairosTransformer3DModel."""
 
+RELEASED_DEFAULTS: dict[str, float] = {
+    "height": 480,
+    "width": 640,
+    "num_frames": 81,
+    "fps": 16,
+    "num_inference_steps": 50,
+    "guidance_scale": 5.0,
+}
+"""What a call takes where neither it nor the model says; the released 4B model's."""
+
 RELEASED_VAE, RELEASED_TEXT_ENCODER = 126_892_531, 8_292_166_656
 """Parameters of the WAN2.1 VAE and of Qwen2.5-VL-7B."""
 
@@ -170,10 +180,9 @@ def forward_flops(config: Mapping[str, Any], shape: Shape, text_tokens: int = 51
 def mean_seen_frames(frames: int, window: int, dilation: int) -> float:
     """Frames that a query's window holds on average; at the clip's ends there are fewer."""
     total = 0.0
-    for frame in range(frames):
-        for step in range(-window, window + 1):
-            if 0 <= frame + step * dilation < frames:
-                total += 0.5 if abs(step) == window else 1.0
+    for step in range(-window, window + 1):
+        inside = max(0, frames - abs(step) * dilation)  # of all frames, those that have one `step` away
+        total += inside * (0.5 if abs(step) == window else 1.0)
     return total / frames
 
 

@@ -161,6 +161,7 @@ def test_results_and_their_plot_are_written(tmp_path: Path, capsys: Any):
     ("arguments", "message"),
     [
         (["--lengths", "3,x"], "--lengths takes latent frames such as 21,41,81, got 'x'"),
+        (["--lengths", "3,²"], "--lengths takes latent frames such as 21,41,81, got '²'"),
         (["--frames", "6"], "frames must be 4n + 1, got 6"),
         (["--height", "20"], "height must be a multiple of 16, got 20"),
         (["--against", "ful"], "did you mean 'full'?"),

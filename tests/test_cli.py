@@ -24,6 +24,7 @@ from kairos.cli import main, show
 from kairos.cli.run import RunOptions, vae_precision
 from kairos.data import files
 from kairos.data.media import read_metadata, read_video, write_video
+from kairos.errors import UserError
 from kairos.schedulers import FewStepScheduler
 
 ROOT = Path(__file__).parent.parent
@@ -165,6 +166,13 @@ def test_without_output_the_file_is_named_after_the_prompt(kairos: Any, fake: Fa
     assert [path.name for path in Path("folder").iterdir()] == ["über-etc-0.mp4"]
 
 
+def test_a_configuration_may_name_the_output(kairos: Any, fake: FakePipeline) -> None:
+    Path("config.py").write_text('output = "named.mp4"\n')
+    assert kairos("generate", "x", "--config", "config.py")[0] == 0
+    assert kairos("generate", "x", "--config", "config.py", "-o", "folder/")[0] == 0
+    assert Path("named.mp4").exists() and Path("folder", "named.mp4").exists()
+
+
 def test_a_scale_that_no_video_can_have_is_refused_before_sampling(kairos: Any, fake: FakePipeline) -> None:
     size = ("--height", 512, "--width", 512, "--scale", 64)
     status, _, complaint = kairos("generate", "x", *size, "-o", "out.mp4")
@@ -174,9 +182,12 @@ def test_a_scale_that_no_video_can_have_is_refused_before_sampling(kairos: Any, 
 
 
 def test_a_few_step_model_says_and_records_its_own_steps(kairos: Any, fake: FakePipeline) -> None:
+    fake.scheduler = FewStepScheduler()
     status, _, said = kairos("generate", "x", "--steps", 50, "-o", "out.mp4")
-    assert (status, said) == (0, "warning: this model samples in 2 steps, whatever is asked for\n")
-    assert read_metadata("out.mp4")["request"]["num_inference_steps"] == 2
+    assert (status, said) == (0, "warning: this model samples in 4 steps, whatever is asked for\n")
+    assert read_metadata("out.mp4")["request"]["num_inference_steps"] == 4
+    assert kairos("generate", "x", "-o", "out.mp4")[2] == ""
+    assert read_metadata("out.mp4")["request"]["num_inference_steps"] == 4
 
 
 @pytest.mark.parametrize(
@@ -198,6 +209,23 @@ def test_what_a_model_without_guidance_does_not_use_is_said_and_not_recorded(
     used = read_metadata("out.mp4")["request"]
     assert used["guidance_scale"] == (1 if few_step else 7)
     assert used.get("negative_prompt", "") == ("" if few_step else "blur")
+
+
+@pytest.mark.parametrize(("given", "guided"), [((), True), (("--image", "image.png"), False)])
+def test_a_model_that_is_guided_to_its_first_frame_alone_says_where_it_is_not(
+    kairos: Any, fake: FakePipeline, given: tuple, guided: bool
+) -> None:
+    fake.defaults["guide_continuation"] = False
+    Image.new("RGB", (32, 32), "red").save("image.png")
+    asked = ("--guidance", 7, "--negative", "blur")
+    status, _, said = kairos("generate", "x", *given, *asked, "-o", "out.mp4")
+    assert status == 0
+    assert ("goes on from given frames and samples without guidance" in said) is not guided
+    assert ("a negative prompt changes nothing" in said) is not guided
+    used = read_metadata("out.mp4")["request"]
+    assert (used["guidance_scale"], used.get("negative_prompt", "")) == ((7, "blur") if guided else (1, ""))
+    assert kairos("generate", "x", *given, "-o", "out.mp4")[2] == ""  # nothing asked for, nothing said
+    assert read_metadata("out.mp4")["request"]["guidance_scale"] == (3 if guided else 1)
 
 
 def test_frames_that_are_no_numbers_become_no_video(
@@ -287,6 +315,25 @@ def test_the_command_wins_over_the_file_and_the_file_over_the_configuration(
     assert (call["num_inference_steps"], call["num_frames"], call["height"]) == (11, 13, 80)
 
 
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({"video": "given.mp4", "frames": 1}, "num_frames counts the first frame of the video too"),
+        ({"video": "given.mp4", "input_frames": 33}, "num_frames counts the 33 given frames too"),
+        ({"video": "given.mp4", "input_frames": 5}, "5 frames of given.mp4 are asked for, and it has 3"),
+        ({"prompt": "x", "height": 9000, "width": 9000, "frames": 5}, "a video's side is at most 16384"),
+    ],
+)
+def test_all_requests_are_checked_against_the_model_before_it_is_loaded(
+    kairos: Any, loading_is_an_error: None, second: dict, message: str
+) -> None:
+    write_video("given.mp4", np.zeros((3, 32, 32, 3), np.uint8), fps=16)
+    Path("list.json").write_text(json.dumps([{"prompt": "x"}, second]))
+    status, said, complaint = kairos("generate", "--request", "list.json", "--scale", 2)
+    assert (status, said) == (2, "")
+    assert message in complaint and complaint.count("\n") == 1
+
+
 BAD_INPUT = {
     "nothing at all": ((), "nothing to make a video of"),
     "an unknown model": (("x", "--model", "kairos-tiney"), "kairos-tiney"),
@@ -304,6 +351,7 @@ BAD_INPUT = {
     ),
     "a device that is not there": (("x", "--device", "cuda:99"), "device 'cuda:99' cannot be used"),
     "a device that holds no numbers": (("x", "--device", "meta"), "device 'meta' cannot be used"),
+    "a device whose module is not there": (("x", "--device", "hpu"), "device 'hpu' cannot be used"),
     "a device that is no device": (("x", "--device", "toaster"), "device 'toaster' cannot be used"),
     "an unknown template": (("x", "--template", "1999"), "1999"),
     "an output of another kind": (("x", "-o", "out.avi"), "--output must end in .mp4"),
@@ -339,6 +387,8 @@ BAD_INPUT = {
     "an output with too long a name": (("x", "-o", "x" * 300 + ".mp4"), "too long"),
     "an image with too long a name": (("x", "--image", "x" * 300), "too long"),
     "weights that are not there": (("x", "--weights", "no.safetensors"), "weights not found: no.safetensors"),
+    "weights whose name is no text": (("x", "--weights", "\udcff"), "weights holds the control character"),
+    "a LoRA whose name is no text": (("x", "--lora", "\udcff"), "lora holds the control character"),
     "a scale that is none": (("x", "--scale", "0"), "scale must be a whole number from 1 to 64, got 0"),
     "a model that is not downloaded": (
         ("x", "--model", "kairos-4b-480p"),
@@ -467,6 +517,33 @@ def test_show_prints_every_option_that_changes_the_frames(kairos: Any, fake: Fak
         "--lora two:0.5",
     ):
         assert said in command
+
+
+def test_show_takes_every_character_that_a_prompt_may_have(kairos: Any, fake: FakePipeline) -> None:
+    kairos("generate", "a ball", "-o", "out.mp4")
+    metadata = json.loads(kairos("show", "out.mp4", "--json")[1])
+    texts = ["1s a\u3000b\nc", "2s \u00a0\u202f", "3s \U0001f468\u200d\U0001f469"]
+    command = show._command(Path("out.mp4"), metadata | {"rollout": {"prompt_at": texts}})
+    words = shlex.split(command)
+    assert [words[at + 1] for at, word in enumerate(words) if word == "--prompt-at"] == texts
+    for wrong in ("1s \x1b[2J", "1s \udcff", {}):
+        with pytest.raises(UserError, match="carries metadata that is not a request"):
+            show._command(Path("out.mp4"), metadata | {"rollout": {"prompt_at": [wrong]}})
+
+
+def test_what_the_output_cannot_encode_is_escaped(fake: FakePipeline, tmp_path: Path) -> None:
+    name = "é ü日本.mp4"
+    with pytest.raises(SystemExit):
+        main(["generate", "ein Ball, é", "-o", name])
+    for option in ((), ("--json",)):
+        shown = subprocess.run(
+            [sys.executable, "-m", "kairos", "show", name, *option],
+            env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"},
+            capture_output=True,
+            check=False,
+        )
+        assert (shown.returncode, shown.stderr) == (0, b"")
+    assert json.loads(shown.stdout)["request"]["prompt"] == "ein Ball, é"
 
 
 def test_show_prints_json(kairos: Any, fake: FakePipeline) -> None:

@@ -141,8 +141,41 @@ def test_another_model_or_request_is_not_taken_for_one_that_is_made(tmp_path: Pa
     assert is_finished(job, options)
     assert not is_finished(job, RunOptions(model="other"))
     assert not is_finished(Job(Request("a ball", height=30, seed=1), job.path), options)
+    for other in (
+        {"loras": ("one.safetensors:0.5",)},
+        {"scale": 2},
+        {"quantize": "int8"},
+        {"step_cache": 0.1},
+        {"dtype": "bfloat16"},
+        {"vae_dtype": "bfloat16"},
+        {"rewrite": "someone"},
+    ):
+        assert not is_finished(job, RunOptions(model="one", **other)), other
     job.path.write_bytes(b"half a video")
     assert not is_finished(job, options)
+
+
+def test_a_rewritten_video_is_finished_for_the_words_that_it_came_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import numpy as np
+
+    from kairos.cli.generate import Job
+    from kairos.cli.gpus import is_finished, with_remark
+    from kairos.cli.run import RunOptions, rewritten
+    from kairos.conditioning import rewrite
+    from kairos.data.media import write_video
+    from kairos.request import Request
+
+    monkeypatch.setattr(rewrite, "rewrite_prompt", lambda prompt, source, **_: f"{prompt}, written out")
+    asked = with_remark(Job(Request("a ball"), tmp_path / "a.mp4"))
+    made = rewritten(asked, "someone")
+    about = {"model": {"name": "one"}} | made.remarks
+    write_video(made.path, np.zeros((1, 32, 32, 3), np.uint8), 16, about)
+    options = RunOptions(model="one", rewrite="someone")
+    assert is_finished(asked, options) and is_finished(made, options)
+    assert not is_finished(asked, RunOptions(model="one"))
+    assert not is_finished(asked, RunOptions(model="one", rewrite="another"))
 
 
 @pytest.mark.parametrize("split", [("--gpus", 2), ("--gpus", 3, "--split", "context")])
@@ -159,6 +192,23 @@ def test_a_video_of_several_ranks_is_the_video_of_one(kairos: Any, model: Path, 
     one_says, several_say = (read_metadata(name) for name in ("one.mp4", "split.mp4"))
     assert several_say.pop("asked")
     assert several_say == one_says
+
+
+def test_a_video_too_short_for_its_request_does_not_end_the_list_over_all_ranks(
+    kairos: Any, model: Path, tmp_path: Path
+) -> None:
+    import numpy as np
+
+    from kairos.data.media import write_video
+
+    write_video(tmp_path / "short.mp4", np.zeros((3, 32, 32, 3), np.uint8), fps=16)
+    requests = [{"prompt": "a", "video": "short.mp4", "input_frames": 5, "frames": 9}, {"prompt": "b"}]
+    (tmp_path / "two.json").write_text(json.dumps(requests))
+    arguments = ("generate", "--request", "two.json", "--model", model, "-o", "out", *SMALL[2:])
+    status, _, errors = kairos(*arguments, "--gpus", 2, "--split", "context", "--device", "cpu")
+    assert status == 2 and "1 of 2 requests failed: 1; see out/two.report.json" in errors
+    report = json.loads((tmp_path / "out" / "two.report.json").read_text())
+    assert [entry["status"] for entry in report] == ["failed", "made"]
 
 
 def test_the_one_good_request_of_a_list_over_all_ranks_is_made_once(
@@ -202,6 +252,13 @@ def test_gpus_that_are_not_there_are_one_line(kairos: Any, gpus: str) -> None:
     assert "this machine has none; --device cpu runs the same on CPU processes" in errors
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs here")
+def test_a_certificate_on_gpus_that_are_not_there_is_one_line(kairos: Any) -> None:
+    status, said, errors = kairos("certify", "--gpus", "--ranks", 2)
+    assert (status, said) == (2, "")
+    assert errors == "error: 2 ranks want a GPU each and this machine has none; leave out --gpus\n"
+
+
 def test_more_ranks_than_heads_are_one_line(kairos: Any, model: Path) -> None:
     arguments = ("generate", "a ball", "--model", model, *SMALL, "--device", "cpu")
     status, _, errors = kairos(*arguments, "--gpus", 4, "--split", "context")
@@ -233,21 +290,18 @@ def test_ranks_of_torchrun_make_the_list_and_one_of_them_says_what_failed(
 ) -> None:
     path = tmp_path / "few.json"
     path.write_text(json.dumps([{"prompt": "a"}, {"prompt": "b", "input_image": "missing.png"}]))
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-            *command("generate", "--request", path, "--model", model, "--device", "cpu", *SMALL)[1:],
-        ],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert done.stdout.count("few-1.mp4: 5 frames") == 1
-    assert done.stderr.count("error: 1 of 2 requests failed: 2; see output/few.report.json") == 1
-    assert "Connection" not in done.stderr
+    ranks = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *command("generate", "--request", path, "--model", model, "--device", "cpu", *SMALL)[1:],
+    ]
+    for said_of_it in ("few-1.mp4: 5 frames", "few-1.mp4: made before"):
+        done = subprocess.run(
+            ranks, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 1
+        assert done.stdout.count(said_of_it) == 1
+        assert done.stderr.count("error: 1 of 2 requests failed: 2; see output/few.report.json") == 1
+        assert "Connection" not in done.stderr
 
 
 def test_the_certificate_covers_every_split_and_says_what_it_refused(kairos: Any, model: Path) -> None:

@@ -104,6 +104,8 @@ def test_a_worker_that_cannot_start_ends_the_run_with_its_reason() -> None:
         (("--retries", "-1"), "--retries must be at least 0, got -1"),
         (("--gpus", "0"), "--gpus must be at least 1, got 0"),
         (("--device", "tpu"), "--device is cuda or cpu here, got 'tpu'"),
+        (("--config", "tpu.py"), "--device is cuda or cpu here, got 'tpu'"),
+        (("-o", "x.mp4"), "--output is a folder here, for the videos and their report, got x.mp4"),
         (("--memory", "auto"), "workers may differ in what they have free; give --memory in GB"),
         (("--device", "cpu", "--memory", "0.1"), "33 frames of 64 x 64 do not fit in 0.1 GB"),
         (("--device", "cpu", "--quantize", "int3"), "quantize must be one of int8, fp8, int4, got 'int3'"),
@@ -118,6 +120,7 @@ def test_what_cannot_be_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("list.json").write_text('[{"prompt": "a"}]')
+    Path("tpu.py").write_text('device = "tpu"\n')
     with pytest.raises(SystemExit) as left:
         main(["batch", "list.json", *options])
     errors = capsys.readouterr().err

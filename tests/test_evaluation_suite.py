@@ -449,6 +449,9 @@ def test_videos_are_each_clips_only_one_and_of_one_length(command, tmp_path):
         (("--videos", ".", "--steps", "4"), "--steps goes with a model; --videos scores"),
         (("--videos", ".", "--drift-seconds", "4"), "--drift-seconds goes with a model; --videos scores"),
         (("--frames", "0"), "num_frames must be above"),
+        (("--steps", "0"), "num_inference_steps must be at least 1, got 0"),
+        (("--guidance", "nan"), "guidance_scale must be at least 0, got nan"),
+        (("--guidance", "-3"), "guidance_scale must be at least 0, got -3"),
         (("--model", "kairos-huge"), "kairos-huge"),
     ],
 )

@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -127,6 +128,42 @@ def test_an_image_is_turned_upright_and_made_rgb(tmp_path: Path) -> None:
 def test_sixteen_bit_greys_are_not_clipped(tmp_path: Path) -> None:
     Image.fromarray(np.full((4, 4), 128 * 256, np.uint16)).save(tmp_path / "grey.png")
     assert media.read_image(tmp_path / "grey.png").getpixel((0, 0)) == (128, 128, 128)
+    for white in (65535, 4095):  # a PGM says what its white is
+        half = np.full((4, 4), (white + 1) // 2, ">u2")
+        (tmp_path / "grey.pgm").write_bytes(b"P5 4 4 %d\n" % white + half.tobytes())
+        assert media.read_image(tmp_path / "grey.pgm").getpixel((0, 0)) == (128, 128, 128)
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_greys_without_a_known_white_are_refused(tmp_path: Path, kind: type) -> None:
+    Image.fromarray(np.ones((4, 4), kind)).save(tmp_path / "grey.tiff")
+    with pytest.raises(UserError, match=r"cannot read image .*grey\.tiff: 32-bit greys have no one white"):
+        media.read_image(tmp_path / "grey.tiff")
+
+
+def test_a_transparent_image_lies_on_white(tmp_path: Path) -> None:
+    picture = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    picture.putpixel((1, 0), (200, 30, 30, 255))
+    picture.save(tmp_path / "clear.png")
+    read = media.read_image(tmp_path / "clear.png")
+    assert [read.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (200, 30, 30)]
+
+
+def test_a_video_that_changes_its_size_gets_one_line(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "two.mkv"), "w") as container:
+        stream = container.add_stream("mjpeg", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuvj420p"
+        for time, (width, height) in enumerate([(64, 32), (32, 64)]):
+            encoder = av.CodecContext.create("mjpeg", "w")
+            encoder.width, encoder.height, encoder.pix_fmt = width, height, "yuvj420p"
+            encoder.time_base = Fraction(1, 16)
+            frame = av.VideoFrame.from_ndarray(np.zeros((height, width, 3), np.uint8), format="rgb24")
+            frame.pts = time
+            for packet in encoder.encode(frame.reformat(format="yuvj420p")):
+                packet.stream = stream
+                container.mux(packet)
+    with pytest.raises(UserError, match=r"two\.mkv: its size changes from 64 x 32 to 32 x 64; convert it"):
+        media.read_video(tmp_path / "two.mkv")
 
 
 @pytest.mark.parametrize("read", [media.read_image, media.read_video, media.read_metadata])

@@ -88,6 +88,36 @@ def test_the_suggestions_fit(released) -> None:
     assert memory.plan(released, replace(CLIP, num_frames=frames), 4.6).peak_gb <= 4.6
 
 
+def test_the_longest_length_that_fits_is_found_at_once_however_long_the_video(released) -> None:
+    with pytest.raises(UserError) as error:
+        memory.plan(released, replace(CLIP, num_frames=100_001), 24)
+    frames = int(str(error.value).split(" frames or")[0].split()[-1])
+    assert memory.plan(released, replace(CLIP, num_frames=frames), 24).peak_gb <= 24
+    with pytest.raises(UserError):
+        memory.plan(released, replace(CLIP, num_frames=frames + 4), 24)
+
+
+@pytest.mark.parametrize("dilation", [1, 4])
+def test_the_frames_that_windows_hold_are_counted(dilation) -> None:
+    for frames in (1, 2, 7, 21):
+        pairs = [(a, b) for a in range(frames) for b in range(frames) if (a - b) % dilation == 0]
+        steps = [abs(a - b) // dilation for a, b in pairs]
+        held = sum(1.0 if step < 3 else 0.5 for step in steps if step <= 3)
+        assert sizes.mean_seen_frames(frames, 3, dilation) == pytest.approx(held / frames)
+
+
+def test_a_plan_for_several_videos_fits_each_of_them(released) -> None:
+    clips = [replace(CLIP, steps=50, guided=True), replace(CLIP, num_frames=161, steps=50, guided=True)]
+    # By itself the shorter may keep all parts resident, and its peak is then above the longer's.
+    alone = [memory.plan(released, clip, 40) for clip in clips]
+    assert places(alone[0]) == [RESIDENT] * 3 and alone[0].peak_gb > alone[1].peak_gb
+    both = memory.plan(released, clips, 40)
+    assert places(both) == places(alone[1]) and both.peak_gb == alone[1].peak_gb <= 40
+    assert memory.plan(released, clips[::-1], 40) == both
+    with pytest.raises(UserError, match="161 frames of 480 x 640 do not fit"):
+        memory.plan(released, clips, 12)
+
+
 def test_eight_bits_halve_the_weights_of_bfloat16(released) -> None:
     whole, halved = (memory.plan(released, CLIP, 80, quantize=kind) for kind in (None, "int8"))
     assert 0.5 < halved.parts[1].gb / whole.parts[1].gb < 0.55

@@ -173,6 +173,14 @@ def test_a_callback_can_stop_the_sampling_and_change_the_latents(pipeline):
     assert not latents.any()
 
 
+def test_given_latents_stay_as_they_are(pipeline):
+    noise = torch.randn(1, 16, 3, 4, 4, generator=seeded())
+    before = noise.clone()
+    first, again = (pipeline("a ball", latents=noise, output_type="latent").frames for _ in range(2))
+    assert torch.equal(noise, before)
+    assert torch.equal(first, again)
+
+
 def test_every_output_type_holds_the_same_frames(pipeline):
     array = pipeline("x", generator=seeded()).frames
     tensor = pipeline("x", generator=seeded(), output_type="pt").frames

@@ -262,6 +262,23 @@ def test_a_model_can_be_downloaded_to_a_folder_and_loaded_from_it(published, tmp
     assert message.endswith(f"--dir {tmp_path / 'model'}")
 
 
+def test_a_folder_that_a_download_began_to_fill_says_what_is_missing(huggingface, tmp_path):
+    huggingface.failure = errors.LocalEntryNotFoundError("not there")
+    refusal(download, "kairos-4b-480p", tmp_path / "model", error=MachineError)
+    message = refusal(load_pipeline, tmp_path / "model")
+    assert "kairos-4b-480p is not downloaded, transformer" in message
+    assert message.endswith(f"run: kairos models download kairos-4b-480p --dir {tmp_path / 'model'}")
+
+
+def test_a_folder_without_a_model_hides_no_known_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    known = presets.locate("kairos-tiny")
+    Path("kairos-tiny").mkdir()
+    assert presets.locate("kairos-tiny") == known
+    Path("kairos-tiny", "model_index.json").write_text("{}")
+    assert presets.locate("kairos-tiny") == (None, Path("kairos-tiny"))
+
+
 def test_an_interrupted_download_of_shards_is_not_taken_for_a_model(huggingface, tmp_path):
     source = Source("someone/shards")
     index = json.dumps({"weight_map": {"a": "dit-1.safetensors", "b": "dit-2.safetensors"}}).encode()
@@ -368,6 +385,18 @@ def test_configurations_edited_by_hand_are_refused_in_one_line(pipeline, tmp_pat
     whole = {file: json.loads(file.read_text()) for file in (index, vae)}
     index.write_text(json.dumps(whole[index] | {"defaults": whole[index]["defaults"] | {"height": "x"}}))
     assert "the pipeline's default height must be a number, got 'x'" in refusal(load_pipeline, tmp_path)
+    for said, message in (
+        ({"height": "x"}, "the pipeline's default height must be a number, got 'x'"),
+        ({"num_frames": None}, "the pipeline's default num_frames must be a number, got None"),
+        ({"fps": float("nan")}, "the pipeline's default fps must be a number, got nan"),
+        ([480, 640], "the pipeline's defaults must be a dictionary, got [480, 640]"),
+    ):
+        index.write_text(json.dumps(whole[index] | {"defaults": said}))
+        assert message in refusal(info, tmp_path)
+    for said in ({"height": 32}, None):  # what they do not say is the released model's, as in the pipeline
+        index.write_text(json.dumps(whole[index] | {"defaults": said}))
+        loaded = load_pipeline(tmp_path)
+        assert info(tmp_path).defaults == loaded.config.defaults == sizes.RELEASED_DEFAULTS | (said or {})
     index.write_text(json.dumps(whole[index]))
     vae.write_text(json.dumps(whole[vae] | {"base_dim": "eight"}))
     assert "the configuration fits no WAN2.1 VAE" in refusal(load_pipeline, tmp_path)

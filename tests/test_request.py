@@ -71,6 +71,7 @@ def test_the_mode_is_told_by_what_is_empty(given: dict, mode: str) -> None:
             {"input_image": "a.png", "num_frames": 1},
             "num_frames counts the image too, so it must be 5 or more",
         ),
+        ({"input_video": "a.mp4", "num_frames": 1}, "num_frames counts the first frame of the video too"),
         ({"prompt": "x", "height": 8}, "height must be at least 16, got 8"),
         ({"prompt": "x", "width": -64}, "width must be at least 16, got -64"),
         ({"prompt": "x", "width": 10**9}, "width must be at most 16384, got 1000000000"),

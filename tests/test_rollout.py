@@ -23,9 +23,11 @@ from kairos import UserError, presets
 from kairos.cli import main, roll
 from kairos.data import growing_video
 from kairos.data.growing_video import GrowingVideo
-from kairos.data.media import read_metadata, read_video
+from kairos.data.media import read_metadata, read_video, write_video
 from kairos.errors import MachineError
 from kairos.presets import load_pipeline
+from kairos.request import Request
+from kairos.schedulers import FewStepScheduler
 from kairos.streaming import DriftLimits, DriftMeter, OverlappingRollout, Rollout, WorldState
 
 CAUSAL = {"causal": "chunk", "pad_dilated": False}
@@ -34,12 +36,15 @@ SHORT = ("--seconds", 0.5, "--steps", 1, "--chunk-frames", 1)
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of saved pipelines: chunk-causal, another such, and one that sees whole clips."""
+    """Folders of saved pipelines: chunk-causal, two other such, and one that sees whole clips."""
     folder = tmp_path_factory.mktemp("models")
     random_pipeline(**CAUSAL).save_pretrained(folder / "causal")
     random_pipeline(seed=1, **CAUSAL).save_pretrained(folder / "other")
     random_pipeline().save_pretrained(folder / "whole")
-    return {name: folder / name for name in ("causal", "other", "whole")}
+    few = random_pipeline(**CAUSAL)
+    few.register_modules(scheduler=FewStepScheduler())
+    few.save_pretrained(folder / "few")
+    return {name: folder / name for name in ("causal", "other", "whole", "few")}
 
 
 @lru_cache
@@ -299,6 +304,62 @@ def test_a_rollout_is_shown_and_made_again(rollout: Any, models: dict[str, Path]
         assert Path(name).read_bytes() == made
 
 
+def test_what_ends_a_rollout_early_leaves_its_state(rollout: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file that is taken away, the memory that is used up: the world behind the last chunk is kept."""
+    made = Rollout.__next__
+    for failure, status in ((UserError("cannot write out.mp4: it is gone"), 2), (MemoryError(), 1)):
+
+        def failing(self: Rollout, failure: Exception = failure) -> np.ndarray:
+            if self.state.frames == 3:
+                raise failure
+            return made(self)
+
+        monkeypatch.setattr(Rollout, "__next__", failing)
+        forever = ("--forever", *SHORT[2:], "--save-state", "world")
+        assert rollout("a ball", *forever, "-o", "out.mp4")[0] == status
+        assert WorldState.load("world").frames == 3
+        Path("world").unlink()
+
+
+def test_frames_that_are_no_numbers_end_the_rollout_before_they_are_written(
+    rollout: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Rollout.__next__
+    for good in (0, 1):
+        monkeypatch.setattr(
+            Rollout,
+            "__next__",
+            lambda self, good=good: made(self) * (1 if self.state.frames <= good else np.nan),
+        )
+        status, _, complaint = rollout("a ball", *SHORT, "-o", f"{good}.mp4")
+        assert (status, complaint.count("\n")) == (2, 1)
+        assert "the frames are no finite numbers" in complaint
+        assert Path(f"{good}.mp4").exists() == Path(f"{good}.drift.json").exists() == bool(good)
+    assert len(read_video("1.mp4")) == len(drifts("1")) == 1
+
+
+def test_a_state_takes_the_place_of_no_file_of_the_rollout(rollout: Any) -> None:
+    Path("link").symlink_to(".")
+    for state, written in (("link/out.mp4", "out.mp4"), ("out.drift.json", "out.drift.json")):
+        status, _, complaint = rollout("a ball", *SHORT, "--save-state", state, "-o", "out.mp4")
+        assert (status, complaint.count("\n")) == (2, 1)
+        assert f"--save-state {state} would replace {written}; name another file" in complaint
+    assert not Path("out.mp4").exists()
+
+
+def test_a_change_of_prompt_after_the_end_is_said_to_change_nothing(rollout: Any) -> None:
+    status, _, said = rollout("a ball", *SHORT, "--prompt-at", "1000000.5s it stops", "-o", "out.mp4")
+    assert status == 0
+    assert said == "warning: the video ends before --prompt-at 1000000.5s, which changed nothing\n"
+    assert read_metadata("out.mp4")["rollout"]["prompt_at"] == ["1000000.5s it stops"]
+
+
+def test_a_few_step_model_says_and_records_its_own_steps(rollout: Any) -> None:
+    status, _, said = rollout("a ball", *SHORT[:2], "--steps", 9, "-o", "out.mp4", model="few")
+    assert (status, said) == (0, "warning: this model samples in 4 steps, whatever is asked for\n")
+    assert read_metadata("out.mp4")["request"]["num_inference_steps"] == 4
+
+
 # What is refused
 
 
@@ -312,6 +373,9 @@ def test_input_that_cannot_be_used_is_refused_in_one_line(rollout: Any) -> None:
         ("causal", ("--from-state", "world", *SHORT), "leave out num_inference_steps, chunk_frames"),
         ("causal", ("a", *SHORT, "--prompt-at", "0s b"), "is before the first chunk"),
         ("causal", ("a", *SHORT, "--prompt-at", "soon b"), 'takes a second and a text, such as "12s'),
+        ("causal", ("a", *SHORT, "--prompt-at", "1s \x1b[2J"), "--prompt-at holds the control character"),
+        ("causal", ("a", *SHORT, "--prompt-at", "1s \udcff"), "--prompt-at holds the control character"),
+        ("causal", ("a", *SHORT, "--save-state", "\udcff"), "save_state holds the control character"),
         ("causal", ("a",), "--seconds N, or --forever"),
         ("causal", ("a", "--forever", "--seconds", 1), "--seconds N, or --forever"),
         ("causal", ("a", "--seconds", -1), "seconds must be above 0, got -1"),
@@ -377,6 +441,16 @@ def test_a_rollout_goes_on_from_the_end_of_a_video(rollout: Any) -> None:
     for model in ("causal", "whole"):
         assert rollout("--video", "1.mp4", *SHORT, "--scale", 1, "-o", "2.mp4", model=model)[0] == 0
         np.testing.assert_allclose(read_video("2.mp4")[0].shape, (32, 32, 3))
+
+
+def test_no_more_of_a_video_is_kept_than_is_gone_on_from(tmp_path: Path, pipeline: Any) -> None:
+    video = np.repeat(np.arange(12, dtype=np.uint8)[:, None, None, None] * 20, 3, axis=3)
+    write_video(tmp_path / "given.mp4", np.tile(video, (1, 32, 32, 1)), fps=16)
+    request = Request(input_video=str(tmp_path / "given.mp4"))
+    every = roll.end_of_video(request, pipeline)
+    assert len(every) == 9 and np.array_equal(every, read_video(tmp_path / "given.mp4")[3:])
+    assert np.array_equal(roll.end_of_video(request, pipeline, most=5), every[-5:])
+    assert np.array_equal(roll.end_of_video(request, pipeline, most=13), every)
 
 
 # Drift

@@ -268,6 +268,8 @@ def test_files_that_hold_no_whole_state_are_refused_in_one_line(pipe, tmp_path):
         "text": (b"hello, this is not a state at all", "not a whole world state"),
         "newer": (content.replace(b'"version":"1"', b'"version":"9"'), "version 9 of the format"),
         "weights": (content.replace(b"kairos-world-state", b"kairos-other-thing"), "not a world state"),
+        "damaged": (content.replace(b'"decoder.0"', b'"transform"'), "not a whole world state"),
+        "misnamed": (content.replace(b'"transformer.0.', b'"transformer.x.'), "not a whole world state"),
         "partial": (content.replace(b'"decoder.0"', b'"decoder.x"'), "not a whole world state"),
     }
     for name, (data, message) in cases.items():

@@ -110,6 +110,37 @@ def test_several_loras_add_up_by_their_weights(lora):
         torch.testing.assert_close(none.state_dict()[name], stirred().state_dict()[name])
 
 
+def test_alpha_is_read_wherever_a_file_keeps_it(lora, tmp_path):
+    tensors = load_file(lora[2] / "lora.safetensors")  # of rank 4
+    layer = next(name for name in tensors if "lora_A" in name).removesuffix(".lora_A.weight")
+    tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{layer}.")}
+    prefixed = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
+
+    def change(named, **said):
+        metadata = {"lora_adapter_metadata": json.dumps(said)} if said else None
+        save_file(named, tmp_path / "file.safetensors", metadata)
+        model = stirred()
+        apply_loras(model, [(tmp_path / "file.safetensors", 1.0)])
+        return (model.get_submodule(layer).weight - stirred().get_submodule(layer).weight).detach()
+
+    plain = change(tensors)
+    assert plain.abs().max() > 1e-3
+    for scaled in (
+        change(tensors, lora_alpha=32),
+        change(prefixed, **{"transformer.lora_alpha": 32, "transformer.r": 4}),
+        change(tensors | {f"{layer}.alpha": torch.tensor(32.0)}),
+    ):
+        torch.testing.assert_close(scaled, 8 * plain)
+    with pytest.raises(UserError, match="scales its layers by use_rslora"):
+        change(prefixed, **{"transformer.use_rslora": True})
+    with pytest.raises(UserError, match="holds more than a LoRA's products: other"):
+        change(tensors | {"other.diff_b": torch.zeros(3)})
+    for damaged in ("{", "[]", '{"lora_alpha": "much"}'):
+        save_file(tensors, tmp_path / "file.safetensors", {"lora_adapter_metadata": damaged})
+        with pytest.raises(UserError, match="lora_adapter_metadata that cannot be read"):
+            apply_loras(stirred(), [(tmp_path / "file.safetensors", 1.0)])
+
+
 def test_loras_that_do_not_fit_are_refused_and_change_nothing(lora, tmp_path):
     file = lora[2] / "lora.safetensors"
     other = stirred(hidden_size=48)

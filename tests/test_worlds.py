@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -447,3 +448,22 @@ def test_a_preview_is_an_mp4_and_a_contact_sheet(tmp_path, capsys):
         main(["worlds", "preview", "boat", "-o", str(tmp_path / "c.mp4")])
     assert leaving.value.code == 2
     assert "unknown scene 'boat'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("output", ["", "/", "b.avi"])
+def test_a_preview_that_is_no_mp4_is_refused_in_one_line(output, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(["worlds", "preview", "bounce", "--clips", "1", "--frames", "1", "-o", output])
+    assert leaving.value.code == 2
+    complaint = capsys.readouterr().err
+    assert "--output must end in .mp4, as bounce.mp4 does" in complaint and complaint.count("\n") == 1
+
+
+def test_a_path_is_printed_as_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("a[").mkdir()
+    for output in ("a[/x].mp4", "a[test]:smile:.mp4"):
+        with pytest.raises(SystemExit) as leaving:
+            main(["worlds", "preview", "bounce", "--clips", "1", "--frames", "1", "-o", output])
+        assert leaving.value.code == 0
+        assert capsys.readouterr().out == f"{output}, {output.removesuffix('.mp4')}.png\n"

@@ -6,6 +6,7 @@ Each command is a module here; heavy imports wait inside its body, so that `kair
 import errno
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import NoReturn
 
 from kairos.errors import KairosError, MachineError
@@ -26,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     get one line on stderr; anything else is a bug of ours and shows its traceback.
     """
     keep_freed_memory()
+    if isinstance(sys.stdout, TextIOWrapper):  # escape what the terminal's encoding has not, as stderr does
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         import typer
 

@@ -32,7 +32,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        out.print(f"kairos {__version__}", highlight=False)
+        out.print(f"kairos {__version__}")
         raise typer.Exit
 
 

@@ -39,7 +39,7 @@ def batch(
         str | None, typer.Option(metavar="PATH", help="Another LinearDiT in place of the model's own.")
     ] = None,
     config: Annotated[Path | None, typer.Option(metavar="FILE.py", help="A configuration.")] = None,
-    device: Annotated[str, typer.Option(metavar="NAME", help="cuda or cpu.")] = "cuda",
+    device: Annotated[str | None, typer.Option(metavar="NAME", help="cuda or cpu. Default: cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(metavar="NAME", help="As in generate.")] = None,
     memory: Annotated[
         str | None,
@@ -57,8 +57,8 @@ def batch(
     be where the workers can read them; the videos come back here.
     """
     show_log(verbose)
-    if device not in ("cuda", "cpu"):
-        raise UserError(f"--device is cuda or cpu here, got {device!r}")
+    if output.lower().endswith(".mp4") and not Path(output).is_dir():
+        raise UserError(f"--output is a folder here, for the videos and their report, got {output}")
     if retries < 0 or (gpus is not None and gpus < 1):
         wrong = ("--retries", 0, retries) if retries < 0 else ("--gpus", 1, gpus)
         raise UserError("{} must be at least {}, got {}".format(*wrong))
@@ -66,8 +66,10 @@ def batch(
         raise UserError("workers may differ in what they have free; give --memory in GB")
     settings = read_config(config) if config else Config()
     given = {"model": model, "weights": weights, "dtype": dtype, "memory": memory, "quantize": quantize}
-    said = {name: value for name, value in given.items() if value is not None} | {"device": device}
-    options = _at_home(RunOptions(**settings.options | said))
+    said = {name: value for name, value in (given | {"device": device}).items() if value is not None}
+    options = _at_home(RunOptions(**{"device": "cuda"} | settings.options | said))
+    if options.device not in ("cuda", "cpu"):
+        raise UserError(f"--device is cuda or cpu here, got {options.device!r}")
     jobs, refused = file_jobs(request, {}, settings.request, output)
     if ray != "local":
         from kairos.distributed.fleet import probe
@@ -80,14 +82,14 @@ def batch(
     todo = []
     for job in jobs:
         if is_finished(job, options):
-            out.print(f"{job.path}: made before", markup=False, highlight=False)
+            out.print(f"{job.path}: made before")
             outcomes.append(Outcome(job.number, str(job.path), "skipped"))
         else:
             prepare_file(job.path)
             todo.append(with_remark(job))
     if todo:
         plan = _planned(todo, options)
-        workers = gpus or (None if device == "cuda" else 1)
+        workers = gpus or (None if options.device == "cuda" else 1)
         outcomes += on_ray(ray, todo, options, plan, workers=workers, retries=retries)
     conclude(outcomes, Path(output) / f"{request.stem}.report.json")
 
@@ -174,7 +176,7 @@ def _received(job: Job, answer: Any) -> Outcome:
     if outcome.status == "failed":
         say_failure(outcome)
     else:
-        out.print(f"{job.path}: made", markup=False, highlight=False)
+        out.print(f"{job.path}: made")
     return outcome
 
 
@@ -187,9 +189,9 @@ def _absolute(job: Job) -> Request:
 
 def _at_home(options: RunOptions) -> RunOptions:
     """The options with the folders that they name in full; a model's name is not a folder."""
-    model, weights = (
-        str(Path(path).resolve()) if path and Path(path).exists() else path
-        for path in (options.model, options.weights)
-    )
-    assert model is not None
+    model, weights = options.model, options.weights
+    if not presets.is_name(model) and Path(model).exists():
+        model = str(Path(model).resolve())
+    if weights and Path(weights).exists():
+        weights = str(Path(weights).resolve())
     return replace(options, model=model, weights=weights)

@@ -150,11 +150,11 @@ def bench(
         if len(sizes) > 1:
             plot = output.with_suffix(".svg")
             write_atomically(plot, curve_svg(results).encode())
-            err.print(f"{output} and {plot}", markup=False, highlight=False)
+            err.print(f"{output} and {plot}")
 
 
 def length_of(text: str) -> int:
-    if not text.strip().isdigit() or int(text) < 1:
+    if not text.strip().isdecimal() or int(text) < 1:
         raise UserError(f"--lengths takes latent frames such as 21,41,81, got {text!r}")
     return int(text)
 

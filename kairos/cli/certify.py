@@ -63,10 +63,11 @@ def certify(
     )
     single.check_model(single.RunOptions(model=model or presets.DEFAULT))
     from kairos.distributed.launch import launch
-    from kairos.distributed.ranks import check_gpus
+    from kairos.distributed.ranks import gpus_here
 
-    if gpus:
-        check_gpus(ranks)
+    if gpus and ranks > (there := gpus_here()):
+        fix = f"take --ranks {there}" if there else "leave out --gpus"
+        raise UserError(f"{ranks} ranks want a GPU each and this machine has {there or 'none'}; {fix}")
     with waiting(f"making the video on 1 to {ranks} ranks"):
         kind = "cuda" if gpus else "cpu"
         found = launch(compare_on_rank, (model, asdict(request), ranks, kind), size=ranks)
@@ -83,7 +84,7 @@ def certify(
     largest = max(max(one.latents, one.frames) for one in tried)
     if bad := [one for one in tried if not one.passed]:
         raise MachineError(f"{len(bad)} of {len(tried)} splits differ by {LIMIT:g} or more")
-    out.print(f"{len(tried)} splits, largest difference {largest:.1e}, below {LIMIT:g}", highlight=False)
+    out.print(f"{len(tried)} splits, largest difference {largest:.1e}, below {LIMIT:g}")
 
 
 def worst(found: list[list[Finding]]) -> list[Finding]:

@@ -7,8 +7,9 @@ from contextlib import contextmanager, nullcontext
 from rich.console import Console
 from rich.text import Text
 
-out = Console(soft_wrap=True)
-err = Console(stderr=True, soft_wrap=True)
+# Nothing in a text is markup, also in a path, a prompt or a cell of a table: they are the user's.
+out = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
+err = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
 
 
 def say(kind: str, style: str, message: str) -> None:
@@ -19,7 +20,7 @@ def say(kind: str, style: str, message: str) -> None:
 @contextmanager
 def waiting(title: str) -> Iterator[None]:
     """A spinner beside `title`, where there is a terminal to see it."""
-    with err.status(title) if err.is_terminal else nullcontext():
+    with err.status(Text(title)) if err.is_terminal else nullcontext():
         yield
 
 

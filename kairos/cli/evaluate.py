@@ -8,6 +8,7 @@ import typer
 from kairos import presets
 from kairos.cli.console import out, show_log
 from kairos.errors import UserError
+from kairos.request import Request
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -115,6 +116,8 @@ def evaluate(
     from kairos.evaluation.suite import Settings
     from kairos.worlds import SCENES
 
+    # What no video can be is refused as `generate` refuses it.
+    Request("any", num_inference_steps=steps, guidance_scale=guidance)
     if suite != "physics":
         raise UserError(f"unknown suite {suite!r}; physics is the only one")
     settings = Settings(
@@ -144,9 +147,9 @@ def evaluate(
             model or presets.DEFAULT, settings, frames, steps, guidance, device, dtype, teacher, output
         )
     out.print(table(results))
-    out.print(LEGEND, style="dim", highlight=False)
+    out.print(LEGEND, style="dim")
     if output is not None:
-        out.print(f"{output / 'results.json'}", highlight=False)
+        out.print(f"{output / 'results.json'}")
 
 
 def measured(

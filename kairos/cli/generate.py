@@ -277,9 +277,8 @@ def generate(
 def prompt_job(said: dict[str, Any], defaults: dict[str, Any], output: str | None) -> Job:
     """The one job of a command without a request file."""
     request = Request.from_dict(said, defaults)
-    name = (
-        f"{_slug(request.prompt or Path(request.input_image or request.input_video).stem)}-{request.seed}.mp4"
-    )
+    words = request.prompt or Path(request.input_image or request.input_video).stem
+    name = request.output or f"{_slug(words)}-{request.seed}.mp4"
     if output is None:
         return Job(request, Path(name))
     if output.endswith("/") or Path(output).is_dir():

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kairos import presets
 from kairos.cli import run as single
 from kairos.cli.clock import Clock
 from kairos.cli.console import err, out, say, show_log, waiting
@@ -57,6 +58,7 @@ def run_on_gpus(
     if split is not None and split not in SPLITS:
         raise UserError(f"no split {split!r}{did_you_mean(split, SPLITS)}")
     kind = device_kind(options.device)
+    jobs = [with_remark(job) for job in jobs]
     if is_rank():
         from kairos.distributed.ranks import join, one_voice
 
@@ -73,10 +75,10 @@ def run_on_gpus(
     size = count_gpus(gpus, kind)
     single.check_model(options)
     if not report:
+        defaults = presets.defaults_of(options.model)
         for job in jobs:
-            single.check_inputs(job.request)
+            single.check_request(job.request, defaults, options.scale)
             prepare_file(job.path)
-    jobs = [with_remark(job) for job in jobs]
     if options.rewrite is not None:
         with waiting("rewriting prompts"):
             unmade = [job for job in jobs if not is_finished(job, options)]
@@ -157,7 +159,7 @@ def _make(
     with single.explained_memory(), clock.stage("load"):
         pipeline, about = single.load(options, world.device, dtype)
     world.agree({"weights": about["model"]["hash"]})
-    guided = all(_is_guided(job, pipeline) for job in jobs)
+    guided = all(single.is_guided(job.request, pipeline) for job in jobs)
     heads = pipeline.transformer.config.num_attention_heads
     split = split or choose_split(len(jobs), world.size, guided, heads)
     if first:
@@ -205,7 +207,7 @@ def attempt(
     if is_finished(job, options):
         return _skipped(job)
     try:
-        _check(job)
+        _check(job, pipeline, options)
         with single.explained_memory():
             single.make_job(job, pipeline, about, options, clock, "cpu" if options.free_encoder else "keep")
     except Exception as error:
@@ -243,7 +245,7 @@ def _make_together(
         error: KairosError | None = None
         finished = is_finished(job, options)
         try:
-            _check(job)
+            _check(job, pipeline, options)
         except KairosError as caught:
             error = caught
         said = [str(error) if error else "", isinstance(error, UserError), finished]
@@ -264,8 +266,8 @@ def _make_together(
     return [outcome for outcome in outcomes if outcome is not None]
 
 
-def _check(job: Job) -> None:
-    single.check_inputs(job.request)
+def _check(job: Job, pipeline: "KairosPipeline", options: RunOptions) -> None:
+    single.check_request(job.request, pipeline.config.defaults, options.scale)
     single.check_template(job.request)
     prepare_file(job.path)
 
@@ -273,11 +275,11 @@ def _check(job: Job) -> None:
 def with_remark(job: Job) -> Job:
     """The job whose video remembers what was asked for, before anything was rounded or rewritten."""
     asked = replace(job.request, output="").to_dict()
-    return replace(job, remarks=job.remarks | {"asked": asked})
+    return replace(job, remarks={"asked": asked} | job.remarks)
 
 
 def is_finished(job: Job, options: RunOptions) -> bool:
-    """Whether the job's file is there, and is what this job asks of this model."""
+    """Whether the job's file is there, and is what this job asks of this model with these options."""
     from kairos.data.media import read_metadata
 
     if not job.path.is_file():
@@ -286,13 +288,20 @@ def is_finished(job: Job, options: RunOptions) -> bool:
         metadata = read_metadata(job.path)
     except KairosError:
         return False
-    same_model = (metadata.get("model") or {}).get("name") == options.model
-    same_weights = metadata.get("weights") == options.weights
-    return same_model and same_weights and metadata.get("asked") == with_remark(job).remarks["asked"]
+    said = single.said_of(options) | {"asked": with_remark(job).remarks["asked"]}
+    for name in ("dtype", "vae_dtype"):  # "auto" is whatever it came to
+        if (precision := getattr(options, name)) != "auto":
+            said[name] = precision
+    model, rewritten = (metadata.get(name) or {} for name in ("model", "rewritten"))
+    return (
+        model.get("name") == options.model
+        and rewritten.get("by") == options.rewrite
+        and all(metadata.get(name) == value for name, value in said.items())
+    )
 
 
 def _skipped(job: Job) -> Outcome:
-    out.print(f"{job.path}: made before", markup=False, highlight=False)
+    out.print(f"{job.path}: made before")
     return Outcome(job.number, str(job.path), "skipped")
 
 
@@ -317,10 +326,3 @@ def conclude(outcomes: Sequence[Outcome], report: Path | None) -> None:
         message = f"{len(bad)} of {len(outcomes)} requests failed: {numbers}"
         message += f"; see {report}" if report else ""
         raise (UserError if all(outcome.by_input for outcome in bad) else MachineError)(message)
-
-
-def _is_guided(job: Job, pipeline: "KairosPipeline") -> bool:
-    from kairos.schedulers import FewStepScheduler
-
-    guidance = single.resolved(job.request, pipeline).guidance_scale or 0
-    return guidance > 1 and not isinstance(pipeline.scheduler, FewStepScheduler)

@@ -81,4 +81,4 @@ def download(
 
 
 def _say(line: str) -> None:
-    out.print(line, markup=False, highlight=False)
+    out.print(line)

@@ -98,8 +98,6 @@ def plan(
     out.print(
         f"{about.name}: {clip.num_frames} frames of {clip.height} x {clip.width}, {clip.steps} steps{guided}"
         f", in {budget:g} GB of {'the GPU' if device == 'cuda' else 'the machine'}",
-        markup=False,
-        highlight=False,
     )
     parts = Table("part", "parameters", "weights", "GB", "place")
     for part in made.parts:
@@ -118,12 +116,11 @@ def plan(
         stages.add_row(*cells, *([f"{stage.seconds:.3g}"] if device == "cuda" else []))
     out.print(stages)
     if made.tiled:
-        out.print("the VAE works in tiles, with the pixels of the whole", highlight=False)
+        out.print("the VAE works in tiles, with the pixels of the whole")
     if device == "cuda":
         tflops = sizes.PEAK_TFLOPS if peak is None else peak
         out.print(
             f"about {made.seconds:.3g} s in all, computed and not measured: {sizes.EFFICIENCY:.0%} of "
             f"{tflops:g} TFLOP/s, {memory.VAE_EFFICIENCY:.0%} in the VAE, copies at "
             f"{memory.HOST_GB_S:g} GB/s; activations are estimates",
-            highlight=False,
         )

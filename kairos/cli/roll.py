@@ -2,17 +2,21 @@
 
 import json
 import logging
+import os
 import time
+from collections import deque
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.text import Text
 
 from kairos.cli.console import err, out, waiting
 from kairos.cli.run import (
     RunOptions,
+    as_used,
     check_inputs,
     check_model,
     device_and_dtype,
@@ -20,14 +24,14 @@ from kairos.cli.run import (
     explained_memory,
     import_libraries,
     load,
+    pixels,
     planned,
-    without_guidance,
 )
 from kairos.data.files import prepare_file
 from kairos.data.growing_video import GrowingFile, GrowingVideo
-from kairos.data.media import read_image, read_video
-from kairos.errors import KairosError, MachineError, UserError
-from kairos.request import Request
+from kairos.data.media import read_image, video_frames
+from kairos.errors import UserError
+from kairos.request import Request, check_text
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +62,18 @@ class Plan:
     from_state: Path | None = None
     stop_on_drift: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("save_state", "from_state"):
+            check_text(name, str(getattr(self, name) or ""))  # they stand in the video's metadata
+        for written in (self.output, self.drift_log):
+            if self.save_state and os.path.realpath(self.save_state) == os.path.realpath(written):
+                raise UserError(f"--save-state {self.save_state} would replace {written}; name another file")
+
+    @property
+    def drift_log(self) -> Path:
+        """The JSON beside the video."""
+        return self.output.with_suffix(".drift.json")
+
     def to_dict(self) -> dict[str, Any]:
         """The options that are no part of the request, as the command line names them."""
         said = {
@@ -69,7 +85,7 @@ class Plan:
             "save_state": self.save_state and str(self.save_state),
             "from_state": self.from_state and str(self.from_state),
             "seed": self.seed if self.request is None else None,  # it is part of the request
-            "prompt_at": [f"{second:g}s {prompt}" for second, prompt in self.changes],
+            "prompt_at": [f"{plain(second)}s {prompt}" for second, prompt in self.changes],
         }
         return {name: value for name, value in said.items() if value not in (None, False, [])}
 
@@ -102,11 +118,12 @@ def roll(plan: Plan, options: RunOptions) -> None:
             pipeline, about = load(options, device, dtype, memory)
         pipeline.set_progress_bar_config(disable=True)
         fps = pipeline.config.defaults["fps"]
-        rollout = begin(plan, pipeline, world, options.model)
-        request = {}
+        said = {"rollout": plan.to_dict()} | about
         if plan.request is not None:
-            request = {"request": without_guidance(plan.request, pipeline).to_dict()}
-        said = request | {"rollout": plan.to_dict()} | about
+            request = as_used(plan.request, pipeline)
+            plan = replace(plan, request=request)
+            said = {"request": request.to_dict()} | said
+        rollout = begin(plan, pipeline, world, options.model)
         video = GrowingVideo(plan.output, fps, said, options.scale)
         write(plan, rollout, video)
 
@@ -144,7 +161,7 @@ def begin(
         return stream(pipeline, request.prompt, video=given, chunk_frames=plan.chunk_frames or 3, **options)
     overlapping = OverlappingRollout(pipeline, request.prompt, chunk_frames=plan.chunk_frames, **options)
     if request.input_video:
-        overlapping.begin_with(end_of_video(request, pipeline)[-overlapping.overlap :])
+        overlapping.begin_with(end_of_video(request, pipeline, most=overlapping.overlap))
     logger.warning(
         "%s sees whole clips, so this is an approximation: each clip goes on from the last %d frames and "
         "forgets what was before",
@@ -158,7 +175,7 @@ def write(plan: Plan, rollout: "Rollout | OverlappingRollout", video: GrowingVid
     """Chunk after chunk to the file, until the length is reached, the drift too large, or Ctrl-C."""
     from kairos.streaming import Rollout, resume
 
-    log = DriftLog(plan.output.with_suffix(".drift.json"), video.fps)
+    log = DriftLog(plan.drift_log, video.fps)
     changes = list(plan.changes)
     world = None
     began = time.perf_counter()
@@ -173,19 +190,19 @@ def write(plan: Plan, rollout: "Rollout | OverlappingRollout", video: GrowingVid
                     forked = rollout.state.fork(plan.futures)
                     rollout = resume(rollout.pipeline, forked, generator=generators(plan.seed, plan.futures))
                     frames = frames.repeat(plan.futures, axis=0)
-                video.write((grid(frames) * 255).round().astype(np.uint8))
+                video.write(pixels(grid(frames)))
                 world = rollout.state if isinstance(rollout, Rollout) else None
                 line, drifted = log.add(frames)
                 rate = video.frames / (time.perf_counter() - began)
                 line = f"{video.frames / video.fps:.1f} s, {rate:.1f} frames a second; {line}"
                 logger.info("%s", line)
                 if status is not None:
-                    status.update(line)
+                    status.update(Text(line))
                 if drifted and plan.stop_on_drift:
                     logger.warning("stopped, for the video has drifted: %s", drifted)
                     break
-    except MachineError:
-        with suppress(KairosError):  # the first failure is the one to tell
+    except Exception:
+        with suppress(Exception):  # the first failure is the one to tell
             save(world, plan.save_state)
         raise
     except KeyboardInterrupt:
@@ -194,6 +211,13 @@ def write(plan: Plan, rollout: "Rollout | OverlappingRollout", video: GrowingVid
         raise
     save(world, plan.save_state)
     report(video)
+    for second, _ in changes:
+        logger.warning("the video ends before --prompt-at %ss, which changed nothing", plain(second))
+
+
+def plain(second: float) -> str:
+    """A number as --prompt-at takes it: all of its digits, and no exponent."""
+    return np.format_float_positional(second, trim="-")
 
 
 class DriftLog:
@@ -256,10 +280,12 @@ def grid(videos: np.ndarray) -> np.ndarray:
     return sheet
 
 
-def end_of_video(request: Request, pipeline: "KairosPipeline") -> np.ndarray:
-    """The last frames of the given video, (k, H, W, 3) uint8, k = 4n + 1, at the model's rate."""
-    frames = read_video(request.input_video, fps=pipeline.config.defaults["fps"])
-    return frames[(len(frames) - 1) % 4 :]
+def end_of_video(request: Request, pipeline: "KairosPipeline", most: int | None = None) -> np.ndarray:
+    """The last frames of the given video, at most so many, (k, H, W, 3) uint8, k = 4n + 1, at the model's
+    rate."""
+    fps = pipeline.config.defaults["fps"]
+    frames = deque(video_frames(request.input_video, fps), maxlen=most)
+    return np.stack(list(frames)[(len(frames) - 1) % 4 :])
 
 
 def generators(seed: int | None, count: int) -> "list[torch.Generator]":
@@ -277,4 +303,4 @@ def save(world: "WorldState | None", path: Path | None) -> None:
 def report(video: GrowingVideo) -> None:
     if video.frames:
         length = f"{video.frames} frames, {video.frames / video.fps:.1f} s at {video.fps:g} fps"
-        out.print(f"{video.file.path}: {length}", markup=False, highlight=False)
+        out.print(f"{video.file.path}: {length}")

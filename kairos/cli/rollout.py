@@ -24,6 +24,7 @@ from kairos.cli.options import (
     Width,
 )
 from kairos.errors import UserError
+from kairos.request import check_text
 
 LENGTH, WORLD = "How long", "The world"
 
@@ -199,4 +200,5 @@ def prompt_change(text: str) -> tuple[float, str]:
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*s\s+(.*\S)\s*", text, re.DOTALL)
     if found is None:
         raise UserError(f'--prompt-at takes a second and a text, such as "12s a ball falls", got {text!r}')
+    check_text("--prompt-at", found[2])
     return float(found[1]), found[2]

@@ -4,7 +4,7 @@ import gc
 import logging
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -17,7 +17,7 @@ from kairos.cli.console import err, hush, out, waiting
 from kairos.data.files import prepare_file
 from kairos.errors import MachineError, UserError
 from kairos.memory import QUANTIZED
-from kairos.request import Request, did_you_mean
+from kairos.request import Request, check_text, did_you_mean
 
 if TYPE_CHECKING:
     from kairos.cli.generate import Job
@@ -50,6 +50,9 @@ class RunOptions:
     verbose: bool = False
 
     def __post_init__(self) -> None:
+        texts = {"model": self.model, "weights": self.weights, "rewrite": self.rewrite}
+        for name, text in (texts | {"lora": "".join(self.loras)}).items():
+            check_text(name, text or "")  # they stand in the video's metadata
         if self.dtype not in DTYPES:
             raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.vae_dtype not in DTYPES:
@@ -75,10 +78,10 @@ def run(jobs: Sequence["Job"], options: RunOptions) -> None:
     """Make every job's video. All that can be checked without the model is checked before it is loaded."""
     clock = Clock()
     with clock.stage("check"):
-        for job in jobs:
-            check_inputs(job.request)
         check_model(options)
+        defaults = presets.defaults_of(options.model)
         for job in jobs:
+            check_request(job.request, defaults, options.scale)
             prepare_file(job.path)
     with clock.stage("import"):
         import_libraries()
@@ -109,7 +112,7 @@ def run(jobs: Sequence["Job"], options: RunOptions) -> None:
             make_job(job, pipeline, about, options, clock, after_encoding)
     if options.verbose:
         err.print(clock.table())
-        err.print(f"peak memory: {peak_memory()}", highlight=False)
+        err.print(f"peak memory: {peak_memory()}")
 
 
 def load(
@@ -163,7 +166,7 @@ def vae_precision(options: RunOptions, device: Any) -> Any:
 def planned(
     requests: Sequence[Request], options: RunOptions, device: Any, *, rolling: bool = False
 ) -> "Plan":
-    """The plan in which every request fits: that of the largest. `kairos plan` prints the same."""
+    """The plan in which every request fits. `kairos plan` prints the same."""
     from kairos import memory
     from kairos.model_info import for_planning, info
 
@@ -185,11 +188,7 @@ def planned(
     model = for_planning(about, kind, options.dtype)
     tiled = all(request.tiled for request in requests)
     clips = [replace(clip, rolling=rolling) for clip in clips]
-    plans = [
-        memory.plan(model, clip, budget_gb, device=kind, quantize=options.quantize, tiled=tiled)
-        for clip in clips
-    ]
-    plan = max(plans, key=lambda plan: plan.peak_gb)
+    plan = memory.plan(model, clips, budget_gb, device=kind, quantize=options.quantize, tiled=tiled)
     logger.log(logging.WARNING if kind == "cpu" else logging.INFO, "memory: %s", plan.line())
     return plan
 
@@ -218,21 +217,15 @@ def make_job(
     write: bool = True,
 ) -> None:
     """Sample the job's video and write it; one of several ranks that make one video only samples."""
-    from kairos.data.media import shown_size, write_video
+    from kairos.data.media import write_video
 
-    request = resolved(job.request, pipeline)
-    assert request.height and request.width and request.num_frames and request.fps
-    shown_size(request.height, request.width, options.scale)
+    request = resolved(as_used(job.request, pipeline), pipeline.config.defaults)
     with clock.stage("sample"):
         frames = make(pipeline, request, after_encoding, options.step_cache)
     if not write:
         return
     made_frames, height, width, _ = frames.shape  # rounded up
     request = replace(request, height=height, width=width, num_frames=made_frames)
-    if (steps := len(pipeline.scheduler.timesteps)) != request.num_inference_steps:
-        logger.warning("this model samples in %d steps, whatever is asked for", steps)
-        request = replace(request, num_inference_steps=steps)
-    request = without_guidance(request, pipeline)
     with clock.stage("write"):
         made_from = {"request": replace(request, output="").to_dict(), "mode": request.mode}
         assert request.fps
@@ -240,19 +233,40 @@ def make_job(
     _report(job.path, frames.shape, request.fps, options.scale)
 
 
-def without_guidance(request: Request, pipeline: "KairosPipeline") -> Request:
-    """The request as it was used: where nothing is guided, a scale and a negative prompt changed nothing."""
-    from kairos.schedulers import FewStepScheduler
-
-    own = pipeline.config.defaults["guidance_scale"]
-    guidance = own if request.guidance_scale is None else request.guidance_scale
-    if isinstance(pipeline.scheduler, FewStepScheduler) and guidance > 1:
-        logger.warning("this model samples without guidance, whatever is asked for")
+def as_used(request: Request, pipeline: "KairosPipeline") -> Request:
+    """The request without what changes nothing in this model; what of that was asked for is said."""
+    defaults = pipeline.config.defaults
+    steps, own_steps = request.num_inference_steps, int(defaults["num_inference_steps"])
+    if is_few_step(pipeline) and (taken := len(pipeline.scheduler.timesteps)) != (steps or own_steps):
+        if steps is not None:
+            logger.warning("this model samples in %d steps, whatever is asked for", taken)
+        request = replace(request, num_inference_steps=taken)
+    guidance = defaults["guidance_scale"] if request.guidance_scale is None else request.guidance_scale
+    if guidance > 1 and not is_guided(request, pipeline):
+        if request.guidance_scale is not None:
+            where = "" if is_few_step(pipeline) else "goes on from given frames and "
+            logger.warning("this model %ssamples without guidance, whatever is asked for", where)
         request = replace(request, guidance_scale=(guidance := 1.0))
     if guidance <= 1 and request.negative_prompt:
         logger.warning("without guidance a negative prompt changes nothing")
         request = replace(request, negative_prompt="")
     return request
+
+
+def is_few_step(pipeline: "KairosPipeline") -> bool:
+    from kairos.schedulers import FewStepScheduler
+
+    return isinstance(pipeline.scheduler, FewStepScheduler)
+
+
+def is_guided(request: Request, pipeline: "KairosPipeline") -> bool:
+    """Whether guidance leads any of the request's frames."""
+    import kairos.pipeline
+
+    defaults = pipeline.config.defaults
+    guidance = defaults["guidance_scale"] if request.guidance_scale is None else request.guidance_scale
+    known_frames = int(bool(request.input_image or request.input_video))
+    return guidance > 1 and not is_few_step(pipeline) and kairos.pipeline.is_guided(defaults, known_frames)
 
 
 def check_inputs(request: Request) -> None:
@@ -263,6 +277,19 @@ def check_inputs(request: Request) -> None:
         read_image(request.input_image)
     if request.input_video:
         read_video(request.input_video, max_frames=1)
+
+
+def check_request(request: Request, defaults: Mapping[str, Any], scale: int | None) -> None:
+    """What a model with these defaults would find wrong with a request for a clip, the files it names too."""
+    from kairos.data.media import shown_size
+
+    request = resolved(request, defaults)
+    assert request.height and request.width
+    shown_size(request.height, request.width, scale)
+    if request.input_video:
+        start_of_video(request)
+    else:
+        check_inputs(request)
 
 
 def check_template(request: Request) -> None:
@@ -294,13 +321,12 @@ def rewritten(job: "Job", source: str) -> "Job":
     prompt = rewrite_prompt(
         request.prompt, source, with_image=bool(request.input_image or request.input_video)
     )
-    remarks = {"rewritten": {"from": request.prompt, "by": source}}
+    remarks = job.remarks | {"rewritten": {"from": request.prompt, "by": source}}
     return replace(job, request=replace(request, prompt=prompt), remarks=remarks)
 
 
-def resolved(request: Request, pipeline: "KairosPipeline") -> Request:
+def resolved(request: Request, defaults: Mapping[str, Any]) -> Request:
     """The request with every value that it left to the model."""
-    defaults = pipeline.config.defaults
     return replace(
         request,
         height=request.height or int(defaults["height"]),
@@ -321,7 +347,6 @@ def make(
     step_cache: float | None = None,
 ) -> Any:
     """The request's frames, (F, H, W, 3) uint8. For the last two see KairosPipeline."""
-    import numpy as np
     import torch
 
     from kairos.data.media import read_image
@@ -349,7 +374,13 @@ def make(
         )
     finally:
         pipeline.register_to_config(prompt_template=own_template)
-    frames = made.frames[0]
+    return pixels(made.frames[0])
+
+
+def pixels(frames: Any) -> Any:
+    """Frames in [0, 1] as uint8. Raises UserError where they are no numbers."""
+    import numpy as np
+
     if not np.isfinite(frames).all():
         raise UserError("the frames are no finite numbers: this precision does not hold them; try bfloat16")
     return (frames * 255).round().astype("uint8")
@@ -381,22 +412,27 @@ def describe(pipeline: "KairosPipeline", options: RunOptions, dtype: Any) -> dic
         "text_encoder": pipeline.text_encoder,
     }
     libraries = ("torch", "diffusers", "transformers")
-    said: dict[str, Any] = {
-        "quantize": options.quantize,
-        "weights": options.weights,
-        "loras": options.loras or None,
-        "scale": options.scale,
-    }
-    said |= {"step_cache": options.step_cache, "compiled": options.compiled or None}
     return {
         "model": {"name": options.model, "hash": fingerprint(modules)},
         "dtype": str(dtype).removeprefix("torch."),
-        **{name: value for name, value in said.items() if value is not None},
+        **{name: value for name, value in said_of(options).items() if value is not None},
         "versions": {
             "kairos": __version__,
             "python": platform.python_version(),
             **{name: version(name) for name in libraries},
         },
+    }
+
+
+def said_of(options: RunOptions) -> dict[str, Any]:
+    """The options that change the frames, as a video's metadata says them; None is not said there."""
+    return {
+        "quantize": options.quantize,
+        "weights": options.weights,
+        "loras": list(options.loras) or None,
+        "scale": options.scale,
+        "step_cache": options.step_cache,
+        "compiled": options.compiled or None,
     }
 
 
@@ -409,7 +445,7 @@ def device_and_dtype(options: RunOptions) -> tuple[Any, Any]:
     try:
         device = torch.device(name)
         torch.empty(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"device {options.device!r} cannot be used: {reason}; try --device cpu") from error
     if options.dtype == "auto":
@@ -480,9 +516,7 @@ def _report(path: Path, shape: tuple[int, ...], fps: float, scale: int | None) -
     frames, height, width, _ = shape
     shown_height, shown_width = shown_size(height, width, scale)
     shown = f", shown at {shown_width} x {shown_height}" if shown_height > height else ""
-    out.print(
-        f"{path}: {frames} frames of {width} x {height} at {fps:g} fps{shown}", markup=False, highlight=False
-    )
+    out.print(f"{path}: {frames} frames of {width} x {height} at {fps:g} fps{shown}")
 
 
 @contextmanager

@@ -38,19 +38,17 @@ def show(
 
     metadata = read_metadata(video)
     if as_json:
-        out.print(json.dumps(metadata, indent=2, ensure_ascii=False), markup=False, highlight=False)
+        out.print(json.dumps(metadata, indent=2, ensure_ascii=not out.encoding.startswith("utf")))
         return
     command = _command(video, metadata)
     for name, value in _rows(metadata):
-        out.print(
-            Text(f"{_printable(name):>20}", style="bold"), _printable(value), markup=False, highlight=False
-        )
+        out.print(Text(f"{_printable(name):>20}", style="bold"), _printable(value))
     out.print()
-    out.print(command, markup=False, highlight=False)
+    out.print(command)
 
 
 def _command(video: Path, metadata: dict[str, Any]) -> str:
-    from kairos.request import Request, shell_command
+    from kairos.request import Request, check_text, shell_command
 
     try:
         options = {flag: metadata[name] for name, flag in RUN_OPTIONS.items() if metadata.get(name)}
@@ -60,7 +58,9 @@ def _command(video: Path, metadata: dict[str, Any]) -> str:
             options |= {name: rollout[name] for name in ROLLOUT_OPTIONS if name in rollout}
         for name, value in options.items():
             for one in value if isinstance(value, list) else [value]:
-                if not isinstance(one, int | float) and _printable(one) != one:
+                if isinstance(one, str):
+                    check_text(name, one)
+                elif not isinstance(one, int | float):
                     raise UserError(f"{name} is {_printable(one)}")
         begun_from_state = rollout is not None and "from_state" in rollout
         request = None if begun_from_state else Request.from_dict(metadata["request"])

@@ -175,4 +175,4 @@ def export(
 
 
 def _say(line: str) -> None:
-    out.print(line, markup=False, highlight=False)
+    out.print(line)

@@ -46,14 +46,14 @@ def preview(
     ]
     path = output or Path(f"{scene}.mp4")
     if path.suffix != ".mp4":
-        raise UserError(f"--output is the name of an mp4, got {path}; try {path.with_suffix('.mp4')}")
+        raise UserError(f"--output must end in .mp4, as {scene}.mp4 does, got {path}")
     sheet = path.with_suffix(".png")
     prepare_file(path)
     prepare_file(sheet)
     write_video(path, np.concatenate([clip.frames for clip in made]), fps=FPS)
     captions = [clip.caption for clip in made]
     write_contact_sheet(sheet, [clip.frames for clip in made], captions=captions, scale=max(1, 128 // size))
-    out.print(f"{path}, {sheet}", highlight=False)
+    out.print(f"{path}, {sheet}")
 
 
 @app.command()
@@ -94,4 +94,4 @@ def export(
             size=size,
             on_clip=lambda: progress.advance(task),
         )
-    out.print(f"{count} clips in {output / 'manifest.jsonl'}", highlight=False)
+    out.print(f"{count} clips in {output / 'manifest.jsonl'}")

@@ -1,6 +1,7 @@
 """Images and videos: in from files, out to mp4 with their request inside."""
 
 import io
+import itertools
 import json
 import math
 import os
@@ -31,7 +32,10 @@ _BT709 = 1  # H.273's code for the primaries, the transfer curve and the matrix
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
-    """An image file as RGB, upright as its EXIF orientation says. Raises UserError if it cannot be read."""
+    """An image file as RGB, upright as its EXIF orientation says, on white where it is transparent.
+
+    Raises UserError if it cannot be read.
+    """
     path = _existing_file(path, "image")
     try:
         with warnings.catch_warnings():
@@ -39,13 +43,24 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 upright = ImageOps.exif_transpose(image)
-                if upright.mode.startswith("I;16"):  # Pillow would clip 16-bit greys to white
+                # Pillow would clip 16-bit greys to white; those of a PGM it holds in 32 bits.
+                if upright.mode.startswith("I;16") or (upright.mode, image.format) == ("I", "PPM"):
                     upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-                return upright.convert("RGB")
+                if upright.mode in ("I", "F"):
+                    raise ValueError("32-bit greys have no one white; save it with 8 or 16 bits")
+                return _on_white(upright)
     except UnidentifiedImageError as error:
         raise UserError(f"cannot read image {path}: not a PNG, JPEG, WebP or other known image") from error
     except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read image {path}: {_one_line(error)}") from error
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """The image as RGB; what lies under transparent pixels is nothing to be seen."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
 def read_video(
@@ -56,22 +71,29 @@ def read_video(
     With `fps` they are taken at that rate: frame k is the one on screen at k / fps seconds. At most
     `max_frames` are read. Raises UserError where there is no such file or no video in it.
     """
+    return np.stack(list(itertools.islice(video_frames(path, fps), max_frames)))
+
+
+def video_frames(path: str | os.PathLike[str], fps: float | None = None) -> Iterator[NDArray[np.uint8]]:
+    """The frames of `read_video` one by one, (H, W, 3): a long video need not be in memory as a whole."""
     path = _existing_file(path, "video")
     if fps is not None and not fps > 0:
         raise UserError(f"fps must be above 0, got {fps}")
-    frames: list[NDArray[np.uint8]] = []
+    shape = None
     with _reading(path) as container:
         for frame, repeats in on_screen(container, fps):
             if not repeats:
                 continue
             pixels = frame.to_ndarray(format="rgb24")
             turns = round(frame.rotation / 90) % 4
-            frames.extend([np.rot90(pixels, turns) if turns else pixels] * repeats)
-            if max_frames is not None and len(frames) >= max_frames:
-                break
-    if not frames:
+            pixels = np.rot90(pixels, turns) if turns else pixels
+            if shape not in (None, pixels.shape):
+                sizes = " to ".join(f"{width} x {height}" for height, width, _ in (shape, pixels.shape))
+                raise UserError(f"cannot read video {path}: its size changes from {sizes}; convert it to one")
+            shape = pixels.shape
+            yield from itertools.repeat(pixels, repeats)
+    if shape is None:
         raise UserError(f"cannot read video {path}: it has no frames")
-    return np.stack(frames[:max_frames])
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:

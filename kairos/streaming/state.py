@@ -127,7 +127,9 @@ class WorldState:
             raise UserError(f"no world state at {path}") from None
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except UserError:
+            raise
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{path} is not a whole world state: {reason}; save it again") from error
 

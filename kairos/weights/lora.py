@@ -13,6 +13,9 @@ from torch import nn
 from kairos.errors import UserError, one_line
 
 FILE = "lora.safetensors"
+PREFIX, DOWN, UP = "transformer.", ".lora_A.weight", ".lora_B.weight"
+OTHER_SCALES = ("alpha_pattern", "use_rslora", "use_dora")
+"""What PEFT's metadata may say that makes more of a layer's scale than alpha / rank."""
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
@@ -48,15 +51,15 @@ def apply_loras(model: Any, loras: Sequence[tuple[Path, float]]) -> None:
     updates: list[tuple[nn.Parameter, Any]] = []
     for path, weight in loras:
         layers = dict(model.named_modules())
-        tensors, scale = read_lora(path)
-        for name in sorted(tensors):
-            if not name.endswith("lora_A.weight"):
-                continue
-            layer = name.removesuffix(".lora_A.weight")
+        tensors, alpha = read_lora(path)
+        for name in sorted(name for name in tensors if name.endswith(DOWN)):
+            layer = name.removesuffix(DOWN)
             target = getattr(layers.get(layer), "weight", None)
-            down, up = tensors[name], tensors.get(f"{layer}.lora_B.weight")
+            down, up = tensors.pop(name), tensors.pop(layer + UP, None)
             if target is None or up is None:
                 raise UserError(f"{path} does not fit this model: it has {name}, and the model no {layer}")
+            rank = len(down)
+            scale = float(tensors.pop(f"{layer}.alpha", rank if alpha is None else alpha)) / rank
             update = weight * scale * up.float() @ down.float()
             if update.shape != target.shape:
                 raise UserError(
@@ -64,21 +67,32 @@ def apply_loras(model: Any, loras: Sequence[tuple[Path, float]]) -> None:
                     f"its update {tuple(update.shape)}"
                 )
             updates.append((target, update))
+        if tensors:
+            raise UserError(f"{path} holds more than a LoRA's products: {', '.join(sorted(tensors)[:3])}")
     for target, update in updates:
         target.data = (target.data.float() + update.to(target.device)).to(target.dtype)
 
 
-def read_lora(path: Path) -> tuple[dict[str, Any], float]:
-    """The tensors of a LoRA by name, and alpha / rank."""
+def read_lora(path: Path) -> tuple[dict[str, Any], float | None]:
+    """The tensors of a LoRA by name, and the alpha of all its layers, None where that is their rank.
+
+    Diffusers' pipelines save both with the part's name before them.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name.removeprefix("transformer."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a LoRA in safetensors: {one_line(error)}") from error
-    downs = [tensor for name, tensor in tensors.items() if name.endswith("lora_A.weight")]
-    if not downs:
-        raise UserError(f"{path} holds no LoRA: none of its tensors ends in lora_A.weight")
-    said = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    rank = downs[0].shape[0]
-    return tensors, float(said.get("lora_alpha", rank)) / rank
+    if not any(name.endswith(DOWN) for name in tensors):
+        raise UserError(f"{path} holds no LoRA: none of its tensors ends in {DOWN[1:]}")
+    try:
+        said = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        said = {name.removeprefix(PREFIX): value for name, value in said.items()}
+        alpha = said.get("lora_alpha")
+        alpha = None if alpha is None else float(alpha)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} has lora_adapter_metadata that cannot be read: {one_line(error)}") from error
+    if other := [name for name in OTHER_SCALES if said.get(name)]:
+        raise UserError(f"{path} scales its layers by {', '.join(other)}; merge it with PEFT instead")
+    return tensors, alpha
