@@ -54,7 +54,8 @@ def load_transformer_file(
         if kind == KairosTransformer3DModel.__name__:
             written = values
         else:
-            logger.warning("%s is of %s and not of the LinearDiT: left aside", single / "config.json", kind)
+            of = kind or "no class"
+            logger.warning("%s is of %s and not of the LinearDiT: left aside", single / "config.json", of)
     values = infer_transformer_config(stored, source=source, **(written | config)) | written | config
     try:
         with torch.device("meta"):
