@@ -154,7 +154,7 @@ def take_stock(pipeline_module: Any) -> None:
             q, k, v, g, beta, initial_state=initial_state, output_final_state=True
         )
 
-    def short_conv(x: Any, conv: Any, past: Any, heads: slice = slice(None)) -> Any:
+    def short_conv(conv: Any, x: Any, past: Any, heads: slice = slice(None)) -> Any:
         head_dim, x = x.shape[-1], x.flatten(2).mT
         x = F.pad(x, (3, 0)) if past is None else torch.cat((past, x), dim=-1)
         out = F.silu(F.conv1d(x, conv.weight, groups=len(conv.weight)))
@@ -185,7 +185,7 @@ def take_stock(pipeline_module: Any) -> None:
     pipeline_module.PromptMemory = Forgets
     attention.apply_rotary = apply_rotary
     gated_delta_net.gated_delta_rule = gated_delta_rule
-    gated_delta_net.short_conv = short_conv
+    gated_delta_net.ShortConv.forward = short_conv  # type: ignore[method-assign]
     windows_module = sys.modules[windows.__module__] if callable(windows) else windows
     windows_module.ROUTES["blocked"] = windows_module.ROUTES["reference"] = dense
     tiles.TILE = 1 << 40

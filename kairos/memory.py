@@ -102,7 +102,8 @@ class Plan:
 class Clip:
     """A video to be made: pixels, frames, and how it is sampled.
 
-    `rolling`: it is rolled out chunk by chunk, so every part is needed again and again.
+    `rolling`: it is rolled out chunk by chunk, or others follow and nothing can be offloaded: every part is
+    needed again and again.
     """
 
     height: int
@@ -170,8 +171,8 @@ def plan(
 
     Args:
         clips: one or several; the plan's stages are those of the clip that takes the most.
-        device: "cuda", or "cpu", where there is nowhere to offload to: the encoder is freed after use, but in
-            a rollout, whose prompt may change.
+        device: "cuda", or "cpu", where there is nowhere to offload to: the encoder is freed after use, unless
+            the clips are `rolling`.
         quantize: one of `QUANTIZED`: fewer bits for the weights of the LinearDiT's blocks and the encoder.
         tiled: the VAE is to work in tiles, whether it has to or not.
 
@@ -410,5 +411,5 @@ def _what_would_fit(
                 found.append(f"{height} x {width} with --quantize int8")
                 break
     if found:
-        return f"what would fit: {' or '.join(found)} or {least.peak_gb * 1.02:.2g} GB"
+        return f"what would fit: {' or '.join(found)} or {least.peak_gb * 1.02:.3g} GB"
     return f"it takes a device with more memory (about {least.peak_gb * 1.02:.3g} GB) or a smaller model"

@@ -267,6 +267,32 @@ def test_a_prompt_is_encoded_once_until_something_of_it_changes(tokenizer, encod
     assert encode("a ball", dtype=torch.float64).dtype == torch.float64 and len(seen) == 6
 
 
+def test_a_plain_image_upright_is_not_taken_for_the_same_across(tokenizer, encoder, processor, monkeypatch):
+    seen = calls_of(encoder, monkeypatch)
+    for size in ((224, 112), (112, 224)):
+        encode_prompts(
+            encoder,
+            tokenizer,
+            ["a ball"],
+            template=TEMPLATES["2026"],
+            processor=processor,
+            images=[picture(*size)],
+        )
+    assert len(seen) == 2
+
+
+def test_weights_that_are_replaced_and_never_written_to_make_another_encoder(tokenizer, encoder):
+    def encode() -> torch.Tensor:
+        return encode_prompts(encoder, tokenizer, ["a ball"], template=TEMPLATES["tiny"])[0]
+
+    embeddings = []
+    for seed in (1, 2):
+        weights = random_encoder(tokenizer, seed).state_dict()
+        encoder.load_state_dict({name: w.clone() for name, w in weights.items()}, assign=True)
+        embeddings.append(encode())
+    assert not torch.allclose(*embeddings)
+
+
 def test_the_cache_forgets_the_oldest_prompts(tokenizer, encoder, monkeypatch):
     seen = calls_of(encoder, monkeypatch)
     for i in range(40):

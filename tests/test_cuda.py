@@ -203,16 +203,16 @@ def test_gradients_of_the_delta_rule_equal_those_of_the_loop(shape, dtype):
 @pytest.mark.parametrize("tokens", [1, 3, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 def test_the_short_convolution_is_as_near_to_float64_as_torchs_and_keeps_the_same(tokens, dtype):
-    from kairos.models.gated_delta_net import short_conv
+    from kairos.models.gated_delta_net import ShortConv
 
-    conv = torch.nn.Conv1d(192, 192, 4, groups=192, bias=False).to(dtype)
+    conv = ShortConv(192, 4).to(dtype)
     x = torch.randn(2, tokens, 3, 64).to(dtype)
     for past in (None, torch.randn(2, 192, 3).to(dtype)):
-        truth, _ = short_conv(x.double(), copy.deepcopy(conv).double(), past)
+        truth, _ = copy.deepcopy(conv).double()(x.double(), past)
         with torch.enable_grad():  # torch's own convolution
-            own, kept = short_conv(x, conv, past)
+            own, kept = conv(x, past)
         device_past = None if past is None else past.cuda()
-        found, found_kept = short_conv(x.cuda(), copy.deepcopy(conv).cuda(), device_past)
+        found, found_kept = copy.deepcopy(conv).cuda()(x.cuda(), device_past)
         assert found.dtype == dtype
         assert relative(found, truth) < 1.1 * relative(own, truth) + 1e-6
         assert torch.equal(found_kept.cpu(), kept)

@@ -9,6 +9,7 @@ import copy
 import os
 import signal
 import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -114,6 +115,7 @@ def bytes_sent() -> dict[str, Any]:
 
 def odds_and_ends(pipe: Any) -> dict[str, Any]:
     """Refusals, and cases that need ranks."""
+    from kairos.models.step_cache import StepCache
     from kairos.streaming.decoder import StreamingVAEDecoder
 
     found: dict[str, Any] = {}
@@ -124,6 +126,11 @@ def odds_and_ends(pipe: Any) -> dict[str, Any]:
         "gradients": lambda: pipe.transformer(latents, torch.zeros(1), torch.zeros(1, 3, 32)),
         "state": torch.no_grad()(
             lambda: pipe.transformer(latents, torch.zeros(1), torch.zeros(1, 3, 32), return_state=True)
+        ),
+        "step cache": torch.no_grad()(
+            lambda: pipe.transformer(
+                latents, torch.zeros(1), torch.zeros(1, 3, 32), step_cache=StepCache(0.1)
+            )
         ),
     }.items():
         try:
@@ -202,6 +209,7 @@ def test_what_cannot_be_split_is_refused_in_one_line(parity: list[dict[str, Any]
     assert "--split cfg needs two ranks" in said["one"]
     assert "inference only" in said["gradients"]
     assert "a rollout's state lives on one rank" in said["state"]
+    assert "leave it out of a split" in said["step cache"]
 
 
 # Failures.
@@ -294,6 +302,18 @@ def test_a_rank_that_does_not_come_is_named(place: Any) -> None:
     place(MASTER_PORT=0)
     with pytest.raises(MachineError, match=r"rank 1 of 2 did not come within 0\.2 s"):
         ranks.join("cpu", wait_s=0.2)
+
+
+def test_a_rank_that_is_done_waits_for_the_rest_of_a_list_for_days() -> None:
+    waits = []
+
+    class Store(dist.HashStore):
+        def wait(self, keys: list[str], timeout: timedelta) -> None:
+            waits.append(timeout)
+
+    world = ranks.World(0, 1, Store(), torch.device("cpu"))
+    assert world.share("outcomes", ["made"]) == [["made"]]
+    assert min(waits) > timedelta(days=7)
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from kairos import memory, placement, sizes
-from kairos.cli import main
+from kairos.cli import batch, main, run
+from kairos.cli.generate import Job
 from kairos.data.media import read_video
 from kairos.errors import UserError
-from kairos.memory import RESIDENT, STREAMED, WHOLE, Clip, Model
+from kairos.memory import FREED, RESIDENT, STREAMED, WHOLE, Clip, Model
 from kairos.model_info import for_planning, info
 from kairos.models import vae
 from kairos.placement import in_four_bits, place, quantize, stream
+from kairos.request import Request
 
 CLIP = Clip(480, 640, 81, 4, guided=False)
 SHORT = replace(CLIP, num_frames=21)
@@ -118,6 +120,13 @@ def test_a_plan_for_several_videos_fits_each_of_them(released) -> None:
         memory.plan(released, clips, 12)
 
 
+def test_the_memory_that_is_suggested_is_enough(released) -> None:
+    with pytest.raises(UserError, match="frames or") as error:
+        memory.plan(released, CLIP, 10, quantize="int8")
+    enough = float(str(error.value).split(" or ")[-1].removesuffix(" GB"))
+    assert memory.plan(released, CLIP, enough, quantize="int8").peak_gb <= enough
+
+
 def test_eight_bits_halve_the_weights_of_bfloat16(released) -> None:
     whole, halved = (memory.plan(released, CLIP, 80, quantize=kind) for kind in (None, "int8"))
     assert 0.5 < halved.parts[1].gb / whole.parts[1].gb < 0.55
@@ -189,6 +198,27 @@ def test_a_rollout_keeps_to_a_plan_too(tmp_path, capsys, caplog) -> None:
     assert kairos(*common, "-o", str(tmp_path / "small.mp4"), "--memory", "0.1") == 2
     assert "do not fit in 0.1 GB" in capsys.readouterr().err
     assert not (tmp_path / "small.mp4").exists()
+
+
+def test_on_a_cpu_a_list_is_planned_with_the_encoder_that_it_keeps(tmp_path, monkeypatch) -> None:
+    plans = []
+
+    def load(options, device, dtype, plan):
+        plans.append(plan)
+        raise UserError("enough is known")
+
+    monkeypatch.setattr(run, "load", load)
+    for count in (1, 2):
+        requests = [{"prompt": "a ball", "seed": seed} for seed in range(count)]
+        (tmp_path / "list.json").write_text(json.dumps(requests))
+        file, folder = str(tmp_path / "list.json"), str(tmp_path / "out") + "/"
+        assert kairos("generate", "--request", file, "-o", folder, "--device", "cpu", "--memory", "8") == 2
+    alone, listed = plans
+    assert (alone.place("text_encoder"), listed.place("text_encoder")) == (FREED, RESIDENT)
+    assert listed.stages[-1].peak_gb > alone.stages[-1].peak_gb
+    job = Job(Request(prompt="a ball"), tmp_path / "out.mp4")
+    worker = batch._planned([job], run.RunOptions(device="cpu", memory="8"))
+    assert worker is not None and worker.place("text_encoder") == RESIDENT
 
 
 def frames(pipeline) -> torch.Tensor:

@@ -82,6 +82,17 @@ def test_the_trusted_route_may_not_fail():
         quickest("product", {"safe": route("safe", fails=True), "other": route("other")}, (torch.randn(3),))
 
 
+def test_a_gpu_that_is_not_the_current_one_is_waited_for(monkeypatch):
+    class OnTheSecondGpu(torch.Tensor):
+        device = torch.device("cuda:1")
+        is_cuda = True
+
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: waited.append(device))
+    quickest("product", {"safe": route("safe")}, (torch.zeros(3).as_subclass(OnTheSecondGpu),))
+    assert set(waited) == {torch.device("cuda:1")}
+
+
 def test_training_is_measured_apart_from_inference():
     found = {"safe": route("safe"), "other": route("other", slow=0.01)}
     quickest("product", found, (torch.randn(3),))

@@ -193,6 +193,13 @@ def test_flex_attention_equals_the_reference(monkeypatch, pad_dilated):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
+def test_a_block_mask_that_inference_made_serves_training_too():
+    layout = module.Layout(tokens=5, window=1, dilation=1, frames=7, first=0, chunks=(0,) * 7)
+    with torch.inference_mode():
+        made = module._block_mask(layout, torch.device("cpu"))
+    assert not made.kv_indices.is_inference() and not made.kv_num_blocks.is_inference()
+
+
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
 def test_flex_attention_past_its_limit_of_compilations_fails_rather_than_turn_dense(monkeypatch):

@@ -96,6 +96,25 @@ def test_the_model_the_key_and_an_image_are_told_to_the_endpoint(stub, monkeypat
     assert "begins with an image" in body["messages"][0]["content"]
 
 
+def test_a_key_loses_the_line_break_that_a_file_ends_in(stub, monkeypatch):
+    monkeypatch.setenv("KAIROS_REWRITE_API_KEY", "secret\n")
+    rewrite_prompt("a ball", stub.url + "#m")
+    assert stub.asked[0][2] == "Bearer secret"
+
+
+@pytest.mark.parametrize("key", ["secret\nsecret", "secr\u00e9t", "secret\x00"])
+def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(stub, monkeypatch, key):
+    monkeypatch.setenv("KAIROS_REWRITE_API_KEY", key)
+    message = refusal(UserError, stub.url + "#m")
+    assert "KAIROS_REWRITE_API_KEY must be one line of printable ASCII" in message
+    assert "secr" not in message and not stub.asked
+
+
+def test_thoughts_whose_opening_tag_the_template_wrote_are_no_part_of_the_prompt(stub):
+    stub.answer = "The user wants a ball.\n</think>\n\nA red ball rolls."
+    assert rewrite_prompt("a ball", stub.url + "#m") == "A red ball rolls."
+
+
 def test_an_empty_prompt_stays_empty_and_nobody_is_asked(stub):
     assert rewrite_prompt("", stub.url) == ""
     assert not stub.asked

@@ -17,7 +17,7 @@ from kairos.cli import main
 from kairos.errors import MachineError
 from kairos.models import compiled, gated_delta_net, tiles
 from kairos.models.compiled import check_compiler, compile_blocks
-from kairos.models.gated_delta_net import l2_normalise, shifted_conv, short_conv
+from kairos.models.gated_delta_net import ShortConv, l2_normalise, shifted_conv
 from kairos.models.norm import RMSNorm
 from kairos.models.step_cache import StepCache
 from kairos.models.transformer import PromptMemory
@@ -76,11 +76,11 @@ def test_a_tile_holds_whole_frames_and_while_training_there_is_one(monkeypatch):
 @pytest.mark.parametrize("tokens", [1, 2, 9])
 @pytest.mark.parametrize("with_past", [False, True])
 def test_the_short_convolution_on_a_cpu_equals_torchs(tokens, with_past):
-    conv = torch.nn.Conv1d(12, 12, 4, groups=12, bias=False)
+    conv = ShortConv(12, 4)
     x, past = torch.randn(2, tokens, 3, 4), torch.randn(2, 12, 3) if with_past else None
-    expected, expected_kept = short_conv(x, conv, past)
+    expected, expected_kept = conv(x, past)
     with torch.no_grad():
-        found, kept = short_conv(x, conv, past)
+        found, kept = conv(x, past)
     assert found.is_contiguous()
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
     assert torch.equal(kept, expected_kept)

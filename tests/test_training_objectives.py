@@ -639,6 +639,20 @@ def test_ties_trims_elects_a_sign_and_averages_those_that_agree():
     assert ties(differences, 0.75).tolist() == [3.0, 3.0, 0.0, -5.0]
 
 
+def test_a_single_number_is_merged_too():
+    assert ties(torch.tensor([2.0, 4.0]), 0.5).item() == 3.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.bool, torch.float8_e4m3fn])
+def test_numbers_that_a_merge_does_not_write_are_refused_before_it_writes(tmp_path, dtype):
+    for name in ("one", "two"):
+        save_file({"a": torch.zeros(2), "b": torch.zeros(2).to(dtype)}, tmp_path / f"{name}.safetensors")
+    files = [(str(tmp_path / f"{name}.safetensors"), 1.0) for name in ("one", "two")]
+    with pytest.raises(UserError, match=r"b in .*one.safetensors is .*, and a merge takes float32, .*int64"):
+        merge_files(files, tmp_path / "out.safetensors")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["one.safetensors", "two.safetensors"]
+
+
 def test_dare_keeps_a_share_and_the_mean(three):
     kept = dare(torch.ones(1, 100_000), 0.25, torch.Generator().manual_seed(0))
     assert set(kept.unique().tolist()) == {0.0, 4.0} and abs(kept.mean() - 1) < 0.03

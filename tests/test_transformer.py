@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor
@@ -319,6 +320,23 @@ def test_a_lora_is_added_trained_and_taken_away():
     assert any("gated_delta.b_proj" in name for name in trained)
     model.disable_adapters()
     assert torch.equal(velocity(model, *inputs), before)
+
+
+def test_weights_that_hooks_bring_only_for_a_layers_own_forward_give_the_same_velocity():
+    inputs = random_inputs(3)
+    expected = velocity(random_model(), *inputs)
+    model = cpu_offload(random_model(), torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert torch.equal(velocity(model, *inputs), expected)
+
+
+def test_layers_stored_in_eight_bits_are_widened_where_they_work():
+    latents, timestep, text = random_inputs(3)
+    model, inputs = random_model().bfloat16(), (latents.bfloat16(), timestep, text.bfloat16())
+    expected = velocity(model, *inputs)
+    model.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
+    assert model.blocks[3].gated_delta.q_conv1d.weight.dtype == torch.float8_e4m3fn
+    assert (velocity(model, *inputs) - expected).norm() < 0.1 * expected.norm()
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():

@@ -130,6 +130,17 @@ def test_a_diffusers_folder_is_loaded_with_its_configuration(model, tmp_path):
         assert (loaded.config.dilation, loaded.config.layer_pattern) == (2, "DSSG")
 
 
+@pytest.mark.parametrize("foreign", [{"_class_name": "WanModel", "dim": 5120}, {"model_type": "qwen2_5_vl"}])
+def test_the_configuration_of_another_model_beside_the_weights_is_left_aside_and_said(
+    model, released, caplog, foreign
+):
+    (released.parent / "config.json").write_text(json.dumps(foreign | {"dilation": 9}))
+    loaded = load_transformer_file(released.parent)
+    assert_same(loaded, model)
+    assert loaded.config.dilation == 4
+    assert "not of the LinearDiT: left aside" in caplog.text
+
+
 def test_diffusers_own_way_of_loading_is_strict_too(model, tmp_path):
     model.save_pretrained(tmp_path)
     loaded, info = KairosTransformer3DModel.from_pretrained(tmp_path, output_loading_info=True)

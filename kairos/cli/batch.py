@@ -158,7 +158,9 @@ def _planned(jobs: Sequence[Job], options: RunOptions) -> Plan | None:
         return None
     import torch
 
-    return single.planned([job.request for job in jobs], options, torch.device(options.device))
+    requests, device = [job.request for job in jobs], torch.device(options.device)
+    # With nowhere to offload to, a worker keeps its encoder: it never knows which prompt is its last.
+    return single.planned(requests, options, device, rolling=device.type == "cpu")
 
 
 def _received(job: Job, answer: Any) -> Outcome:

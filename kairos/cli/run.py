@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,7 +89,9 @@ def run(jobs: Sequence["Job"], options: RunOptions) -> None:
         device, dtype = device_and_dtype(options)
     plan = None
     if options.memory is not None:
-        plan = planned([job.request for job in jobs], options, device)
+        # With nowhere to offload to, the encoder stays until the last prompt of a list.
+        again = device.type == "cpu" and len(jobs) > 1
+        plan = planned([job.request for job in jobs], options, device, rolling=again)
         dtype = dtype_named(plan.dtype)
     for job in jobs:
         check_template(job.request)
@@ -463,7 +466,8 @@ def _watch(clock: Clock, pipeline: "KairosPipeline") -> None:
     """Have the clock tell the pipeline's parts apart."""
     import torch
 
-    synchronize = torch.cuda.synchronize if pipeline.device.type == "cuda" else None
+    device = pipeline.device
+    synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" else None
     clock.watch(pipeline.text_encoder, "encode prompt", synchronize)
     clock.watch(pipeline.vae.encoder, "encode frames", synchronize)
     clock.watch(pipeline.transformer, "denoise", synchronize)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 class EmbeddingCache:
     """The last `capacity` embeddings of each encoder, on the CPU. They go with their encoder.
 
-    An encoder whose weights were changed in place counts as another one.
+    An encoder whose weights were written to or replaced counts as another one. `parameter.data = ...` is not
+    seen: so are weights moved to a device and back, and their embeddings stay what they were.
     """
 
     def __init__(self, capacity: int = 32) -> None:
@@ -39,7 +40,7 @@ class EmbeddingCache:
 
 
 def _version(encoder: nn.Module) -> Hashable:
-    """Changes when a weight is written to or the precision is another."""
+    """Changes when a weight is written to or replaced, or the precision is another."""
     parameters = list(encoder.parameters())
     writes = sum(parameter._version for parameter in parameters if not parameter.is_inference())
-    return writes, parameters[0].dtype if parameters else None
+    return writes, tuple(map(id, parameters)), parameters[0].dtype if parameters else None

@@ -192,7 +192,7 @@ class _Layout:
                 self.tokenizer.decode(words[room:])[:60],
             )
         ids = self.prefix + picture + words[:room] + self.suffix
-        digest = hashlib.sha256(pixels["pixel_values"].numpy().tobytes()).hexdigest() if pixels else ""
+        digest = _digest(pixels) if pixels else ""
         return _Chat(ids, (tuple(ids), self.dropped, digest), pixels)
 
     def _ids(self, text: str, **options: Any) -> list[int]:
@@ -223,6 +223,14 @@ class _Layout:
             )
         count = int(pixels["image_grid_thw"].prod()) // self.image_processor.merge_size**2
         return [start, *placeholder * count, end]
+
+
+def _digest(pixels: dict[str, Tensor]) -> str:
+    """Of the patches and of how they lie: a plain image has the same patches upright and across."""
+    digest = hashlib.sha256()
+    for name in sorted(pixels):
+        digest.update(pixels[name].numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _encode(

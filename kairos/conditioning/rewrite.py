@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 import urllib.error
 import urllib.request
@@ -71,7 +70,8 @@ def rewrite_prompt(prompt: str, source: str, *, with_image: bool = False, timeou
 
 def _paragraph(answer: str) -> str:
     """The answer less thoughts, quotes and line breaks."""
-    answer = re.sub(r"<think>.*?(</think>|\Z)", "", answer, flags=re.DOTALL)
+    # The chat template may have written the opening tag: then the answer has the closing one alone.
+    answer = answer.rpartition("</think>")[2].partition("<think>")[0]
     return " ".join(answer.split()).strip("\"'“”‘’ ")
 
 
@@ -90,7 +90,9 @@ def _ask_endpoint(source: str, messages: list[dict[str, str]], deadline: float) 
 def _request(url: str, body: dict[str, Any] | None, deadline: float) -> Any:
     """The JSON that the endpoint answers with, to a GET or, with a body, a POST."""
     headers = {"Content-Type": "application/json"}
-    if key := os.environ.get(KEY_VARIABLE):
+    if key := os.environ.get(KEY_VARIABLE, "").strip():
+        if not (key.isascii() and key.isprintable()):  # an HTTP library would show it in its error
+            raise UserError(f"{KEY_VARIABLE} must be one line of printable ASCII, and is not; set it anew")
         headers["Authorization"] = f"Bearer {key}"
     request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)
     opener = urllib.request.build_opener(_NoRedirects)

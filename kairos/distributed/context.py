@@ -121,6 +121,8 @@ class ContextParallel:
             raise UserError("a split over ranks is for inference only: call the model under torch.no_grad()")
         if kwargs.get("state") is not None or kwargs.get("return_state"):
             raise UserError("a rollout's state lives on one rank: roll out without --gpus")
+        if kwargs.get("step_cache") is not None:
+            raise UserError("a step cache compares the tokens of one rank: leave it out of a split")
         latents = args[0] if args else kwargs["hidden_states"]
         _, patch_y, patch_x = self.transformer.config.patch_size
         frames, height, width = latents.shape[2:]

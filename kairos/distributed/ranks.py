@@ -26,8 +26,10 @@ from kairos.errors import MachineError, UserError, one_line
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 RENDEZVOUS_S = 120.0
 """How long a rank waits for the others at the start: imports on a slow disk take a minute."""
-WORK_S = 3600.0
-"""How long one waits for the others later, while they load or work; one that dies is found at once."""
+LOAD_S = 3600.0
+"""How long one waits for the others later, while they load."""
+WORK_S = 30 * 24 * 3600.0
+"""And while they work: the rest of a list may take days. One that dies is found at once."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class World:
 
     def agree(self, said: Mapping[str, object]) -> None:
         """Refuse ranks that differ from rank 0 in what they say; with names not used before."""
-        _agree(self.store, self.rank, self.size, said, WORK_S)
+        _agree(self.store, self.rank, self.size, said, LOAD_S)
 
 
 def join(

@@ -54,9 +54,9 @@ class GatedDeltaNet(nn.Module):
         self.b_proj = nn.Linear(dim, heads, bias=False)
         self.g_proj = nn.Linear(dim, dim_v, bias=False)
         self.o_proj = nn.Linear(dim_v, dim, bias=False)
-        self.q_conv1d = nn.Conv1d(dim_k, dim_k, conv_size, groups=dim_k, bias=False)
-        self.k_conv1d = nn.Conv1d(dim_k, dim_k, conv_size, groups=dim_k, bias=False)
-        self.v_conv1d = nn.Conv1d(dim_v, dim_v, conv_size, groups=dim_v, bias=False)
+        self.q_conv1d = ShortConv(dim_k, conv_size)
+        self.k_conv1d = ShortConv(dim_k, conv_size)
+        self.v_conv1d = ShortConv(dim_v, conv_size)
         self.A_log = nn.Parameter(torch.empty(heads))
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.o_norm = RMSNorm(head_dim * expand_v, eps)
@@ -118,7 +118,7 @@ class GatedDeltaNet(nn.Module):
     ) -> tuple[Projections, Projections]:
         """q, k, v of the rule, q and k normalised, and the last inputs (B, C, 3); for a part of the heads."""
         q, k, v = (
-            short_conv(x, conv, None if past is None else past[i], heads)
+            conv(x, None if past is None else past[i], heads)
             for i, (x, conv) in enumerate(
                 zip(projections, (self.q_conv1d, self.k_conv1d, self.v_conv1d), strict=True)
             )
@@ -139,36 +139,46 @@ class GatedDeltaNet(nn.Module):
         return super()._apply(apply, recurse)
 
 
-def short_conv(
-    x: Tensor, conv: nn.Conv1d, past: Tensor | None, heads: slice = slice(None)
-) -> tuple[Tensor, Tensor]:
-    """SiLU of the causal depthwise convolution of x (B, N, H, D), and its last inputs (B, C, kernel - 1).
+class ShortConv(nn.Conv1d):
+    """A causal depthwise convolution and SiLU.
 
-    With `heads`, x has only those of the convolution's heads.
+    Its weight is read in its own forward alone: only there do the hooks of diffusers and accelerate, which
+    keep weights elsewhere or in another dtype, have it ready.
     """
-    size = conv.kernel_size[0]
-    count, head_dim = x.shape[1], x.shape[-1]
-    weight = conv.weight.unflatten(0, (-1, head_dim))[heads].flatten(0, 1)
-    x = x.flatten(2)
-    before = x.new_zeros(x.shape[0], size - 1, x.shape[2]) if past is None else past.mT.to(x.dtype)
-    if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled():
-        taps = weight[:, 0].mT.contiguous()  # channels stay last, as the rule wants them
-        out = x * taps[-1]
-        for lag in range(1, size):
-            out[:, lag:].addcmul_(x[:, :-lag], taps[-1 - lag])
-            out[:, :lag].addcmul_(before[:, size - 1 - lag :][:, :count], taps[-1 - lag])
-        out = F.silu(out, inplace=True)
-    elif x.is_cuda and torch.compiler.is_compiling():
-        out = shifted_conv(torch.cat((before, x), dim=1), weight)
-    elif fused_by_fla(x, weight):
-        from fla.modules.convolution import causal_conv1d
 
-        state = None if past is None else F.pad(past.to(x.dtype), (1, 0))  # it keeps one input more
-        out, _ = causal_conv1d(x, weight[:, 0], initial_state=state, activation="silu")
-    else:
-        out = F.silu(F.conv1d(torch.cat((before, x), dim=1).mT, weight, groups=len(weight))).mT
-    kept = torch.cat((before, x[:, 1 - size :]), dim=1)[:, 1 - size :]
-    return out.unflatten(-1, (-1, head_dim)), kept.mT
+    def __init__(self, channels: int, size: int) -> None:
+        super().__init__(channels, channels, size, groups=channels, bias=False)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, past: Tensor | None = None, heads: slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
+        """Of x (B, N, H, D) after `past`, and its last inputs (B, C, kernel - 1), the next call's past.
+
+        With `heads`, x has only those of the convolution's heads.
+        """
+        size = self.kernel_size[0]
+        count, head_dim = x.shape[1], x.shape[-1]
+        weight = self.weight.unflatten(0, (-1, head_dim))[heads].flatten(0, 1)
+        x = x.flatten(2)
+        before = x.new_zeros(x.shape[0], size - 1, x.shape[2]) if past is None else past.mT.to(x.dtype)
+        if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled():
+            taps = weight[:, 0].mT.contiguous()  # channels stay last, as the rule wants them
+            out = x * taps[-1]
+            for lag in range(1, size):
+                out[:, lag:].addcmul_(x[:, :-lag], taps[-1 - lag])
+                out[:, :lag].addcmul_(before[:, size - 1 - lag :][:, :count], taps[-1 - lag])
+            out = F.silu(out, inplace=True)
+        elif x.is_cuda and torch.compiler.is_compiling():
+            out = shifted_conv(torch.cat((before, x), dim=1), weight)
+        elif fused_by_fla(x, weight):
+            from fla.modules.convolution import causal_conv1d
+
+            state = None if past is None else F.pad(past.to(x.dtype), (1, 0))  # it keeps one input more
+            out, _ = causal_conv1d(x, weight[:, 0], initial_state=state, activation="silu")
+        else:
+            out = F.silu(F.conv1d(torch.cat((before, x), dim=1).mT, weight, groups=len(weight))).mT
+        kept = torch.cat((before, x[:, 1 - size :]), dim=1)[:, 1 - size :]
+        return out.unflatten(-1, (-1, head_dim)), kept.mT
 
 
 def shifted_conv(x: Tensor, weight: Tensor) -> Tensor:

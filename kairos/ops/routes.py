@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -43,7 +44,8 @@ def quickest(name: str, routes: Mapping[str, Callable[..., Tensor]], inputs: tup
 
 
 def _measure(name: str, routes: Mapping[str, Callable[..., Tensor]], inputs: tuple[Tensor, ...]) -> str:
-    wait = torch.cuda.synchronize if inputs[0].is_cuda else lambda: None
+    device = inputs[0].device
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     first, *_ = routes
     expected = routes[first](*inputs)
     tolerance = 8 * torch.finfo(expected.dtype).eps * expected.abs().max().item()
@@ -69,5 +71,5 @@ def _measure(name: str, routes: Mapping[str, Callable[..., Tensor]], inputs: tup
             logger.info("%s: %s does not run here: %s", name, route, reason)
     chosen = min(seconds, key=seconds.__getitem__)
     shown = ", ".join(f"{route} {1e3 * taken:.3g} ms" for route, taken in seconds.items())
-    logger.info("%s on %s: %s (%s)", name, inputs[0].device.type, chosen, shown)
+    logger.info("%s on %s: %s (%s)", name, device.type, chosen, shown)
     return chosen

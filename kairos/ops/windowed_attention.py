@@ -331,6 +331,7 @@ def _compiled_flex() -> Any:
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def _block_mask(layout: Layout, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 

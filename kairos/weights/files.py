@@ -252,16 +252,17 @@ def _sizes(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
-def written_config(file: Path, model: str) -> dict[str, Any]:
-    """A config.json in diffusers' layout, without its remarks (`_...`); `model` is the class it must be of.
+def written_config(file: Path) -> tuple[str | None, dict[str, Any]]:
+    """A config.json in diffusers' layout: the class that it is of, if it says one, and its values.
 
     Raises:
-        UserError: for a file that is not one, or of another model.
+        UserError: for a file that is not one.
     """
     try:
         config = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{file} is not a configuration in JSON; download it again") from error
-    if not isinstance(config, dict) or config.get("_class_name", model) != model:
-        raise UserError(f"{file} is not the configuration of {model}")
-    return {key: value for key, value in config.items() if not key.startswith("_")}
+    if not isinstance(config, dict):
+        raise UserError(f"{file} is not a configuration: it holds a {type(config).__name__}, no names")
+    values = {key: value for key, value in config.items() if not key.startswith("_")}
+    return config.get("_class_name"), values

@@ -16,7 +16,8 @@ def fingerprint(modules: Mapping[str, nn.Module]) -> str:
     """16 hexadecimal digits that stand for the modules' weights and configurations.
 
     Of each tensor it reads the name, the shape and 64 numbers evenly spread, rounded to bfloat16: so it does
-    not depend on the file's layout, the device or the precision that a model was loaded in.
+    not depend on the file's layout, the device, or whether a model was loaded in float32 or bfloat16. float16
+    rounds to other numbers, and so to another name.
     """
     digest = hashlib.sha256()
     for name, module in sorted(modules.items()):

@@ -95,7 +95,7 @@ def ties(differences: Tensor, density: float) -> Tensor:
 
     (models, ...) -> (...)
     """
-    flat = differences.flatten(1)
+    flat = differences.reshape(len(differences), -1)
     kept = max(1, round(density * flat.shape[1]))
     threshold = flat.abs().kthvalue(flat.shape[1] - kept + 1, dim=1, keepdim=True).values
     trimmed = torch.where(flat.abs() >= threshold, flat, 0)
@@ -134,6 +134,11 @@ def write_stream(output: Path, tensors: Sequence[tuple[str, StoredTensor, object
     offset = 0
     for name, stored, _ in tensors:
         dtype = stored.read().dtype
+        if dtype not in DTYPES:
+            raise UserError(
+                f"{name} in {stored.file} is {str(dtype).removeprefix('torch.')}, and a merge takes "
+                f"{', '.join(str(known).removeprefix('torch.') for known in DTYPES)}; convert it first"
+            )
         size = torch.Size(stored.shape).numel() * dtype.itemsize
         header[name] = {
             "dtype": DTYPES[dtype],

@@ -6,6 +6,7 @@ tell (dilation, padding, which attention layers are dilated) comes from the call
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,8 @@ from kairos.errors import MachineError, UserError
 from kairos.models.transformer import KairosTransformer3DModel
 from kairos.weights.files import StoredTensor, fill, open_weights, written_config
 
+logger = logging.getLogger(__name__)
+
 RELEASED_PATTERN = "SSDG"
 RELEASED_HEAD_DIM = 128
 
@@ -33,7 +36,7 @@ def load_transformer_file(
     """The LinearDiT of a released file, in evaluation mode on the CPU.
 
     Args:
-        path: a file, the list of its shards, or a folder (its config.json, diffusers' way, counts).
+        path: a file, the list of its shards, or a folder (its config.json counts where it is a LinearDiT's).
         dtype: of the weights; None keeps the stored one. What must be exact (`A_log`, `dt_bias`) is float32.
         config: values that the shapes do not tell (`dilation`, `pad_dilated`, `causal`), or shall override.
 
@@ -47,7 +50,12 @@ def load_transformer_file(
     source = str(single or next(iter(stored.values())).file)
     written = {}
     if single and (single / "config.json").exists():
-        written = written_config(single / "config.json", KairosTransformer3DModel.__name__)
+        kind, values = written_config(single / "config.json")
+        if kind == KairosTransformer3DModel.__name__:
+            written = values
+        else:
+            of = kind or "no class"
+            logger.warning("%s is of %s and not of the LinearDiT: left aside", single / "config.json", of)
     values = infer_transformer_config(stored, source=source, **(written | config)) | written | config
     try:
         with torch.device("meta"):

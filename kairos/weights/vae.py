@@ -46,7 +46,11 @@ def load_vae_file(path: str | os.PathLike[str], *, dtype: torch.dtype | None = N
     if (path / "vae" / "config.json").exists():
         path = path / "vae"
     if (path / "config.json").exists():
-        config = written_config(path / "config.json", "AutoencoderKLWan")
+        kind, config = written_config(path / "config.json")
+        if kind not in (None, "AutoencoderKLWan"):
+            raise UserError(
+                f"{path / 'config.json'} is of {kind}, not of AutoencoderKLWan; name another folder"
+            )
         stored = open_weights(path)
     else:
         original = path / ORIGINAL_FILE if (path / ORIGINAL_FILE).exists() else path
