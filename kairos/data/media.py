@@ -49,12 +49,13 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
 
 
 def read_video(
-    path: str | os.PathLike[str], fps: float | None = None, max_frames: int | None = None
+    path: str | os.PathLike[str], fps: float | None = None, max_frames: int | None = None, skip: int = 0
 ) -> Frames:
     """The frames of a video file, (F, H, W, 3) uint8 RGB, upright.
 
     With `fps` they are taken at that rate: frame k is the one on screen at k / fps seconds. At most
-    `max_frames` are read. Raises UserError where there is no such file or no video in it.
+    `max_frames` are read, those after the first `skip`. Raises UserError where there is no such file or no
+    video in it.
     """
     path = _existing_file(path, "video")
     if fps is not None and not fps > 0:
@@ -62,6 +63,8 @@ def read_video(
     frames: list[NDArray[np.uint8]] = []
     with _reading(path) as container:
         for frame, repeats in on_screen(container, fps):
+            skipped = min(repeats, skip)
+            skip, repeats = skip - skipped, repeats - skipped
             if not repeats:
                 continue
             pixels = frame.to_ndarray(format="rgb24")
@@ -70,7 +73,7 @@ def read_video(
             if max_frames is not None and len(frames) >= max_frames:
                 break
     if not frames:
-        raise UserError(f"cannot read video {path}: it has no frames")
+        raise UserError(f"cannot read video {path}: it has no frames where it is to be read")
     return np.stack(frames[:max_frames])
 
 
