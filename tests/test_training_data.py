@@ -133,8 +133,8 @@ def test_a_path_that_leaves_the_root_is_refused(tmp_path, name):
         ('{"video": "a.mp4", "caption": 3}', '"caption" must be a text'),
         ('{"video": "a.mp4", "start_s": -1}', '"start_s" must be at least 0'),
         ('{"video": "a.mp4", "start_s": Infinity}', '"start_s" must be at least 0 and finite, got inf'),
-        (r'{"video": "a\u0000.mp4"}', "line 1: 'a.*' cannot be the name of a file"),
-        (json.dumps({"video": "a" * 300}), "line 1: 'a*' cannot be the name of a file"),
+        (r'{"video": "a\u0000.mp4"}', "line 1: no file can be read at 'a"),
+        (json.dumps({"video": "a" * 300}), "line 1: no file can be read at 'aaa.*too long"),
     ],
 )
 def test_a_line_that_is_no_clip_is_refused_with_its_number(tmp_path, line, message):

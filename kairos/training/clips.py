@@ -14,6 +14,7 @@ import re
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -280,12 +281,13 @@ def read_entry(entry: dict[str, Any], where: str) -> tuple[str, str, float]:
 
 
 def inside(root: Path, name: str, where: str) -> Path:
-    """`name` below `root`, links followed. Raises UserError where it leaves the root or is no file's name."""
+    """`name` below `root`, links followed. Raises UserError where it leaves the root or is unreadable."""
     try:
         path = (root / name).resolve()
-        path.exists()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{where}: {name!r} cannot be the name of a file: {one_line(error)}") from None
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{where}: no file can be read at {name!r}: {one_line(error)}") from None
     if not path.is_relative_to(root):
         raise UserError(f"{where}: {name!r} leaves the data root {root}; only paths inside it are read")
     return path

@@ -150,6 +150,7 @@ def preference(
 ) -> Objective:
     """Pairs of a manifest, or of the model's own rollouts; they are made once."""
     from kairos.pipeline import KairosPipeline
+    from kairos.schedulers import FewStepScheduler
     from kairos.training.clips import SimulatorSource
     from kairos.training.preference import (
         PreferenceObjective,
@@ -170,12 +171,15 @@ def preference(
                     f"stage {stage.name}: rollouts can be measured in the simulator's scenes alone; give "
                     "data.source simulator, or preference.manifest"
                 )
+            scheduler = sampler_of(recipe, stage)[0]
+            if isinstance(scheduler, FewStepScheduler):
+                options = replace(options, guidance_scale=1.0)  # it was distilled to do without
             pipeline = KairosPipeline(
                 transformer=model.eval().to(here.device),
                 vae=encoders.vae,
                 text_encoder=encoders.text_encoder,
                 tokenizer=encoders.tokenizer,
-                scheduler=sampler_of(recipe, stage)[0],
+                scheduler=scheduler,
                 prompt_template=encoders.template,
             )
             pipeline.set_progress_bar_config(disable=True)
