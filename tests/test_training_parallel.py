@@ -25,7 +25,7 @@ OPTIONS = {
     name: {"steps": 6, "precision": "float32", "muon_lr": rate, "ema": 0.9, "mix": mix}
     for name, rate, mix in (("adamw", None, MIX), ("muon", 0.003, MIX | {"ti2v": 0.0}))
 }
-OPTIONS["part"] = OPTIONS["adamw"] | {"steps": 2, "precision": "bfloat16", "train": ["blocks.3."]}
+OPTIONS["part"] = OPTIONS["adamw"] | {"steps": 1, "precision": "bfloat16", "train": ["blocks.3."]}
 
 FLOW = """
 import json, sys

@@ -286,7 +286,7 @@ def changed(**changes):
         (one(adamw_lr=float("inf")), "adamw_lr must be a finite number, got inf"),
         (one(betas=[1.5, 2]), "betas must be two numbers from 0 to below 1"),
         (one(weight_decay=-1), "weight_decay must be at least 0, got -1"),
-        (one(time_std=".nan"), "time_std must be a finite number, got nan"),
+        (one(time_std=float("nan")), "time_std must be a finite number, got nan"),
         (one(mix={"t2v": float("nan")}), "mix.t2v must be a finite number"),
         (distilled(shift=0), "distillation.shift must be above 0, got 0"),
         (distilled(fake_score_updates=-1), "fake_score_updates must be at least 0, got -1"),
