@@ -7,6 +7,7 @@ import errno
 import io
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from training_parts import MIX, clip_set, small_model, small_stage
 
 from kairos import MachineError, UserError
 from kairos.models.vae_layers import computed_in
-from kairos.training import checkpoint, muon
+from kairos.training import checkpoint, loop, muon
 from kairos.training.ahead import Ahead
 from kairos.training.batches import draw_batch, draw_cut, row_at
 from kairos.training.checkpoint import load_checkpoint, save_checkpoint
@@ -35,6 +36,7 @@ from kairos.training.parallel import Processes
 from kairos.training.plan import activation_bytes
 from kairos.training.progress import Progress
 from kairos.training.stage import Stage
+from kairos.weights import load_transformer_file
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +220,21 @@ def test_twenty_steps_equal_ten_a_stop_and_ten_more(clips, tmp_path, monkeypatch
         assert torch.equal(value, ema_of_parts[name]), name
     one, other = (load_checkpoint(tmp_path / part)["model"] for part in ("whole", "parts"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("moment", ["last step", "last save"])
+def test_a_signal_at_the_end_of_a_stage_ends_the_run(clips, tmp_path, monkeypatch, moment):
+    """The stage is saved, and those after it are not begun."""
+    stage = small_stage(steps=2)
+    objective = Recorded(clips, stage, interrupt_at=2 if moment == "last step" else None)
+    if moment == "last save":
+        write = save_checkpoint
+        monkeypatch.setattr(
+            loop, "save_checkpoint", lambda *what: (write(*what), os.kill(os.getpid(), signal.SIGTERM))
+        )
+    with pytest.raises(KeyboardInterrupt):
+        train(small_model(), objective, stage, tmp_path)
+    assert load_checkpoint(tmp_path)["step"] == 2
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -414,6 +431,70 @@ def test_a_disk_that_fills_while_saving_loses_nothing(tmp_path, monkeypatch):
     assert load_checkpoint(tmp_path)["step"] == 1
 
 
+@pytest.mark.parametrize("name", ["config.json", "diffusion_pytorch_model.safetensors", "checkpoint.pt"])
+def test_a_run_that_ends_while_it_writes_its_last_weights_is_finished_by_the_next(
+    clips, tmp_path, monkeypatch, name
+):
+    stage = small_stage(steps=2, save_every_s=0.0)
+    written = []
+
+    def fails(write):
+        def writing(path, content):
+            file = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+            written.append(file.name)
+            if file.name == name and written.count(name) == 2:
+                raise MachineError("the disk is full")
+            write(path, content)
+
+        return writing
+
+    with monkeypatch.context() as patched:
+        for function in ("write_atomically", "save_checkpoint"):
+            patched.setattr(loop, function, fails(getattr(loop, function)))
+        with pytest.raises(MachineError, match="full"):
+            train(small_model(), FlowMatching([clips], stage), stage, tmp_path)
+    assert load_checkpoint(tmp_path)["step"] == 1  # so the stage does not count as finished
+    ema = train(small_model(), FlowMatching([clips], stage), stage, tmp_path)
+    for again in (False, True):
+        if again:  # a finished stage whose weights are lost
+            shutil.rmtree(tmp_path / "ema")
+            train(small_model(), FlowMatching([clips], stage), stage, tmp_path)
+        model = load_transformer_file(tmp_path / "ema")
+        assert all(torch.equal(model.get_parameter(key), value) for key, value in ema.items())
+
+
+def test_a_stage_goes_on_with_the_rates_betas_and_decay_that_its_recipe_says_now(
+    clips, tmp_path, monkeypatch
+):
+    made = []
+    build = loop.build_optimizer
+    monkeypatch.setattr(loop, "build_optimizer", lambda *what: made.append(build(*what)) or made[-1])
+    stage = small_stage(steps=1)
+    train(small_model(), FlowMatching([clips], stage), stage, tmp_path)
+    stage = small_stage(steps=2, weight_decay=0.5, betas=(0.5, 0.6))
+    train(small_model(), FlowMatching([clips], stage), stage, tmp_path)
+    for group in made[-1].param_groups:
+        assert group["weight_decay"] == 0.5 and group["betas"] == (0.5, 0.6)
+    stage = small_stage(steps=3, muon_lr=None)
+    with pytest.raises(UserError, match="muon_lr was added or taken away"):
+        train(small_model(), FlowMatching([clips], stage), stage, tmp_path)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(clips, tmp_path):
+    stage = small_stage(steps=6, save_every_s=0.0)
+
+    class Broken(FlowMatching):
+        def loss(self, model, step, part):
+            loss, count = super().loss(model, step, part)
+            return (loss * float("nan") if step == 3 else loss), count
+
+    with pytest.raises(UserError, match="step 4 has loss nan") as caught:
+        train(small_model(), Broken([clips], stage), stage, tmp_path)
+    assert "\n" not in str(caught.value)
+    state = load_checkpoint(tmp_path)
+    assert state["step"] == 3 and all(value.isfinite().all() for value in state["model"].values())
+
+
 def test_a_checkpoint_of_another_model_is_refused(clips, tmp_path):
     stage = small_stage(steps=1)
     train(small_model(), FlowMatching([clips], stage), stage, tmp_path)
@@ -477,6 +558,7 @@ def test_progress_is_told_in_lines_and_in_tensorboard(clips, tmp_path, caplog):
         ({"precision": "float8"}, "precision must be"),
         ({"objective": "gan"}, "objective must be one of"),
         ({"adamw_lr": 0.0}, "adamw_lr must be above 0"),
+        ({"time_std": -1.0}, "time_std must be at least 0"),
     ],
 )
 def test_a_stage_that_makes_no_sense_is_refused(wrong, message):

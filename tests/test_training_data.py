@@ -6,10 +6,12 @@ import io
 import json
 import logging
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from kairos import UserError
 from kairos.data.media import write_video
@@ -22,6 +24,7 @@ from kairos.training.clips import (
     WebdatasetSource,
     build_source,
     choose_bucket,
+    decode,
     fit,
 )
 from kairos.training.vae import build_vae
@@ -39,8 +42,6 @@ def video(frames=20, height=32, width=48, seed=0):
 @pytest.fixture
 def manifest(tmp_path):
     """Two good clips, a broken one, one that is too short, one that is missing, and a picture."""
-    from PIL import Image
-
     folder = tmp_path / "data"
     (folder / "clips").mkdir(parents=True)
     for number, shape in enumerate(((32, 48), (48, 32))):
@@ -131,6 +132,9 @@ def test_a_path_that_leaves_the_root_is_refused(tmp_path, name):
         ('{"caption": "x"}', '"video" must be the path'),
         ('{"video": "a.mp4", "caption": 3}', '"caption" must be a text'),
         ('{"video": "a.mp4", "start_s": -1}', '"start_s" must be at least 0'),
+        ('{"video": "a.mp4", "start_s": Infinity}', '"start_s" must be at least 0 and finite, got inf'),
+        (r'{"video": "a\u0000.mp4"}', "line 1: no file can be read at 'a"),
+        (json.dumps({"video": "a" * 300}), "line 1: no file can be read at 'aaa.*too long"),
     ],
 )
 def test_a_line_that_is_no_clip_is_refused_with_its_number(tmp_path, line, message):
@@ -191,6 +195,52 @@ def test_webdataset_shards_give_their_clips_and_name_what_they_skip(tmp_path):
     assert set(skipped) == {"9x32x32/000.tar/b", "9x32x32/000.tar/c", "9x32x32/001.tar"}
 
 
+def test_a_picture_among_webdataset_clips_is_skipped_and_among_pictures_it_is_none(tmp_path):
+    write_video(tmp_path / "v.mp4", video(), 16, scale=1)
+    picture = io.BytesIO()
+    Image.fromarray(video(1)[0]).save(picture, format="PNG")
+    caption = json.dumps({"caption": "grey"}).encode()
+    members = [("a.mp4", (tmp_path / "v.mp4").read_bytes()), ("a.json", caption)]
+    members += [("b.png", picture.getvalue()), ("b.json", caption)]
+    for name in ("9x32x32", "1x32x32"):
+        webdataset(tmp_path / "s" / name, members)
+    found, skipped = references(WebdatasetSource(tmp_path / "s"), SMALL, Bucket(1, 32, 32))
+    assert [r.name for r in found] == ["1x32x32/000.tar/a", "1x32x32/000.tar/b", "9x32x32/000.tar/a"]
+    assert skipped == {"9x32x32/000.tar/b": "needs both .mp4 and .json"}
+    assert all(len(r.read()) == r.bucket.frames for r in found)
+
+
+def test_the_same_unreadable_clip_twice_is_neither_made_nor_kept(tmp_path, encoders):
+    write_video(tmp_path / "a.mp4", video(12), 16, scale=1)
+    (tmp_path / "m.jsonl").write_text('{"video": "a.mp4"}\n{"video": "a.mp4"}\n')
+
+    class Unreadable(ManifestSource):
+        def references(self, buckets, skipped):
+            for reference in super().references(buckets, skipped):
+                yield replace(reference, read=fails)
+
+    def fails():
+        raise UserError("it is broken")
+
+    source = Unreadable(tmp_path / "m.jsonl")
+    report = build_cache(tmp_path / "c", source, [SMALL], encoders, described="twice")
+    assert (report["made"], report["kept"]) == (0, 0)
+    report, _ = build(tmp_path / "c", ManifestSource(tmp_path / "m.jsonl"), encoders, SMALL)
+    assert (report["made"], report["kept"]) == (1, 1)
+
+
+def test_of_a_late_clip_no_frame_before_it_is_kept(tmp_path, monkeypatch):
+    write_video(tmp_path / "a.mp4", video(40), 16, scale=1)
+    kept = []
+    convert = np.stack
+    monkeypatch.setattr(
+        "kairos.data.media.np.stack", lambda frames: kept.append(len(frames)) or convert(frames)
+    )
+    assert len(decode(tmp_path / "a.mp4", ".mp4", 16, 5, start_s=2.0)) == 5 and kept == [5]
+    with pytest.raises(UserError, match="it has no frames where it is to be read"):
+        decode(tmp_path / "a.mp4", ".mp4", 16, 5, start_s=9.0)
+
+
 def test_the_simulator_makes_a_clip_of_its_number():
     source = SimulatorSource(("uniform", "collision"), clips=4)
     first, again = (references(source, SMALL)[0] for _ in range(2))
@@ -215,6 +265,7 @@ def test_the_simulator_may_make_more_pictures_than_clips():
         ({"source": "simulator"}, "the key 'scenes' is missing"),
         ({"source": "manifest", "fil": "x"}, "unknown key 'fil'; did you mean 'file'"),
         ({"source": "manifest", "file": "x", "fps": "fast"}, "data.fps must be a number, got 'fast'"),
+        ({"source": "manifest", "file": "x", "fps": 0}, "data.fps must be above 0, got 0"),
     ],
 )
 def test_data_that_makes_no_sense_is_refused_in_one_line(data, message):

@@ -16,13 +16,15 @@ from training_parts import clip_set, small_model, small_stage
 from kairos import KairosTransformer3DModel, UserError
 from kairos.schedulers import FewStepScheduler
 from kairos.training import run as stage_run
+from kairos.training.cache import Encoders
 from kairos.training.clips import Bucket
 from kairos.training.distillation import DistillationObjective, energy_score
 from kairos.training.flow import FlowMatching
 from kairos.training.loop import save_weights, train
 from kairos.training.lora import add_lora
+from kairos.training.parallel import ALONE
 from kairos.training.preference import PairSet, PreferenceObjective
-from kairos.training.samples import motion, sample_latents
+from kairos.training.samples import SampleVideos, motion, sample_latents
 from kairos.training.stage import Distillation, LoRA, Preference
 from kairos.training.vae import build_vae
 from kairos.training.visible import cut_around, seen, visible_root
@@ -370,6 +372,32 @@ def test_a_step_with_little_noise_to_take_away_takes_it_off_true_clips(clips):
         assert loss < 1e-10
 
 
+def test_the_critic_is_told_that_the_past_is_clean(clips):
+    options = Distillation(adversarial=1.0)
+    stage = small_stage(distillation=options, mix={"ti2v": 1.0}, past_noise=1.0, precision="float32")
+    model, told = stirred(), []
+    objective = DistillationObjective(model, [clips], stage, options)
+    objective.fake_score.register_forward_pre_hook(lambda module, inputs: told.append(inputs[1]))
+    batches = [objective.batch(model, step, 0) for step in range(40)]
+    batch = next(batch for batch in batches if batch.sigma[:, :1].any())
+    objective.judge(batch, batch.sample, torch.Generator().manual_seed(0))
+    assert not told[0][:, :1].any() and told[0][:, 1:].all()
+
+
+def test_pictures_have_no_motion_to_compare_and_their_samples_no_first_frame(tmp_path):
+    pictures = clip_set(tmp_path, 2, Bucket(1, 32, 32))
+    options = Distillation(teacher_steps=1, motion_every=0)
+    stage = small_stage(distillation=options, mix={"t2v": 1.0}, steps=3)
+    model = stirred()
+    objective = DistillationObjective(model, [pictures], stage, options)
+    assert [objective.report(model, step) for step in (1, 3)] == [{}, {}]
+    pictures.captions = ["", ""]
+    vae = build_vae(base_dim=8).eval()
+    encoders = Encoders(vae, None, None, "tiny")
+    (one, _) = SampleVideos(pictures, encoders, ALONE, few_step=None, steps=1)(model, tmp_path, 1)
+    assert one.shape == (1, 32, 32, 3)
+
+
 @pytest.mark.parametrize("options", [{}, {"truth": 1.0, "sampling_times": (1000, 800)}])
 def test_a_distillation_that_teaches_nothing_is_refused(clips, options):
     nothing = Distillation(consistency=0.0, matching=0.0, **options)
@@ -560,8 +588,43 @@ def test_preferences_are_learned(tmp_path):
     train(model, objective, stage, tmp_path / "run")
     assert losses[0] == pytest.approx(np.log(2), abs=1e-5)  # the model is its own reference
     assert np.mean(losses[-10:]) < 0.8 * np.log(2)
-    generator = torch.Generator().manual_seed(3)
-    assert (objective.differences(model, [0, 1, 2, 3], 1, generator) < 0).float().mean() >= 0.75
+    assert (objective.differences(model, [0, 1, 2, 3], 1, [3, 4, 5, 6]) < 0).float().mean() >= 0.75
+
+
+def test_the_parts_of_a_batch_of_pairs_are_the_whole(tmp_path):
+    """Each pair has its own time and noise, whichever part or process it comes to."""
+    pairs, start = pair_set(tmp_path), stirred(1)
+    losses, gradients = [], []
+    for parts in (1, 2):
+        stage = small_stage(objective="preference", accumulate=parts, precision="float32")
+        objective, model = PreferenceObjective(start, pairs, stage, Preference(beta=5.0)), stirred(2)
+        shares = [objective.loss(model, 3, part)[0] / parts for part in range(parts)]
+        sum(shares).backward()
+        losses.append(float(sum(shares)))
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-3)
+
+
+def test_pairs_are_noised_as_the_stages_times_say(tmp_path):
+    pairs, times = pair_set(tmp_path), []
+    model = stirred()
+    model.register_forward_pre_hook(lambda module, inputs: times.append(inputs[1].max().item()))
+    for mean in (-4.0, 4.0):
+        stage = small_stage(objective="preference", time_mean=mean, time_std=0.1, precision="float32")
+        PreferenceObjective(model, pairs, stage, Preference()).differences(model, [0], 1, [0])
+    assert times[0] < 500 < times[-1]
+
+
+def test_the_random_half_of_a_lora_is_a_function_of_the_seed():
+    begun = []
+    for seed in (0, 0, 1):
+        model = stirred()
+        state = torch.get_rng_state()
+        add_lora(model, LoRA(rank=2, targets=("q",)), seed)
+        assert torch.equal(state, torch.get_rng_state())
+        begun.append(torch.cat([p.flatten() for n, p in model.named_parameters() if "lora_A" in n]))
+    assert torch.equal(begun[0], begun[1]) and not torch.equal(begun[0], begun[2])
 
 
 def test_the_physics_measures_make_pairs(tmp_path):
@@ -579,6 +642,35 @@ def test_the_physics_measures_make_pairs(tmp_path):
     assert len(pairs) == said["pairs"] and pairs.past[0] == 2
     better, worse = pairs.better.latents([0]), pairs.worse.latents([0])
     assert torch.equal(better[:, :, :2], worse[:, :, :2]) and not torch.equal(better, worse)
+
+
+def test_pairs_are_made_again_where_what_they_were_made_of_has_changed(tmp_path, monkeypatch):
+    from kairos.data.media import write_video
+    from kairos.training import preference
+
+    class Counted(Encoders):
+        def hashes(self):
+            return "v", "t"
+
+        def embed(self, captions, device="cpu"):
+            return [torch.zeros(1, 4, dtype=torch.bfloat16) for _ in captions]
+
+    encoders, bucket = (
+        Counted(build_vae(base_dim=8).eval(), torch.nn.Linear(1, 1), None, "t"),
+        Bucket(5, 32, 32),
+    )
+    manifest, read = tmp_path / "m.jsonl", []
+    take = preference.read_video
+    monkeypatch.setattr(preference, "read_video", lambda path, **o: read.append(path.name) or take(path, **o))
+    for number in range(2):
+        frames = np.full((9, 32, 32, 3), 40 * number, np.uint8)
+        write_video(tmp_path / f"{number}.mp4", frames, 16, scale=1)
+    for better, fps in ((0, 16), (0, 16), (1, 16), (1, 12)):
+        manifest.write_text(json.dumps({"better": f"{better}.mp4", "worse": f"{1 - better}.mp4"}))
+        preference.manifest_pairs(tmp_path / "pairs", manifest, bucket, encoders, fps=fps)
+        assert len(preference.load_pairs(tmp_path / "pairs", bucket, encoders)) == 1
+        read.append("|")
+    assert "".join(read).replace(".mp4", "") == "01||10|10|"
 
 
 def test_exports_come_back_in_both_layouts(clips, tmp_path):
@@ -682,6 +774,7 @@ def test_merging_keeps_the_precision_and_never_holds_a_model(tmp_path):
         ({"method": "ties", "base": None}, "ties needs --base"),
         ({"density": 0.0}, "density must be above 0"),
         ({"weights": (1.0, -1.0)}, "must not add up to 0"),
+        ({"weights": (1.0, float("nan"))}, "must be a finite number, got .*two.safetensors:nan"),
     ],
 )
 def test_merges_that_make_no_sense_are_refused(three, options, message):
@@ -692,6 +785,11 @@ def test_merges_that_make_no_sense_are_refused(three, options, message):
     with pytest.raises(UserError, match=message):
         merge_files(files, folder / "out.safetensors", **options)
     assert not (folder / "out.safetensors").exists()
+
+
+def test_loras_are_not_merged_matrix_by_matrix(lora, tmp_path):
+    with pytest.raises(UserError, match=r"is a LoRA, .*; add several to a model by kairos generate --lora"):
+        merge_files([(str(lora[2] / "lora.safetensors"), 1.0)] * 2, tmp_path / "out.safetensors")
 
 
 def test_models_of_other_shapes_are_not_merged(three):

@@ -5,22 +5,27 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from training_parts import MIX, clip_set, small_model, small_stage
 
+from kairos.training import parallel
 from kairos.training.checkpoint import load_checkpoint
 from kairos.training.flow import FlowMatching
 from kairos.training.loop import train
+from kairos.training.run import train_only
+from kairos.weights import load_transformer_file
 
 # AdamW, and Muon, whose step needs whole matrices. Muon gets no second frames by themselves: their gradients
 # have few directions, and in the others it makes whole steps of what bfloat16 rounds off. Its rate is low:
-# that differs from processor to processor.
+# that differs from processor to processor. Last a part of the model, in bfloat16.
 OPTIONS = {
     name: {"steps": 6, "precision": "float32", "muon_lr": rate, "ema": 0.9, "mix": mix}
     for name, rate, mix in (("adamw", None, MIX), ("muon", 0.003, MIX | {"ti2v": 0.0}))
 }
+OPTIONS["part"] = OPTIONS["adamw"] | {"steps": 1, "precision": "bfloat16", "train": ["blocks.3."]}
 
 FLOW = """
 import json, sys
@@ -30,6 +35,7 @@ from training_parts import clip_set, small_model, small_stage
 from kairos.training.flow import FlowMatching
 from kairos.training.loop import train
 from kairos.training.parallel import prepare, processes
+from kairos.training.run import train_only
 folder = Path({folder!r})
 losses = {{}}
 class Recorded(FlowMatching):
@@ -41,7 +47,9 @@ with processes() as here:
     clips = clip_set(folder / "cache" / str(here.rank))
     for name, options in json.loads({options!r}).items():
         stage, losses[name], model = small_stage(**options), [], small_model()
-        prepare(model, here, checkpointing=True, compiled=False, precision=stage.precision)
+        if stage.train:
+            train_only(model, stage)
+        prepare(model, here, checkpointing=True, compiled=False)
         train(model, Recorded([clips], stage, here), stage, folder / name, here=here)
     if here.first:
         (folder / "losses.json").write_text(json.dumps(losses))
@@ -62,7 +70,7 @@ stage, model = small_stage(steps=3, distillation=options, precision="float32"), 
 with processes() as here:
     clips = clip_set(folder / "cache" / str(here.rank))
     student = DistillationObjective(model, [clips], stage, options, here)
-    prepare(model, here, checkpointing=False, compiled=False, precision=stage.precision)
+    prepare(model, here, checkpointing=False, compiled=False)
     train(model, student, stage, folder / "distilled", here=here)
 """
 
@@ -89,16 +97,34 @@ def test_two_processes_have_the_loss_curve_of_one(tmp_path):
                 alone.append(loss.item())
                 return loss, count
 
-        ema = train(small_model(), Recorded([clips], stage), stage, tmp_path / f"{name}-alone")
+        model = small_model()
+        if stage.train:
+            train_only(model, stage)
+        ema = train(model, Recorded([clips], stage), stage, tmp_path / f"{name}-alone")
         torch.testing.assert_close(torch.tensor(together[name]), torch.tensor(alone), atol=1e-4, rtol=0)
-        # One process goes on from the checkpoint of two.
+        # One process goes on from the checkpoint of two, which have written a whole model beside it.
         state = load_checkpoint(tmp_path / name)
-        assert state["step"] == 6
+        assert state["step"] == stage.steps
+        written = load_transformer_file(tmp_path / name / "ema")
+        for key, value in model.named_parameters():
+            assert torch.equal(written.get_parameter(key), state["ema"].get(key, value)), key
         for key, value in ema.items():
             torch.testing.assert_close(state["ema"][key], value, atol=1e-3, rtol=1e-2)
-        longer = small_stage(**(options | {"steps": 7}))
-        train(small_model(), FlowMatching([clips], longer), longer, tmp_path / name)
-        assert load_checkpoint(tmp_path / name)["step"] == 7
+        longer = small_stage(**(options | {"steps": stage.steps + 1}))
+        train(model, FlowMatching([clips], longer), longer, tmp_path / name)
+        assert load_checkpoint(tmp_path / name)["step"] == longer.steps
+
+
+def test_the_others_wait_for_what_the_first_process_makes_however_long_it_takes(monkeypatch):
+    asked = {}
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(parallel.dist, "init_process_group", lambda *_, **options: asked.update(options))
+    monkeypatch.setattr(parallel.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(parallel.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(parallel.dist, "destroy_process_group", lambda: None)
+    with parallel.processes() as here:
+        assert here.world == 2 and asked["timeout"] > timedelta(days=7)
 
 
 def test_two_processes_distil_together(tmp_path):

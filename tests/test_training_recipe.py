@@ -12,9 +12,11 @@ import torch
 import yaml
 
 from kairos import KairosTransformer3DModel, MachineError, UserError
+from kairos.training import run as stage_run
+from kairos.training.loop import build_optimizer
 from kairos.training.parallel import ALONE
 from kairos.training.plan import check_memory, plan_stage, refuse_too_large
-from kairos.training.recipe import build_recipe, encoder_dtype, read_recipe, run_recipe
+from kairos.training.recipe import build_recipe, encoder_dtype, read_recipe, run_recipe, sampler_of
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 
@@ -213,6 +215,18 @@ def test_a_vae_goes_on_from_the_bases(tmp_path):
 SHORT = TINY["stages"][0] | {"buckets": [{"frames": 5, "height": 64, "width": 64}]}
 
 
+CLIP, PICTURE = TINY["stages"][0]["buckets"][0], {"frames": 1, "height": 64, "width": 64}
+
+
+def one(**options):
+    """The recipe with other options of its stage."""
+    return changed(stages=[TINY["stages"][0] | options])
+
+
+def distilled(**options):
+    return one(objective="distillation", distillation=options)
+
+
 def changed(**changes):
     return {key: value for key, value in (copy.deepcopy(TINY) | changes).items() if value != "absent"}
 
@@ -247,6 +261,40 @@ def changed(**changes):
         (changed(decoder={"steps": 1}, stages=[SHORT]), "in a bucket of more than 5 frames"),
         (changed(decoder={"steps": 1}, stages=[TINY["stages"][0] | {"lora": {}}]), "train a whole LinearDiT"),
         (changed(stages=[TINY["stages"][0] | {"name": "decoder"}]), "two stages are named 'decoder'"),
+        (changed(defaults={"hight": 64}), "defaults: unknown key 'hight'; did you mean 'height'"),
+        (changed(defaults={"fps": float("nan")}), "defaults.fps must be a finite number, got nan"),
+        (changed(model={"hidden_size": "abc"}), "model.hidden_size must be a whole number, got 'abc'"),
+        (changed(conditioner={"steps": "many"}), "conditioner.steps must be a whole number, got 'many'"),
+        (changed(conditioner={"captions": 0}), "conditioner.captions must be at least 1, got 0"),
+        (changed(seed=-1), "seed must be at least 0, got -1"),
+        (changed(threads=-1), "threads must be at least 1, got -1"),
+        (changed(data=TINY["data"] | {"clips": 0}), "data.clips must be at least 1, got 0"),
+        (one(distillation={}), "distillation goes with objective: distillation, got objective: flow"),
+        (one(preference={}), "preference goes with objective: preference, got objective: flow"),
+        (one(objective="distillation", lora={}), "distillation trains all weights; leave out lora"),
+        (one(objective="preference", buckets=[CLIP, PICTURE]), "preference has one bucket, got 2"),
+        (one(images=0.5), "images is the share of buckets of one frame, got 0.5 and no such bucket"),
+        (one(buckets=[CLIP, PICTURE]), "images is 0, so bucket 1x64x64 would never be drawn"),
+        (one(batch_size=3, accumulate=2), "batch_size must be a multiple of accumulate, got 3 and 2"),
+        (one(start_from="transformer"), "start_from must name an earlier stage, got 'transformer'"),
+        (
+            changed(stages=[TINY["stages"][0] | {"lora": {}}, TINY["stages"][0] | {"name": "next"}]),
+            "stage next: transformer makes a LoRA",
+        ),
+        (one(decay_steps=-5), "decay_steps must be at least 0, got -5"),
+        (one(muon_lr=-1), "muon_lr must be above 0, got -1"),
+        (one(adamw_lr=float("inf")), "adamw_lr must be a finite number, got inf"),
+        (one(betas=[1.5, 2]), "betas must be two numbers from 0 to below 1"),
+        (one(weight_decay=-1), "weight_decay must be at least 0, got -1"),
+        (one(time_std=float("nan")), "time_std must be a finite number, got nan"),
+        (one(mix={"t2v": float("nan")}), "mix.t2v must be a finite number"),
+        (distilled(shift=0), "distillation.shift must be above 0, got 0"),
+        (distilled(fake_score_updates=-1), "fake_score_updates must be at least 0, got -1"),
+        (distilled(fake_score_lr=-1), "fake_score_lr must be above 0, got -1"),
+        (distilled(motion_clips=0), "motion_clips must be at least 1, got 0"),
+        (distilled(sigma_range=[-5, 30]), "sigma_range must be two rising numbers from 0 to 1"),
+        (distilled(sigma_range=[0.1, 0.2, 0.3]), "sigma_range must be two rising numbers from 0 to 1"),
+        (distilled(sampling_times=[900, 500]), "sampling_times must fall from 1000"),
         (changed(stages=[TINY["stages"][0] | {"stepz": 1}]), r"stages\[0\]: unknown key 'stepz'"),
         (changed(stages=[TINY["stages"][0] | {"steps": "many"}]), "steps must be a whole number, got 'many'"),
         (changed(stages=[TINY["stages"][0] | {"visible": 1.5}]), "visible must be from 0 to 1, got 1.5"),
@@ -280,6 +328,13 @@ def test_stages_that_are_not_there_yet_are_named(tmp_path):
         run_recipe(recipe, ("dit",))
     with pytest.raises(UserError, match="has no vae yet; run the recipe's stage vae first"):
         run_recipe(recipe, ("cache",))
+    for part in ("vae", "conditioner"):
+        (tmp_path / part).mkdir()  # begun, and stopped before its end
+        with pytest.raises(UserError, match=f"has no {part} yet; run the recipe's stage {part} first"):
+            run_recipe(recipe, ("cache",))
+        (tmp_path / part / "finished").touch()
+    for part in ("vae", "conditioner"):
+        (tmp_path / part / "finished").unlink()
     with pytest.raises(UserError, match="stage transformer has no weights"):
         run_recipe(recipe, ("assemble",))
     recipe = build_recipe(copy.deepcopy(TINY) | {"output": str(tmp_path), "decoder": {"steps": 1}}, "recipe")
@@ -297,6 +352,10 @@ def test_a_model_that_does_not_exist_and_a_rollout_that_cannot_be_are_refused(tm
     content |= {"base": "kairos-tiny", "stages": [stage], "model": model}
     with pytest.raises(UserError, match="the task rollout needs"):
         run_recipe(build_recipe(content, "recipe"), ("transformer",))
+    content |= {"model": {"causal": "chunk"}}  # the rest is the base's
+    recipe = build_recipe(content, "recipe")
+    made = stage_run.starting_model(recipe, recipe.stages[0])
+    assert made.config.hidden_size < 500 and made.config.causal == "chunk"
     content |= {"stages": [stage | {"mix": {"t2v": 1.0}}], "model": model | {"hidden": 3}}
     with pytest.raises(UserError, match="hidden"):
         run_recipe(build_recipe(content, "recipe"), ("transformer",))
@@ -336,6 +395,31 @@ def test_frames_that_are_decoded_take_memory_by_the_size_of_the_vae():
     assert large.memory_gb["decoder"] > 6 * all_of_them
     with pytest.raises(MachineError, match="try fewer frame_clips"):
         refuse_too_large(replace(large, memory_gb=large.memory_gb | {"decoder": 400.0}), 80.0)
+
+
+def test_muon_keeps_one_number_of_a_matrix_and_two_of_the_rest():
+    recipe = build_recipe(copy.deepcopy(TINY), "recipe")
+    stage = recipe.stages[0]
+    model = KairosTransformer3DModel(**recipe.model)
+    optimizer = build_optimizer(model, stage)
+    sum(p.sum() for p in model.parameters()).backward()
+    optimizer.step()
+    kept = sum(
+        value.nbytes
+        for state in optimizer.state.values()
+        for value in state.values()
+        if torch.is_tensor(value)
+    )
+    assert plan_stage(recipe, stage).memory_gb["optimizer"] == pytest.approx(kept / 1e9)
+
+
+def test_a_model_keeps_its_sampler_when_it_learns_preferences():
+    stage = TINY["stages"][0]
+    fast = stage | {"name": "fast", "objective": "distillation"}
+    better = stage | {"name": "better", "objective": "preference"}
+    recipe = build_recipe(changed(stages=[stage, fast, better]), "recipe")
+    samplers = [type(sampler_of(recipe, one)[0]).__name__ for one in recipe.stages]
+    assert samplers == ["FlowMatchScheduler", "FewStepScheduler", "FewStepScheduler"]
 
 
 def test_lora_needs_a_small_part_of_the_memory():

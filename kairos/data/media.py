@@ -64,17 +64,20 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def read_video(
-    path: str | os.PathLike[str], fps: float | None = None, max_frames: int | None = None
+    path: str | os.PathLike[str], fps: float | None = None, max_frames: int | None = None, skip: int = 0
 ) -> Frames:
     """The frames of a video file, (F, H, W, 3) uint8 RGB, upright.
 
     With `fps` they are taken at that rate: frame k is the one on screen at k / fps seconds. At most
-    `max_frames` are read. Raises UserError where there is no such file or no video in it.
+    `max_frames` are read, those after the first `skip`. Raises UserError where there is no such file or no
+    video in it.
     """
-    return np.stack(list(itertools.islice(video_frames(path, fps), max_frames)))
+    return np.stack(list(itertools.islice(video_frames(path, fps, skip), max_frames)))
 
 
-def video_frames(path: str | os.PathLike[str], fps: float | None = None) -> Iterator[NDArray[np.uint8]]:
+def video_frames(
+    path: str | os.PathLike[str], fps: float | None = None, skip: int = 0
+) -> Iterator[NDArray[np.uint8]]:
     """The frames of `read_video` one by one, (H, W, 3): a long video need not be in memory as a whole."""
     path = _existing_file(path, "video")
     if fps is not None and not fps > 0:
@@ -82,6 +85,8 @@ def video_frames(path: str | os.PathLike[str], fps: float | None = None) -> Iter
     shape = None
     with _reading(path) as container:
         for frame, repeats in on_screen(container, fps):
+            skipped = min(repeats, skip)
+            skip, repeats = skip - skipped, repeats - skipped
             if not repeats:
                 continue
             pixels = frame.to_ndarray(format="rgb24")
@@ -93,7 +98,7 @@ def video_frames(path: str | os.PathLike[str], fps: float | None = None) -> Iter
             shape = pixels.shape
             yield from itertools.repeat(pixels, repeats)
     if shape is None:
-        raise UserError(f"cannot read video {path}: it has no frames")
+        raise UserError(f"cannot read video {path}: it has no frames where it is to be read")
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -142,15 +142,13 @@ def build_cache(
     writers = {
         bucket.name: ShardWriter(folder / bucket.name, "latents", {"vae": vae_hash}) for bucket in buckets
     }
-    made: set[tuple[str, str]] = set()
-    kept = 0
+    begun: set[tuple[str, str]] = set()
     for reference in source.references(buckets, skipped):
         name = reference.bucket.name
-        if reference.key in known[name] or (name, reference.key) in made:
-            kept += 1
+        if reference.key in known[name] or (name, reference.key) in begun:
             listed.append(entry_of(reference))
         else:
-            made.add((name, reference.key))
+            begun.add((name, reference.key))
             references.append(reference)
     with ahead:
         for bucket in buckets:
@@ -183,7 +181,8 @@ def build_cache(
     captions = {"", *(entry["caption"] for entry in listed)}
     embed_captions(folder / "prompts", captions, encoders, text_hash, device)
     listed.sort(key=lambda entry: (entry["bucket"], entry["key"], entry["caption"]))
-    report = {"made": len(listed) - kept, "kept": kept, "skipped": skipped.clips}
+    made = sum(len(writer.written) for writer in writers.values())
+    report = {"made": made, "kept": len(listed) - made, "skipped": skipped.clips}
     content = {"vae": vae_hash, "text": text_hash, "clips": listed}
     write_atomically(folder / f"clips-{digest(described)}.json", json.dumps(content).encode())
     write_atomically(folder / f"report-{digest(described)}.json", json.dumps(report, indent=1).encode())
@@ -191,7 +190,7 @@ def build_cache(
         "%s: %d clips computed, %d there already, %d skipped",
         folder,
         report["made"],
-        kept,
+        report["kept"],
         len(skipped.clips),
     )
     return report

@@ -131,7 +131,17 @@ def copy_into(target: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Non
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """`optimizer.load_state_dict` of a whole state, in the layout of the parameters."""
+    """`optimizer.load_state_dict` of a whole state, in the layout of the parameters.
+
+    Rates, betas and decay are not loaded: a stage goes on with what its recipe says now.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    found, wanted = ([len(group["params"]) for group in kept] for kept in (state["param_groups"], groups))
+    if found != wanted:
+        raise UserError(
+            "the checkpoint is of another optimizer: muon_lr was added or taken away since; change it back "
+            "or name another output"
+        )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     laid: dict[int, Any] = {}
     for number, entry in state["state"].items():
@@ -142,7 +152,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
             else value
             for key, value in entry.items()
         }
-    optimizer.load_state_dict({"state": laid, "param_groups": state["param_groups"]})
+    optimizer.load_state_dict({"state": laid, "param_groups": groups})
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

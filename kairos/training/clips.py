@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import re
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,7 +26,7 @@ from PIL import Image
 
 from kairos.data.media import read_image, read_video
 from kairos.errors import KairosError, UserError, one_line
-from kairos.training.config import build
+from kairos.training.config import above_0, at_least, build
 from kairos.worlds import SCENES, simulate
 from kairos.worlds.world import drawn
 
@@ -106,6 +108,8 @@ class SimulatorSource:
         for scene in self.scenes:
             if scene not in SCENES:
                 raise UserError(f"unknown scene {scene!r}; one of {', '.join(SCENES)}")
+        at_least(1, self, "clips", where="data.")
+        at_least(0, self, "pictures", "seed", where="data.")
 
     def references(self, buckets: Sequence[Bucket], skipped: Skipped) -> Iterator[ClipReference]:
         for bucket in buckets:
@@ -146,6 +150,9 @@ class ManifestSource:
     root: Path | None = None
     fps: float = 16.0
 
+    def __post_init__(self) -> None:
+        above_0(self, "fps", where="data.")
+
     def references(self, buckets: Sequence[Bucket], skipped: Skipped) -> Iterator[ClipReference]:
         root = (self.root or self.file.parent).resolve()
         for line, entry in read_lines(self.file):
@@ -167,6 +174,9 @@ class WebdatasetSource:
 
     folder: Path
     fps: float = 16.0
+
+    def __post_init__(self) -> None:
+        above_0(self, "fps", where="data.")
 
     def references(self, buckets: Sequence[Bucket], skipped: Skipped) -> Iterator[ClipReference]:
         if not self.folder.is_dir():
@@ -196,9 +206,10 @@ class WebdatasetSource:
             return
         for stem, parts in members.items():
             name = f"{label}/{stem}"
-            suffix = next((s for s in (".mp4", *IMAGES) if s in parts), "")
+            kinds = IMAGES if bucket.frames == 1 else ()
+            suffix = next((s for s in (".mp4", *kinds) if s in parts), "")
             if not suffix or ".json" not in parts:
-                skipped.add(name, "needs both .mp4 (or an image) and .json")
+                skipped.add(name, f"needs both .mp4{' (or an image)' if kinds else ''} and .json")
                 continue
             try:
                 caption = json.loads(part_of(tar, parts[".json"]))["caption"]
@@ -264,14 +275,19 @@ def read_entry(entry: dict[str, Any], where: str) -> tuple[str, str, float]:
         raise UserError(f'{where}: "video" must be the path of a clip, got {video!r}')
     if not isinstance(caption, str):
         raise UserError(f'{where}: "caption" must be a text, got {caption!r}')
-    if not isinstance(start_s, int | float) or not start_s >= 0:
-        raise UserError(f'{where}: "start_s" must be at least 0, got {start_s!r}')
+    if not isinstance(start_s, int | float) or not 0 <= start_s < math.inf:
+        raise UserError(f'{where}: "start_s" must be at least 0 and finite, got {start_s!r}')
     return video, caption, float(start_s)
 
 
 def inside(root: Path, name: str, where: str) -> Path:
-    """`name` below `root`, links followed. Raises UserError where it leaves the root."""
-    path = (root / name).resolve()
+    """`name` below `root`, links followed. Raises UserError where it leaves the root or is unreadable."""
+    try:
+        path = (root / name).resolve()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{where}: no file can be read at {name!r}: {one_line(error)}") from None
     if not path.is_relative_to(root):
         raise UserError(f"{where}: {name!r} leaves the data root {root}; only paths inside it are read")
     return path
@@ -330,8 +346,7 @@ def decode(path: Path, suffix: str, fps: float, frames: int, start_s: float = 0.
     """`frames` frames at `fps`, from `start_s` on. Raises UserError where there are fewer."""
     if suffix in IMAGES:
         return np.asarray(read_image(path))[None]
-    first = round(start_s * fps)
-    video = read_video(path, fps=fps, max_frames=first + frames)[first:]
+    video = read_video(path, fps=fps, max_frames=frames, skip=round(start_s * fps))
     if len(video) < frames:
         raise UserError(f"it has {len(video)} frames at {fps:g} fps, {frames} are needed")
     return video

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, Union
@@ -28,10 +30,28 @@ def check_keys(mapping: Any, known: Iterable[str], where: str) -> None:
             raise UserError(f"{where}: unknown key {key!r}{did_you_mean(str(key), known)}")
 
 
-def check_arguments(function: Callable[..., Any], mapping: Any, where: str) -> None:
-    """Refuse what is not a keyword argument of `function`."""
+def arguments(function: Callable[..., Any], mapping: Any, where: str) -> dict[str, Any]:
+    """A mapping from YAML as arguments of `function`. Raises UserError for what is not an optional one, and
+    for a value of another type."""
     parameters = inspect.signature(function).parameters.values()
-    check_keys(mapping, [p.name for p in parameters if p.kind is p.KEYWORD_ONLY], where)
+    check_keys(mapping, [p.name for p in parameters if p.default is not p.empty], where)
+    hints = typing.get_type_hints(function)
+    return {key: convert(hints[key], value, f"{where}.{key}") for key, value in mapping.items()}
+
+
+def at_least(least: float, holder: Any, *names: str, where: str = "", of: str = "") -> None:
+    """Refuse attributes that are below the least value."""
+    for name in names:
+        if getattr(holder, name) < least:
+            raise UserError(f"{where}{name}{of} must be at least {least}, got {getattr(holder, name)}")
+
+
+def above_0(holder: Any, *names: str, where: str = "", of: str = "") -> None:
+    """Refuse attributes that are not above 0; None says nothing."""
+    for name in names:
+        value = getattr(holder, name)
+        if value is not None and value <= 0:
+            raise UserError(f"{where}{name}{of} must be above 0, got {value}")
 
 
 def build(cls: type[T], mapping: Any, where: str, **more: Any) -> T:
@@ -76,13 +96,13 @@ def convert(kind: Any, value: Any, where: str) -> Any:
         return {str(key): convert(inner[1], one, f"{where}.{key}") for key, one in value.items()}
     if kind is Path and isinstance(value, str):
         return Path(value)
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return value
     if kind is float and isinstance(value, str):  # YAML takes 1e-5 for a text
-        try:
-            return float(value)
-        except ValueError:
-            pass
+        with suppress(ValueError):
+            value = float(value)
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise UserError(f"{where} must be a finite number, got {value}")
+        return value
     if kind is Any:
         return value
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):

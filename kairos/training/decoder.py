@@ -24,6 +24,7 @@ from kairos.schedulers import FewStepScheduler, FlowMatchScheduler
 from kairos.training.batches import row_at, seed_of
 from kairos.training.cache import ClipSet
 from kairos.training.clips import ClipReference
+from kairos.training.config import above_0, at_least
 from kairos.training.muon import Muon, split_parameters
 from kairos.training.samples import sample_latents
 from kairos.training.vae import pixels, placement_errors
@@ -52,8 +53,9 @@ class DecoderStage:
     """How much a change from frame to frame counts beside the frames."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise UserError(f"decoder.steps must be at least 1, got {self.steps}")
+        at_least(1, self, "steps", where="decoder.")
+        above_0(self, "muon_lr", where="decoder.")
+        at_least(0, self, "final_lr", "moving", where="decoder.")
         if self.batch_size < 2 or self.batch_size % 2:
             raise UserError(f"decoder.batch_size must be even, at least 2, got {self.batch_size}")
 

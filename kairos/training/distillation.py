@@ -86,7 +86,7 @@ class DistillationObjective(FlowMatching):
         self.fake_score = copy.deepcopy(self.teacher).requires_grad_(True)
         self.critic = Critic(self.fake_score, stage.seed) if options.adversarial else None
         for network in (self.teacher, self.fake_score):
-            prepare(network, here, checkpointing=False, compiled=stage.compile, precision=stage.precision)
+            prepare(network, here, checkpointing=False, compiled=stage.compile)
         groups: list[dict[str, Any]] = [{"params": list(self.fake_score.parameters())}]
         if self.critic is not None:
             head = self.critic.head.to(here.device)
@@ -177,6 +177,7 @@ class DistillationObjective(FlowMatching):
         sigma = batch.sigma.clone()
         spread = torch.rand(len(batch), 1, generator=generator).to(sigma) * CRITIC_SIGMA
         sigma[:, batch.cut.past :] = spread
+        sigma[:, : batch.cut.past] = 0
         noise, rates = self.draw(batch, generator), sigma[:, None, :, None, None]
         noisy = self.with_past(batch, (1 - rates) * latents + rates * noise)
         prompt = batch.prompt_embeds, batch.prompt_mask
@@ -324,11 +325,11 @@ class DistillationObjective(FlowMatching):
 
     def report(self, model: nn.Module, step: int) -> dict[str, float]:
         """Every so many steps the ratio of motion, student to teacher: below 1 it moves too little."""
-        if step % self.options.motion_every and step != self.stage.steps:
-            return {}
+        every = self.options.motion_every
         clips = max(self.sets, key=lambda clips: clips.bucket.frames)
+        if clips.latent_frames == 1 or (step != self.stage.steps and not (every and step % every == 0)):
+            return {}  # pictures do not move
         rows = list(range(min(self.options.motion_clips, len(clips))))
-        given = 1 if clips.latent_frames > 1 else 0
 
         def moved(network: Any, few_step: FewStepScheduler | None) -> float:
             with self.processes.autocast(self.stage.precision):
@@ -340,7 +341,7 @@ class DistillationObjective(FlowMatching):
                     guidance_scale=self.options.guidance_scale,
                     guide_continuation=self.options.guide_continuation,
                     few_step=few_step,
-                    known_frames=given,
+                    known_frames=1,
                     device=self.processes.device,
                 )
             return motion(latents)

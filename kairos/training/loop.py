@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from kairos.data.files import prepare_folder, write_atomically
+from kairos.errors import UserError
+from kairos.models.transformer import KairosTransformer3DModel
 from kairos.training.batches import seed_of
 from kairos.training.checkpoint import (
     check_fits,
@@ -69,6 +72,8 @@ def train(
     rates = [group["lr"] for group in optimizer.param_groups]
     ema = {name: parameter.detach().clone() for name, parameter in trained.items()}
     step = resume(output, trained, ema, optimizer, objective)
+    if step >= stage.steps:  # its last checkpoint is there, its weights are not
+        store(output, model, trained, ema, optimizer, objective, step, here)
     model.train()
     progress = Progress(output, stage, sum(p.numel() for p in trained.values()), step, here)
     saved = time.monotonic()
@@ -99,7 +104,8 @@ def train(
                 progress.catch_up()
                 store(output, model, trained, ema, optimizer, objective, step, here)
                 saved = time.monotonic()
-            if stopped and step < stage.steps:
+                stopped = here.any(stop())  # it may have come while saving
+            if stopped:
                 logger.info("stopped and saved at step %d of %d", step, stage.steps)
                 raise KeyboardInterrupt
     return ema
@@ -144,10 +150,13 @@ def resume(
     if state is None:
         return 0
     check_fits(state["model"], trained, output)
+    kept = state.get("objective", {})
+    if kept.keys() != objective.state().keys():
+        raise UserError(f"the checkpoint in {output} is of another objective; name another output")
     copy_into(trained, state["model"])
     copy_into(ema, state["ema"])
     load_optimizer(optimizer, state["optimizer"])
-    objective.load_state(state.get("objective", {}))
+    objective.load_state(kept)
     return int(state["step"])
 
 
@@ -161,17 +170,20 @@ def store(
     step: int,
     here: Processes,
 ) -> None:
-    """Write the checkpoint, and the moving average as a model of its own."""
+    """Write the moving average as a model of its own, then the checkpoint: one of the last step says that all
+    is there."""
+    average = gathered(ema)
+    weights = average if is_lora(average) else gathered(frozen_parameters(model)) | average
     state = {
         "model": gathered(trained),
-        "ema": gathered(ema),
+        "ema": average,
         "optimizer": gathered(optimizer.state_dict()),
         "step": step,
         "objective": gathered(objective.state()),
     }
     if here.first:
+        save_weights(output / "ema", model, weights)
         save_checkpoint(output, state)
-        save_weights(output / "ema", model, state["ema"])
     here.wait()
 
 
@@ -179,15 +191,25 @@ def save_weights(folder: Path, model: Any, weights: dict[str, Tensor]) -> None:
     """Weights beside their configuration, in diffusers' layout; those of LoRA as lora.safetensors alone."""
     prepare_folder(folder)
     weights = {name: tensor.contiguous() for name, tensor in weights.items()}
-    if any("lora_" in name for name in weights):
+    if is_lora(weights):
         from kairos.training.lora import lora_bytes
 
         write_atomically(folder / "lora.safetensors", lora_bytes(model, weights))
         return
-    frozen = {name: p for name, p in model.named_parameters() if name not in weights}
-    weights = gathered(frozen) | weights
+    # FSDP2 makes a class of its own of the model's; the file is of the model.
+    config = json.loads(model.to_json_string()) | {"_class_name": KairosTransformer3DModel.__name__}
+    write_atomically(folder / "config.json", json.dumps(config, indent=2).encode())
     write_atomically(folder / "diffusion_pytorch_model.safetensors", save(weights, metadata={"format": "pt"}))
-    write_atomically(folder / "config.json", model.to_json_string().encode())
+
+
+def is_lora(weights: Iterable[str]) -> bool:
+    """Whether these are the names of low-rank updates, not of a model's weights."""
+    return any("lora_" in name for name in weights)
+
+
+def frozen_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter, of those that stay as they are."""
+    return {name: p for name, p in model.named_parameters() if not p.requires_grad}
 
 
 @contextmanager

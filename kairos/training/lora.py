@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from safetensors.torch import save
 from torch import Tensor
@@ -19,12 +20,17 @@ from kairos.training.stage import LoRA
 ADAPTER = "default"
 
 
-def add_lora(model: Any, options: LoRA) -> None:
-    """Freeze the model and add low-rank updates that begin as nothing. UserError for unknown targets."""
+def add_lora(model: Any, options: LoRA, seed: int = 0) -> None:
+    """Freeze the model and add low-rank updates that begin as nothing. UserError for unknown targets.
+
+    One of each update's two matrices begins as random numbers: those of the seed, in every process.
+    """
     config = LoraConfig(r=options.rank, lora_alpha=options.alpha, target_modules=list(options.targets))
     model.requires_grad_(False)
     try:
-        model.add_adapter(config, adapter_name=ADAPTER)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model.add_adapter(config, adapter_name=ADAPTER)
     except ValueError as error:
         raise UserError(f"lora.targets {list(options.targets)} name no layer: {one_line(error)}") from error
     for name, parameter in model.named_parameters():

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,6 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kairos.training.precision import has_bfloat16
+
+PATIENCE = timedelta(days=30)
+"""The others wait while the first process makes a VAE, a cache or pairs, which may take days. A process that
+dies needs no shorter limit: torchrun ends the others."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +74,14 @@ def processes() -> Iterator[Processes]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), device)
     finally:
         dist.destroy_process_group()
 
 
-def prepare(model: Any, here: Processes, *, checkpointing: bool, compiled: bool, precision: str) -> None:
+def prepare(model: Any, here: Processes, *, checkpointing: bool, compiled: bool) -> None:
     """Put on the model, in place and in this order: device, activation checkpointing, compilation, shards."""
     model.to(here.device)
     if checkpointing:
@@ -84,24 +89,24 @@ def prepare(model: Any, here: Processes, *, checkpointing: bool, compiled: bool,
     if compiled:
         for block in model.blocks:
             block.compile()
-    shard(model, here, precision=precision)
+    shard(model, here)
 
 
-def shard(model: Any, here: Processes, *, precision: str = "float32") -> None:
-    """Lay the parameters over the processes, block by block; nothing to do for one process."""
+def shard(model: Any, here: Processes) -> None:
+    """Lay the parameters over the processes, block by block; nothing to do for one process.
+
+    They are gathered as they are kept, in float32: autocast rounds what is multiplied, as on one GPU, and
+    nothing else. FSDP's own mixed precision would round times, rotary tables and decays as well.
+    """
     if here.world == 1:
         return
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(here.device.type, (here.world,))
-    bfloat16 = precision == "bfloat16" and here.device.type == "cuda"
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if bfloat16 else None, reduce_dtype=torch.float32
-    )
     for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], here: Processes) -> None:

@@ -18,6 +18,7 @@ import torch
 from kairos import sizes
 from kairos.errors import MachineError
 from kairos.memory import VAE_FLOP
+from kairos.training.loop import build_optimizer
 from kairos.training.parallel import Processes
 from kairos.training.precision import has_bfloat16
 from kairos.training.recipe import Recipe
@@ -51,12 +52,12 @@ def plan_stage(recipe: Recipe, stage: Stage, world: int = 1) -> StagePlan:
     """Count what the stage needs on each of `world` processes."""
     config = model_config(recipe)
     parameters = sizes.transformer_parameters(config)
-    trained = trained_parameters(config, stage, parameters)
+    trained, by_muon = trained_parameters(config, stage, parameters)
     gb = 1e9 * world
     memory = {
         "weights": 4 * parameters / gb,
         "gradients": 4 * trained / gb,
-        "optimizer": (4 if stage.muon_lr is not None else 8) * trained / gb,
+        "optimizer": (8 * trained - 4 * by_muon) / gb,
         "moving average": 4 * trained / gb,
     }
     if stage.objective == "distillation":
@@ -100,7 +101,7 @@ def model_config(recipe: Recipe) -> dict[str, Any]:
         folder = presets.locate(recipe.base)[1]
         if folder is not None and (folder / "transformer" / "config.json").exists():
             config |= presets.read_json(folder / "transformer" / "config.json")
-    return config | recipe.model
+    return {key: value for key, value in (config | recipe.model).items() if not key.startswith("_")}
 
 
 def decoder_size(recipe: Recipe) -> tuple[int, int]:
@@ -115,22 +116,26 @@ def decoder_size(recipe: Recipe) -> tuple[int, int]:
     return int(config.get("base_dim", 96)), int(config.get("num_res_blocks", 2))
 
 
-def trained_parameters(config: Mapping[str, Any], stage: Stage, parameters: int) -> int:
-    """How many numbers change: all, those of LoRA, or those of the named parts."""
-    if stage.lora is None and not stage.train:
-        return parameters
+def trained_parameters(config: Mapping[str, Any], stage: Stage, parameters: int) -> tuple[int, int]:
+    """How many numbers change: all, those of LoRA, or those of the named parts; and how many of them Muon
+    changes, which keeps one number of each where AdamW keeps two."""
+    if stage.lora is None and not stage.train and stage.muon_lr is None:
+        return parameters, 0
     from kairos.models.transformer import KairosTransformer3DModel
 
-    known = {key: value for key, value in config.items() if not key.startswith("_")}
     with torch.device("meta"):
-        model = KairosTransformer3DModel(**known)
+        model = KairosTransformer3DModel(**config)
     if stage.lora is None:
-        return sum(p.numel() for n, p in model.named_parameters() if any(part in n for part in stage.train))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not stage.train or any(part in name for part in stage.train))
+        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        groups = build_optimizer(model, stage).param_groups if stage.muon_lr is not None else []
+        return count, sum(p.numel() for group in groups if group["muon"] for p in group["params"])
     count = 0
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name.endswith(tuple(f".{t}" for t in stage.lora.targets)):
             count += stage.lora.rank * (module.in_features + module.out_features)
-    return count
+    return count, count if stage.muon_lr is not None else 0
 
 
 def activation_bytes(config: Mapping[str, Any], tokens: float, stage: Stage) -> float:

@@ -16,7 +16,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,18 @@ from torch import Tensor, nn
 
 from kairos.data.files import write_atomically
 from kairos.data.media import read_video
-from kairos.errors import UserError
+from kairos.errors import UserError, one_line
 from kairos.evaluation.reading import read
 from kairos.evaluation.scores import velocity_error
 from kairos.models.vae import decode, encode
 from kairos.schedulers import shift_for
 from kairos.training.batches import row_at, seed_of
-from kairos.training.cache import ClipSet, Encoders, ShardWriter, embed_captions, stored_rows
-from kairos.training.clips import Bucket, SimulatorSource, fit, inside, read_lines
+from kairos.training.cache import ClipSet, Encoders, ShardWriter, digest, embed_captions, stored_rows
+from kairos.training.clips import Bucket, SimulatorSource, content_hash, fit, inside, read_lines
 from kairos.training.flow import is_causal
 from kairos.training.parallel import ALONE, Processes, shard
 from kairos.training.stage import Preference, Stage
+from kairos.weights.fingerprint import fingerprint
 from kairos.worlds import simulate
 
 logger = logging.getLogger(__name__)
@@ -67,12 +68,18 @@ def rollout_pairs(
     *,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Make `options.pairs` pairs of the pipeline's own continuations and write them to `folder`.
+    """Make `options.pairs` pairs of the pipeline's own continuations and write them to `folder`, unless those
+    of the same model, clips and options are there.
 
     A pair is left out where an error cannot be measured or they differ by less than the margin. Returns the
     mean errors of the better and the worse ones and how many pairs there are.
     """
     encoders = encoders_of(pipeline)
+    asked = asdict(replace(options, beta=1.0))  # which has no part in the making
+    model = fingerprint({"model": pipeline.transformer})
+    of = digest([asked, asdict(source), bucket.name, seed, model, encoders.hashes()])
+    if (kept := read_list(folder)).get("of") == of:
+        return kept["said"]
     writer = PairWriter(folder, encoders)
     errors: list[tuple[float, float]] = []
     for index in range(options.pairs):
@@ -107,18 +114,27 @@ def rollout_pairs(
         errors.append((best, worst))
         past = (options.given_frames - 1) // 4 + 1
         writer.add(f"{scene}/{source.split}/{source.seed}/{index}", clip.caption, past, better, worse)
-    writer.close()
     if not errors:
         raise UserError("no two rollouts differ by more than the margin; lower preference.margin")
     best, worst = np.mean(errors, axis=0)
     logger.info("%d pairs, mean velocity error %.4f and %.4f", len(errors), best, worst)
-    return {"pairs": len(errors), "better": float(best), "worse": float(worst)}
+    said = {"pairs": len(errors), "better": float(best), "worse": float(worst)}
+    writer.close(said)
+    return said
 
 
 def manifest_pairs(folder: Path, manifest: Path, bucket: Bucket, encoders: Encoders, fps: float) -> None:
-    """Pairs from lines {"better": "a.mp4", "worse": "b.mp4", "caption": "...", "given_frames": 1}."""
-    writer = PairWriter(folder, encoders)
-    root = manifest.parent.resolve()
+    """Pairs from lines {"better": "a.mp4", "worse": "b.mp4", "caption": "...", "given_frames": 1}; those that
+    are there already are not made again."""
+    try:
+        content = content_hash(manifest.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read the manifest {manifest}: {one_line(error)}") from None
+    of = digest([content, str(manifest.resolve()), bucket.name, fps, encoders.hashes()])
+    if read_list(folder).get("of") == of:
+        return
+    writer = PairWriter(folder, encoders, of)
+    root, vae = manifest.parent.resolve(), encoders.vae
     for line, entry in read_lines(manifest):
         where = f"{manifest}, line {line}"
         given = entry.get("given_frames", 0)
@@ -135,17 +151,21 @@ def manifest_pairs(folder: Path, manifest: Path, bucket: Bucket, encoders: Encod
                 )
             pixels = torch.from_numpy(fit(frames, bucket).copy()).permute(3, 0, 1, 2)[None]
             with torch.no_grad():
-                latents.append(encode(encoders.vae, pixels.to(encoders.vae.dtype) / 127.5 - 1))
+                latents.append(encode(vae, pixels.to(vae.device, vae.dtype) / 127.5 - 1))
         past = (given - 1) // 4 + 1 if given else 0
         writer.add(f"{manifest.name}/{line}", str(entry.get("caption", "")), past, latents[0], latents[1])
-    writer.close()
+    writer.close({})
 
 
 class PairWriter:
-    """Pairs into shards; the list is written last, so what was stopped is made again."""
+    """Pairs into shards; the list is written last, so what was stopped is made again.
 
-    def __init__(self, folder: Path, encoders: Encoders) -> None:
-        self.folder, self.encoders = folder, encoders
+    `of`: what decides about the pairs, in short; where it changes they are made anew.
+    """
+
+    def __init__(self, folder: Path, encoders: Encoders, of: str) -> None:
+        self.folder, self.encoders, self.of = folder, encoders, of
+        (folder / LIST).unlink(missing_ok=True)
         self.hashes = encoders.hashes()
         for file in (folder / "latents").glob("*.safetensors"):
             file.unlink()
@@ -157,23 +177,31 @@ class PairWriter:
         for side, latents in (("better", better), ("worse", worse)):
             self.shards.add(f"{key}/{side}", latents.to("cpu", torch.bfloat16))
 
-    def close(self) -> None:
+    def close(self, said: dict[str, float]) -> None:
+        """`said` is kept beside the pairs."""
         self.shards.close()
         captions = {"", *(pair["caption"] for pair in self.pairs)}
         embed_captions(self.folder / "prompts", captions, self.encoders, self.hashes[1])
-        write_atomically(self.folder / LIST, json.dumps(self.pairs).encode())
+        content = {"of": self.of, "said": said, "pairs": self.pairs}
+        write_atomically(self.folder / LIST, json.dumps(content).encode())
+
+
+def read_list(folder: Path) -> dict[str, Any]:
+    """The list of the pairs in `folder`; empty where they are not all there."""
+    if not (folder / LIST).exists():
+        return {}
+    content = json.loads((folder / LIST).read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) else {}
 
 
 def load_pairs(folder: Path, bucket: Bucket, encoders: Encoders) -> PairSet:
     """The pairs that were written to `folder`. Raises UserError where there are none for these encoders."""
-    if not (folder / LIST).exists():
-        raise UserError(f"no pairs in {folder}")
-    pairs = json.loads((folder / LIST).read_text(encoding="utf-8"))
+    pairs = read_list(folder).get("pairs")
     vae_hash, text_hash = encoders.hashes()
     places = stored_rows(folder / "latents", "vae", vae_hash)
     prompts = stored_rows(folder / "prompts", "text", text_hash)
     if not pairs or any(f"{pair['key']}/worse" not in places for pair in pairs):
-        raise UserError(f"the pairs in {folder} are missing or another VAE's; delete the folder to make them")
+        raise UserError(f"there are no pairs in {folder}, or shards are missing; delete it to make them anew")
     captions = [pair["caption"] for pair in pairs]
     keys = {side: [f"{pair['key']}/{side}" for pair in pairs] for side in ("better", "worse")}
     sides = [
@@ -190,7 +218,7 @@ class PreferenceObjective:
     ) -> None:
         self.pairs, self.stage, self.options, self.processes = pairs, stage, options, here
         self.reference = copy.deepcopy(model).requires_grad_(False).eval()
-        shard(self.reference, here, precision=stage.precision)
+        shard(self.reference, here)
         self._right: list[float] = []
 
     def loss(self, model: nn.Module, step: int, part: int) -> tuple[Tensor, int]:
@@ -204,27 +232,28 @@ class PreferenceObjective:
         alike = [row for row in range(len(self.pairs)) if self.pairs.past[row] == past]
         rng = np.random.default_rng((self.stage.seed, step))
         order = rng.choice(alike, size=size, replace=len(alike) < size)
-        own = order[part * world + self.processes.rank :: parts].tolist()
-        generator = torch.Generator().manual_seed(seed_of(self.stage.seed, step, part, self.processes.rank))
-        differences = self.differences(model, own, past, generator)
+        own = slice(part * world + self.processes.rank, None, parts)
+        seeds = [seed_of(self.stage.seed, step, number) for number in range(size)]
+        differences = self.differences(model, order[own].tolist(), past, seeds[own])
         self._right.append(float((differences < 0).float().mean()))
-        return -F.logsigmoid(-self.options.beta / 2 * differences).mean(), len(own)
+        return -F.logsigmoid(-self.options.beta / 2 * differences).mean(), len(differences)
 
-    def differences(
-        self, model: nn.Module, rows: Sequence[int], past: int, generator: torch.Generator
-    ) -> Tensor:
-        """(B,): how much more the model errs than the reference on the better clip, less the other."""
+    def differences(self, model: nn.Module, rows: Sequence[int], past: int, seeds: Sequence[int]) -> Tensor:
+        """(B,): how much more the model errs than the reference on the better clip, less the other; the
+        seeds are of each pair's time and noise."""
         device = self.processes.device
         better = self.pairs.better.latents(rows).to(device)
         worse = self.pairs.worse.latents(rows).to(device)
         worse[:, :, :past] = better[:, :, :past]
         frames = better.shape[2]
         shift = shift_for(frames, better.shape[3] * better.shape[4] // 4)
-        u = torch.sigmoid(torch.randn(len(rows), generator=generator) * self.stage.time_std)
-        sigma = torch.zeros(len(rows), frames)
-        sigma[:, past:] = (shift * u / (1 + (shift - 1) * u))[:, None]
-        sigma = sigma.to(device)
-        noise = torch.randn(better.shape, generator=generator).to(device)
+        sigma, noise = torch.zeros(len(rows), frames), torch.empty(better.shape)
+        for number, seed in enumerate(seeds):
+            own = torch.Generator().manual_seed(seed)
+            torch.randn(better.shape[1:], generator=own, out=noise[number])
+            u = torch.sigmoid(torch.randn((), generator=own) * self.stage.time_std + self.stage.time_mean)
+            sigma[number, past:] = shift * u / (1 + (shift - 1) * u)
+        sigma, noise = sigma.to(device), noise.to(device)
         sample, noise = torch.cat([better, worse]), torch.cat([noise, noise])
         embeds, mask = self.pairs.better.embeddings([self.pairs.better.captions[row] for row in rows])
         embeds, mask = torch.cat([embeds, embeds]).to(device), torch.cat([mask, mask]).to(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -110,13 +111,21 @@ class Progress:
             logger.info("%s: %s", self.stage.name, json.dumps(self.summary(step)))
 
     def catch_up(self) -> None:
-        """Read the numbers of the steps that were put off: all ranks at once."""
+        """Read the numbers of the steps that were put off: all ranks at once.
+
+        Raises UserError for one that is not finite: no checkpoint is written of what comes of it.
+        """
         if not self._waiting:
             return
         steps, losses, norms, rates = zip(*self._waiting, strict=True)
         self._waiting.clear()
         read = self.here.means(torch.stack(losses)), torch.stack(norms).tolist()
         for step, loss, norm, rate in zip(steps, *read, rates, strict=True):
+            if not math.isfinite(loss + norm):
+                raise UserError(
+                    f"stage {self.stage.name}: step {step} has loss {loss} and a gradient of norm {norm}; go "
+                    "on from the last checkpoint with lower rates, or with precision: float32"
+                )
             average = self._average
             self._average = loss if average is None else average + (loss - average) / SMOOTHED_STEPS
             scalars = {"loss": loss, "gradient_norm": norm, "learning_rate_share": rate}

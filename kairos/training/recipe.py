@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kairos.errors import UserError
-from kairos.training.config import build, check_arguments
+from kairos.training.config import arguments, at_least, build, check_keys
 from kairos.training.decoder import DecoderStage
 from kairos.training.stage import Distillation, Stage
 from kairos.training.vae import VAEStage
@@ -28,6 +28,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BEFORE, AFTER = ("vae", "conditioner", "cache"), ("decoder", "assemble")
+DEFAULTS = (
+    "height",
+    "width",
+    "num_frames",
+    "fps",
+    "num_inference_steps",
+    "guidance_scale",
+    "guide_continuation",
+)
 
 
 @dataclass(frozen=True)
@@ -44,8 +53,7 @@ class Recipe:
         model: the LinearDiT's configuration; beside `base`, what is different from it.
         stages: of the LinearDiT, in order.
         decoder: a stage of the VAE's decoder on what the LinearDiT of the last stage makes.
-        defaults: of the finished pipeline: height, width, num_frames, fps, num_inference_steps,
-            guidance_scale, guide_continuation.
+        defaults: of the finished pipeline, see DEFAULTS.
         seed: of everything; a stage's own is added to it.
         threads: of the CPU.
     """
@@ -64,6 +72,11 @@ class Recipe:
     seed: int = 0
     threads: int | None = None
 
+    def __post_init__(self) -> None:
+        at_least(0, self, "seed")
+        if self.threads is not None:
+            at_least(1, self, "threads")
+
     @property
     def steps(self) -> tuple[str, ...]:
         """What there is to run, in order."""
@@ -76,6 +89,11 @@ class Recipe:
             "assemble": bool(named),
         }
         return tuple(part for part in (*BEFORE, *named, *AFTER) if there.get(part, True))
+
+    def start_of(self, stage: Stage) -> str:
+        """What a stage begins with: an earlier stage, a model, a file, a folder; "random" or "": nothing."""
+        number = [one.name for one in self.stages].index(stage.name)
+        return stage.start_from or (self.stages[number - 1].name if number else self.base)
 
     def source(self, stage: Stage) -> ClipSource:
         """Where the clips of a stage come from."""
@@ -106,14 +124,23 @@ def read_recipe(path: Path) -> Recipe:
 
 def build_recipe(content: dict[str, Any], where: str) -> Recipe:
     """The recipe of a mapping, checked as far as it can be without data."""
+    from kairos.models.transformer import KairosTransformer3DModel
+
     recipe = build(Recipe, content, where)
+    check_keys(recipe.defaults, DEFAULTS, f"{where}.defaults")
+    recipe = replace(
+        recipe, model=arguments(KairosTransformer3DModel.__init__, recipe.model, f"{where}.model")
+    )
     if recipe.conditioner is not None:
         from kairos.training.conditioner import train_conditioner
 
-        check_arguments(train_conditioner, recipe.conditioner, f"{where}.conditioner")
         for taken in ("scenes", "seed"):
             if taken in recipe.conditioner:
                 raise UserError(f"{where}.conditioner: {taken} is the recipe's own; put it at the top")
+        options = arguments(train_conditioner, recipe.conditioner, f"{where}.conditioner")
+        for name, value in options.items():
+            if value < 1:
+                raise UserError(f"{where}.conditioner.{name} must be at least 1, got {value}")
     if (recipe.vae or recipe.conditioner is not None) and not recipe.scenes:
         raise UserError(f"{where}: the key 'scenes' is missing: a VAE and a conditioner learn from scenes")
     for scene in recipe.scenes:
@@ -141,12 +168,47 @@ def build_recipe(content: dict[str, Any], where: str) -> Recipe:
             f"{where}: the decoder learns from what the last stage makes of its clips; that one must train "
             "a whole LinearDiT, by flow or distillation, in a bucket of more than 5 frames"
         )
-    for one in recipe.stages:
-        if not one.buckets:
-            raise UserError(f"{where}: stage {one.name}: the key 'buckets' is missing")
+    for number, one in enumerate(recipe.stages):
+        check_stage(recipe, one, names[:number])
         if one.objective != "preference" or one.preference is None or one.preference.manifest is None:
             recipe.source(one)
     return recipe
+
+
+def check_stage(recipe: Recipe, stage: Stage, before: Sequence[str]) -> None:
+    """Refuse what a stage could not do, and options that would do nothing; `before` names earlier stages."""
+
+    def refuse(rule: str) -> None:
+        raise UserError(f"stage {stage.name}: {rule}")
+
+    if not stage.buckets:
+        refuse("the key 'buckets' is missing")
+    for objective in ("distillation", "preference"):
+        if getattr(stage, objective) is not None and stage.objective != objective:
+            refuse(f"{objective} goes with objective: {objective}, got objective: {stage.objective}")
+    if stage.objective == "distillation" and (stage.lora is not None or stage.train):
+        refuse("distillation trains all weights; leave out lora and train")
+    if stage.objective == "preference" and len(stage.buckets) > 1:
+        refuse(f"preference has one bucket, got {len(stage.buckets)}; make a stage of each")
+    pictures = [bucket for bucket in stage.buckets if bucket.frames == 1]
+    if stage.images and not pictures:
+        refuse(f"images is the share of buckets of one frame, got {stage.images} and no such bucket")
+    if not stage.images and pictures and len(pictures) < len(stage.buckets):
+        refuse(f"images is 0, so bucket {pictures[0].name} would never be drawn; give it a share")
+    for bucket in stage.buckets:
+        if stage.batch_of(bucket) % stage.accumulate:
+            refuse(
+                f"batch_size must be a multiple of accumulate, got {stage.batch_of(bucket)} and "
+                f"{stage.accumulate}"
+            )
+    named = {one.name: one for one in recipe.stages}
+    teacher = stage.distillation.teacher if stage.distillation is not None else ""
+    for key, source in (("start_from", stage.start_from), ("distillation.teacher", teacher)):
+        if source in named and source not in before:
+            refuse(f"{key} must name an earlier stage, got {source!r}")
+    for name in (recipe.start_of(stage), teacher):
+        if name in named and named[name].lora is not None:
+            refuse(f"{name} makes a LoRA, no weights to start from; let start_from name a whole model")
 
 
 def learns_from_clips(stage: Stage) -> bool:
@@ -222,11 +284,12 @@ def make_conditioner(recipe: Recipe, here: Processes) -> None:
     from kairos.training.conditioner import train_conditioner
 
     output = recipe.output / "conditioner"
-    if (output / "text_encoder").exists():
+    if (output / "finished").exists():
         logger.info("%s is finished", output)
         return
     options = recipe.conditioner or {}
     measured = train_conditioner(output, scenes=recipe.scenes, seed=recipe.seed, **options)
+    (output / "finished").touch()
     logger.info("prompt encoder: %s", measured)
 
 
@@ -291,8 +354,8 @@ def load_encoders(recipe: Recipe) -> Encoders:
 
 
 def made_before(recipe: Recipe, part: str) -> Path:
-    """The folder of what an earlier step of the recipe has made."""
-    if not (recipe.output / part).is_dir():
+    """The folder of what an earlier step of the recipe has finished."""
+    if not (recipe.output / part / "finished").exists():
         raise UserError(f"{recipe.output} has no {part} yet; run the recipe's stage {part} first")
     return recipe.output / part
 
@@ -397,11 +460,17 @@ def read_again(recipe: Recipe, stage: Stage, sets: Sequence[ClipSet]) -> dict[st
 
 
 def sampler_of(recipe: Recipe, stage: Stage) -> tuple[Any, dict[str, float | bool]]:
-    """The sampler of what a stage has trained, and the defaults of its pipeline."""
+    """The sampler of what a stage has trained, and the defaults of its pipeline.
+
+    Preferences leave a model the sampler that it had.
+    """
     from kairos.model_info import info
     from kairos.schedulers import FewStepScheduler, FlowMatchScheduler
 
     defaults = {**(info(recipe.base).defaults if recipe.base else {}), **recipe.defaults}
+    named = {one.name: one for one in recipe.stages}
+    while stage.objective == "preference" and recipe.start_of(stage) in named:
+        stage = named[recipe.start_of(stage)]
     if stage.objective != "distillation":
         return FlowMatchScheduler(), defaults
     options = stage.distillation or Distillation()
@@ -422,13 +491,10 @@ def assemble(recipe: Recipe, here: Processes) -> None:
         logger.info("LoRA alone: use %s", recipe.output / recipe.stages[-1].name / "ema" / "lora.safetensors")
         return
     stage = whole[-1]
-    if recipe.decoder is not None and not (recipe.output / "decoder" / "finished").exists():
-        raise UserError(f"{recipe.output} has no decoder yet; run the recipe's stage decoder first")
+    decoder = made_before(recipe, "decoder") if recipe.decoder is not None else None
     transformer = load_start(recipe, stage.name, "bfloat16")
     encoders = load_encoders(recipe)
-    vae = encoders.vae
-    if recipe.decoder is not None:
-        vae = load_vae_file(recipe.output / "decoder")
+    vae = encoders.vae if decoder is None else load_vae_file(decoder)
     scheduler, defaults = sampler_of(recipe, stage)
     pipeline = KairosPipeline(
         transformer=transformer,

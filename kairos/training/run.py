@@ -19,7 +19,8 @@ from kairos.training.flow import FlowMatching, is_causal
 from kairos.training.frames import FrameErrors
 from kairos.training.loop import Objective, train
 from kairos.training.parallel import Processes, prepare
-from kairos.training.recipe import Recipe, clip_sets, load_encoders, load_start, read_again
+from kairos.training.plan import model_config
+from kairos.training.recipe import Recipe, clip_sets, load_encoders, load_start, read_again, sampler_of
 from kairos.training.stage import Distillation, Preference, Stage
 from kairos.training.visible import visible_root
 
@@ -35,24 +36,18 @@ def run_stage(recipe: Recipe, number: int, here: Processes) -> None:
         logger.info("%s is finished", output)
         return
     del state
-    model = starting_model(recipe, stage, number)
+    model = starting_model(recipe, stage)
     check_mix(model, stage)
     if stage.lora is not None:
         from kairos.training.lora import add_lora
 
-        add_lora(model, stage.lora)
+        add_lora(model, stage.lora, stage.seed)
     elif stage.train:
         train_only(model, stage)
     encoders = load_encoders(recipe)
     objective, clips, few_step = build_objective(recipe, stage, model, encoders, output, here)
     encoders = replace(encoders, text_encoder=None, tokenizer=None)  # of several GB, and done with
-    prepare(
-        model,
-        here,
-        checkpointing=stage.checkpointing,
-        compiled=stage.compile,
-        precision=stage.precision,
-    )
+    prepare(model, here, checkpointing=stage.checkpointing, compiled=stage.compile)
     make_samples = None
     if stage.samples_every and clips is not None:
         from kairos.training.samples import SampleVideos
@@ -73,17 +68,13 @@ def run_stage(recipe: Recipe, number: int, here: Processes) -> None:
         objective.close()
 
 
-def starting_model(recipe: Recipe, stage: Stage, number: int) -> Any:
+def starting_model(recipe: Recipe, stage: Stage) -> Any:
     """What the stage's `start_from` says ("random": nothing); else the stage before, the base, or nothing."""
-    before = recipe.stages[number - 1].name if number else ""
-    source = stage.start_from or before or recipe.base
+    source = recipe.start_of(stage)
     if source not in ("", "random"):
         return load_start(recipe, source)
     torch.manual_seed(recipe.seed)
-    try:
-        return KairosTransformer3DModel(**recipe.model)
-    except TypeError as error:
-        raise UserError(f"model: {str(error).rpartition('__init__() ')[2]}") from error
+    return KairosTransformer3DModel(**model_config(recipe))
 
 
 def check_mix(model: Any, stage: Stage) -> None:
@@ -117,8 +108,6 @@ def build_objective(
     if stage.objective == "distillation":
         from kairos.training.distillation import DistillationObjective
 
-        if stage.lora is not None or stage.train:
-            raise UserError(f"stage {stage.name}: distillation trains all weights; leave out lora and train")
         model.to(here.device)
         options = stage.distillation or Distillation()
         teacher = load_start(recipe, options.teacher) if options.teacher else None
@@ -161,10 +150,9 @@ def preference(
 ) -> Objective:
     """Pairs of a manifest, or of the model's own rollouts; they are made once."""
     from kairos.pipeline import KairosPipeline
-    from kairos.schedulers import FlowMatchScheduler
+    from kairos.schedulers import FewStepScheduler
     from kairos.training.clips import SimulatorSource
     from kairos.training.preference import (
-        LIST,
         PreferenceObjective,
         load_pairs,
         manifest_pairs,
@@ -172,7 +160,8 @@ def preference(
     )
 
     options, bucket, folder = stage.preference or Preference(), stage.buckets[0], output / "pairs"
-    if here.first and not (folder / LIST).exists():
+    if here.first:
+        encoders.vae.to(here.device)
         if options.manifest is not None:
             manifest_pairs(folder, options.manifest, bucket, encoders, recipe.defaults.get("fps", 16))
         else:
@@ -182,16 +171,18 @@ def preference(
                     f"stage {stage.name}: rollouts can be measured in the simulator's scenes alone; give "
                     "data.source simulator, or preference.manifest"
                 )
+            scheduler = sampler_of(recipe, stage)[0]
+            if isinstance(scheduler, FewStepScheduler):
+                options = replace(options, guidance_scale=1.0)  # it was distilled to do without
             pipeline = KairosPipeline(
                 transformer=model.eval().to(here.device),
-                vae=encoders.vae.to(here.device),
+                vae=encoders.vae,
                 text_encoder=encoders.text_encoder,
                 tokenizer=encoders.tokenizer,
-                scheduler=FlowMatchScheduler(),
+                scheduler=scheduler,
                 prompt_template=encoders.template,
             )
             pipeline.set_progress_bar_config(disable=True)
-            logger.info("%d pairs of rollouts are made", options.pairs)
             rollout_pairs(folder, pipeline, source, bucket, options, seed=stage.seed)
     here.wait()
     model.to(here.device)

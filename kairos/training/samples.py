@@ -109,13 +109,14 @@ class SampleVideos:
 
     def __call__(self, model: Any, output: Path, step: int) -> list[NDArray[np.uint8]]:
         """The videos, (F, H, W, 3); a captionless data set gives clips that go on from their first frame."""
-        known = 0 if any(self.clips.captions[row] for row in self.rows) else 1
+        told = self.clips.latent_frames == 1 or any(self.clips.captions[row] for row in self.rows)
+        known = 0 if told else 1
         latents = sample_latents(
             model, self.clips, self.rows, known_frames=known, device=self.here.device, **self.options
         )
         if not self.here.first:
             return []
-        vae = self.encoders.vae
+        vae = self.encoders.vae.to(self.here.device)
         videos = []
         for number, one in enumerate(latents.split(1)):
             with torch.no_grad():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from kairos.errors import UserError
 from kairos.request import did_you_mean
 from kairos.training.clips import Bucket
+from kairos.training.config import above_0, at_least
 
 TASKS = ("t2v", "ti2v", "i2v", "continuation", "rollout", "unconditional")
 OBJECTIVES = ("flow", "distillation", "preference")
@@ -22,8 +24,8 @@ class LoRA:
     targets: tuple[str, ...] = ("q", "k", "v", "o", "q_proj", "k_proj", "v_proj", "o_proj", "ffn.0", "ffn.2")
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UserError(f"lora.rank must be at least 1, got {self.rank}")
+        at_least(1, self, "rank", where="lora.")
+        above_0(self, "alpha", where="lora.")
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,27 @@ class Distillation:
     """Of the teacher's clips that the student's motion is compared with."""
     motion_clips: int = 8
     motion_every: int = 50
+    """Steps between comparisons of motion; 0: at the last step alone."""
 
     def __post_init__(self) -> None:
-        if self.frames < 0 or (self.frames and not self.truth):
-            raise UserError(f"distillation.frames goes with truth, and is at least 0, got {self.frames}")
-        if self.frame_clips < 1:
-            raise UserError(f"distillation.frame_clips must be at least 1, got {self.frame_clips}")
+        where = "distillation."
+        at_least(0, self, "consistency", "matching", "adversarial", "score", "truth", "frames", where=where)
+        at_least(0, self, "fake_score_updates", "motion_every", where=where)
+        at_least(1, self, "frame_clips", "teacher_steps", "motion_clips", where=where)
+        above_0(self, "shift", "fake_score_lr", where=where)
+        if self.frames and not self.truth:
+            raise UserError(f"distillation.frames goes with truth, got {self.frames} and no truth")
+        times = list(self.sampling_times)
+        if not times or times[0] != 1000 or any(a <= b for a, b in pairwise([*times, 0])):
+            raise UserError(
+                "distillation.sampling_times must fall from 1000, where sampling starts from noise alone, "
+                f"to above 0, got {times}"
+            )
+        if len(self.sigma_range) != 2 or not 0 <= self.sigma_range[0] < self.sigma_range[1] <= 1:
+            raise UserError(
+                "distillation.sigma_range must be two rising numbers from 0 to 1, got "
+                f"{list(self.sigma_range)}"
+            )
 
     @property
     def asks(self) -> bool:
@@ -93,6 +110,13 @@ class Preference:
     margin: float = 0.0
     """Pairs whose measured errors differ by less are left out (world units per unit of time)."""
 
+    def __post_init__(self) -> None:
+        above_0(self, "beta", where="preference.")
+        at_least(1, self, "pairs", "sampling_steps", where="preference.")
+        at_least(0, self, "margin", where="preference.")
+        if self.given_frames < 1 or self.given_frames % 4 != 1:
+            raise UserError(f"preference.given_frames must be 4n + 1, got {self.given_frames}; try 5")
+
 
 @dataclass(frozen=True)
 class StateMaps:
@@ -103,6 +127,9 @@ class StateMaps:
     """Counted from 0: those up to it work motion out, those after it draw."""
     lr: float = 1e-3
     """Of the head that reads."""
+
+    def __post_init__(self) -> None:
+        above_0(self, "weight", "lr", where="state.")
 
 
 @dataclass(frozen=True)
@@ -175,19 +202,18 @@ class Stage:
                 refuse(f"unknown task in mix{did_you_mean(task, TASKS)}", task)
         if not self.mix or min(self.mix.values()) < 0 or sum(self.mix.values()) <= 0:
             refuse("mix must give tasks shares above 0", self.mix)
-        for name in ("steps", "batch_size", "accumulate", "warmup_steps"):
-            if getattr(self, name) < 1:
-                refuse(f"{name} must be at least 1", getattr(self, name))
+        where = f"stage {self.name}: "
+        at_least(1, self, "steps", "batch_size", "accumulate", "warmup_steps", where=where)
+        at_least(0, self, "decay_steps", "weight_decay", "time_std", "samples_every", "seed", where=where)
+        at_least(0, self, "save_every_s", "report_every_s", where=where)
+        above_0(self, "adamw_lr", "muon_lr", "clip_norm", where=where)
         for name in ("images", "text_dropout", "ema", "past_noise", "visible"):
             if not 0 <= getattr(self, name) <= 1:
                 refuse(f"{name} must be from 0 to 1", getattr(self, name))
-        for name in ("adamw_lr", "clip_norm"):
-            if not getattr(self, name) > 0:
-                refuse(f"{name} must be above 0", getattr(self, name))
         if self.precision not in ("bfloat16", "float32"):
             refuse("precision must be bfloat16 or float32", self.precision)
-        if len(self.betas) != 2:
-            refuse("betas must be two numbers", self.betas)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            refuse("betas must be two numbers from 0 to below 1", self.betas)
         if self.lora is not None and self.train:
             refuse("lora and train exclude each other", self.train)
         if self.visible and self.objective == "preference":

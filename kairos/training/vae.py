@@ -24,6 +24,7 @@ from kairos.errors import UserError
 from kairos.models.vae import normalisation, quickest_dtype
 from kairos.models.vae_layers import quicken
 from kairos.training.ahead import Ahead, workers_for
+from kairos.training.config import above_0, at_least
 from kairos.training.muon import Muon, split_parameters
 from kairos.worlds import BACKGROUND, COLORS, simulate
 
@@ -68,12 +69,10 @@ class VAEStage:
     a LinearDiT that knew them needs little to know these. Their normalisation stays."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "num_frames", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} of a stage of the VAE must be at least 1, got {getattr(self, name)}")
-        for name in ("placement", "noise", "anchor"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} of a stage of the VAE must be at least 0, got {getattr(self, name)}")
+        of = " of a stage of the VAE"
+        at_least(1, self, "steps", "num_frames", "batch_size", of=of)
+        at_least(0, self, "placement", "noise", "anchor", "final_lr", of=of)
+        above_0(self, "muon_lr", of=of)
         if self.num_frames % 4 != 1 or self.num_frames > LONGEST:
             raise UserError(
                 f"num_frames of a stage of the VAE must be 4n + 1, at most {LONGEST}, got {self.num_frames}"

@@ -6,6 +6,7 @@ Inputs are mapped and the output is written as a stream, so memory holds a few t
 from __future__ import annotations
 
 import json
+import math
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -60,11 +61,19 @@ def merge_files(
         raise UserError(f"density must be above 0 and at most 1, got {density}")
     if method != "average" and base is None:
         raise UserError(f"{method} needs --base, the model that the others were trained from")
+    for path, weight in models:
+        if not math.isfinite(weight):
+            raise UserError(f"the weight of a model must be a finite number, got {path}:{weight}")
     if method == "average" and abs(sum(weight for _, weight in models)) < 1e-9:
         raise UserError("the weights of an average must not add up to 0")
     prepare_file(output)
     opened = [open_weights(path) for path, _ in models]
     reference = open_weights(base) if base is not None else opened[0]
+    if any("lora_" in name for name in reference):
+        raise UserError(
+            f"{base or models[0][0]} is a LoRA, products of two matrices, which cannot be merged one by one; "
+            "add several to a model by kairos generate --lora A:0.5 --lora B:0.5"
+        )
     for (path, _), stored in zip(models, opened, strict=True):
         check_alike(reference, stored, path)
     weights = [weight for _, weight in models]
