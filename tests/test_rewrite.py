@@ -102,7 +102,7 @@ def test_a_key_loses_the_line_break_that_a_file_ends_in(stub, monkeypatch):
     assert stub.asked[0][2] == "Bearer secret"
 
 
-@pytest.mark.parametrize("key", ["secret\nsecret", "secr\u00e9t", "secret\x00"])
+@pytest.mark.parametrize("key", ["secret\nsecret", "secr\u00e9t", "secret\x01"])
 def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(stub, monkeypatch, key):
     monkeypatch.setenv("KAIROS_REWRITE_API_KEY", key)
     message = refusal(UserError, stub.url + "#m")
