@@ -600,7 +600,7 @@ def test_the_parts_of_a_batch_of_pairs_are_the_whole(tmp_path):
         objective, model = PreferenceObjective(start, pairs, stage, Preference(beta=5.0)), stirred(2)
         shares = [objective.loss(model, 3, part)[0] / parts for part in range(parts)]
         sum(shares).backward()
-        losses.append(float(sum(shares)))
+        losses.append(sum(shares).item())
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-3)

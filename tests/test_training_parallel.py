@@ -116,15 +116,18 @@ def test_two_processes_have_the_loss_curve_of_one(tmp_path):
 
 
 def test_the_others_wait_for_what_the_first_process_makes_however_long_it_takes(monkeypatch):
-    asked = {}
+    asked, waited = {}, []
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(parallel.dist, "init_process_group", lambda *_, **options: asked.update(options))
+    monkeypatch.setattr(parallel.dist, "init_process_group", lambda backend: None)
+    monkeypatch.setattr(parallel.dist, "new_group", lambda **options: asked.update(options) or "patient")
+    monkeypatch.setattr(parallel.dist, "barrier", waited.append)
     monkeypatch.setattr(parallel.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(parallel.dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(parallel.dist, "destroy_process_group", lambda: None)
     with parallel.processes() as here:
-        assert here.world == 2 and asked["timeout"] > timedelta(days=7)
+        here.wait()
+    assert waited == ["patient"] and asked["timeout"] > timedelta(days=7)
 
 
 def test_two_processes_distil_together(tmp_path):

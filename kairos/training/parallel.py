@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from kairos.training.precision import has_bfloat16
 
 PATIENCE = timedelta(days=30)
-"""The others wait while the first process makes a VAE, a cache or pairs, which may take days. A process that
-dies needs no shorter limit: torchrun ends the others."""
+"""The others wait so long while the first process makes a VAE, a cache or pairs. Where one dies, torchrun ends
+all."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Processes:
     rank: int = 0
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    waiting: Any = None
+    """Their process group for `wait`."""
 
     @property
     def first(self) -> bool:
@@ -57,8 +59,9 @@ class Processes:
         return bool(raised.item())
 
     def wait(self) -> None:
+        """Until all are here, however long one works alone."""
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(self.waiting)
 
 
 ALONE = Processes()
@@ -74,9 +77,10 @@ def processes() -> Iterator[Processes]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), device)
+        waiting = dist.new_group(backend="gloo", timeout=PATIENCE)
+        yield Processes(dist.get_rank(), dist.get_world_size(), device, waiting)
     finally:
         dist.destroy_process_group()
 
