@@ -80,7 +80,7 @@ def rollout_pairs(
     of = digest([asked, asdict(source), bucket.name, seed, model, encoders.hashes()])
     if (kept := read_list(folder)).get("of") == of:
         return kept["said"]
-    writer = PairWriter(folder, encoders)
+    writer = PairWriter(folder, encoders, of)
     errors: list[tuple[float, float]] = []
     for index in range(options.pairs):
         scene = source.scenes[index % len(source.scenes)]
