@@ -630,14 +630,20 @@ def test_the_random_half_of_a_lora_is_a_function_of_the_seed():
 def test_the_physics_measures_make_pairs(tmp_path):
     from kairos.presets import load_pipeline
     from kairos.training.clips import Bucket, SimulatorSource
-    from kairos.training.preference import encoders_of, load_pairs, rollout_pairs
+    from kairos.training.preference import LIST, encoders_of, load_pairs, rollout_pairs
 
     pipeline = load_pipeline("kairos-tiny-teacher", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     options = Preference(pairs=2, sampling_steps=2, guidance_scale=1.0)
     bucket = Bucket(13, 64, 64)
-    said = rollout_pairs(tmp_path, pipeline, SimulatorSource(("uniform",)), bucket, options)
+    source = SimulatorSource(("uniform",))
+    said = rollout_pairs(tmp_path, pipeline, source, bucket, options)
     assert said["better"] < said["worse"] and said["pairs"] >= 1
+    listed = (tmp_path / LIST).stat().st_mtime_ns
+    assert rollout_pairs(tmp_path, pipeline, source, bucket, replace(options, beta=1.0)) == said
+    assert (tmp_path / LIST).stat().st_mtime_ns == listed  # they are there
+    said = rollout_pairs(tmp_path, pipeline, source, bucket, options, seed=1)
+    assert (tmp_path / LIST).stat().st_mtime_ns != listed
     pairs = load_pairs(tmp_path, bucket, encoders_of(pipeline))
     assert len(pairs) == said["pairs"] and pairs.past[0] == 2
     better, worse = pairs.better.latents([0]), pairs.worse.latents([0])

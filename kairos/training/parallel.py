@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from kairos.training.precision import has_bfloat16
 
 PATIENCE = timedelta(days=30)
-"""The others wait so long while the first process makes a VAE, a cache or pairs. Where one dies, torchrun ends
-all."""
+"""So long the others wait while the first process makes a VAE, a cache or pairs; torchrun ends them where it
+dies."""
 
 
 @dataclass(frozen=True)
