@@ -11,9 +11,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from kairos.curation.plugins.captions import Captions
+from kairos.curation.plugins.captions import KEY, Captions
 from kairos.curation.stages.looks import Strip
 from kairos.curation.views import Views
+from kairos.errors import UserError
 
 
 class Scripted(BaseHTTPRequestHandler):
@@ -108,3 +109,12 @@ def test_a_model_is_shown_the_pictures_that_a_strip_has_each_by_itself(ask) -> N
     assert len(pictures) == 4
     assert max(picture.std() for picture in pictures) < 8
     assert len({round(picture.mean() / 30) for picture in pictures}) == 4
+
+
+def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(ask, monkeypatch):
+    monkeypatch.setenv(KEY, "secret\nsecond line")
+    with pytest.raises(UserError, match=f"{KEY} must be one line") as error:
+        ask(answer('{"caption": "A ball."}'))
+    assert "secret" not in str(error.value)
+    monkeypatch.setenv(KEY, "secret\n")  # as `echo` leaves it in a file
+    assert "failed" not in ask(answer('{"caption": "A ball."}'))

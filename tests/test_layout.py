@@ -16,6 +16,7 @@ PACKAGE = ROOT / "kairos"
 
 # Imports point down or sideways, never up.
 LAYERS = {
+    "credentials": 1,
     "errors": 0,
     "heap": 0,
     "ops": 1,

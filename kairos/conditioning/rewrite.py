@@ -7,7 +7,6 @@ OpenAI's chat protocol. Nothing is sampled, so that one prompt gives one text.
 from __future__ import annotations
 
 import json
-import os
 import time
 import urllib.error
 import urllib.request
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urldefrag, urlsplit
 
+from kairos.credentials import bearer
 from kairos.errors import MachineError, UserError
 
 REWRITER = "Qwen/Qwen3-VL-8B-Instruct"
@@ -89,11 +89,7 @@ def _ask_endpoint(source: str, messages: list[dict[str, str]], deadline: float) 
 
 def _request(url: str, body: dict[str, Any] | None, deadline: float) -> Any:
     """The JSON that the endpoint answers with, to a GET or, with a body, a POST."""
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get(KEY_VARIABLE, "").strip():
-        if not (key.isascii() and key.isprintable()):  # an HTTP library would show it in its error
-            raise UserError(f"{KEY_VARIABLE} must be one line of printable ASCII, and is not; set it anew")
-        headers["Authorization"] = f"Bearer {key}"
+    headers = {"Content-Type": "application/json"} | bearer(KEY_VARIABLE)
     request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)
     opener = urllib.request.build_opener(_NoRedirects)
     try:

@@ -11,7 +11,6 @@ import http.client
 import io
 import json
 import logging
-import os
 import threading
 import time
 import urllib.error
@@ -23,6 +22,7 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any, ClassVar
 
+from kairos.credentials import bearer
 from kairos.curation.settings import check_positive
 from kairos.curation.vocabulary import DOMAINS, EVENTS
 from kairos.errors import UserError
@@ -87,6 +87,8 @@ class Captions:
         self, clips: Iterable[tuple[str, Mapping[str, Any]]], spent: int
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         """(clip_id, {"scores" or "failed", "tokens"}) for each clip, while the budget lasts."""
+        if self.endpoint:
+            bearer(KEY)  # one that cannot be sent ends the run, not each clip
         budget = _Budget(self.budget_tokens - spent, self.requests_per_minute if self.endpoint else 0)
         waiting = iter(clips)
         with ThreadPoolExecutor(self.parallel if self.endpoint else 1) as pool:
@@ -146,9 +148,7 @@ class Captions:
             "temperature": 0,
             "messages": [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}],
         }
-        headers = {"Content-Type": "application/json"}
-        if os.environ.get(KEY):
-            headers["Authorization"] = f"Bearer {os.environ[KEY]}"
+        headers = {"Content-Type": "application/json"} | bearer(KEY)
         url = self.endpoint.rstrip("/") + "/chat/completions"
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         for attempt in range(self.retries + 1):
