@@ -85,7 +85,6 @@ def why(
     """Say what happened to one clip, and every score of it beside its threshold."""
     _need_extra()
     from rich.table import Table
-    from rich.text import Text
 
     from kairos.curation import why as explain
     from kairos.curation.pipeline import saved_settings
@@ -94,11 +93,9 @@ def why(
     row = explain(output, clip)
     settings = saved_settings(output)
     fate = "kept" if row["kept"] else f"dropped, {row['reason']}"
-    out.print(f"{row['clip_id']}: {fate}", highlight=False, markup=False)
+    out.print(f"{row['clip_id']}: {fate}")
     where = f"{row['source']}, {row['start_s']:.2f} to {row['end_s']:.2f} s"
-    out.print(
-        f"{where}; {row['frames']} frames of {row['width']} x {row['height']}", highlight=False, markup=False
-    )
+    out.print(f"{where}; {row['frames']} frames of {row['width']} x {row['height']}")
     table = Table()
     table.add_column("score")
     table.add_column("value", justify="right")
@@ -111,7 +108,7 @@ def why(
         threshold = settings.thresholds.get(name)
         low, high = threshold.bounds(rich) if threshold else (float("-inf"), float("inf"))
         shown = f"{value:.5g}" if isinstance(value, float) else str(value)
-        table.add_row(name, Text(shown), *("" if abs(b) == float("inf") else f"{b:g}" for b in (low, high)))
+        table.add_row(name, shown, *("" if abs(b) == float("inf") else f"{b:g}" for b in (low, high)))
     out.print(table)
 
 
@@ -121,7 +118,7 @@ def report(output: Output) -> None:
     _need_extra()
     from kairos.curation.report import write_report
 
-    out.print(str(write_report(output)), highlight=False, markup=False)
+    out.print(str(write_report(output)))
 
 
 def _changed(settings: Settings, changes: list[str]) -> Settings:
@@ -161,10 +158,6 @@ def _need_extra() -> None:
 
 def _tell(summary: Summary, output: Path) -> None:
     statuses = ", ".join(f"{count} {status}" for status, count in sorted(summary.sources.items()))
-    out.print(f"{sum(summary.sources.values())} files came in: {statuses}", highlight=False, markup=False)
+    out.print(f"{sum(summary.sources.values())} files came in: {statuses}")
     hours = f"{summary.hours_kept:.2f} of {summary.hours_in:.2f} hours"
-    out.print(
-        f"{summary.kept} of {summary.clips} clips kept, {hours}: {output / 'report.html'}",
-        highlight=False,
-        markup=False,
-    )
+    out.print(f"{summary.kept} of {summary.clips} clips kept, {hours}: {output / 'report.html'}")

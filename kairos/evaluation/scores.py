@@ -306,8 +306,8 @@ def agreement(reading: Reading, said: dict[str, Any]) -> Scores:
             if ball and side in ("left", "right")
         ],
     }
-    judged = right | {"all": [all(answers) for answers in right.values()]}
-    return {name: float(all(answers)) if answers else math.nan for name, answers in judged.items()}
+    answers = right | {"all": [all(each) for each in right.values()]}
+    return {name: float(all(each)) if each else math.nan for name, each in answers.items()}
 
 
 def direction(path: Track) -> str:
