@@ -124,6 +124,20 @@ def test_every_cut_fits_the_clip_and_tasks_come_in_their_shares():
         assert abs(sum(cut.task == task for cut in cuts) / len(cuts) - share) < 0.03, task
 
 
+def test_rollouts_are_unrolled_as_far_as_the_clip_goes():
+    cuts = [draw_cut(np.random.default_rng(seed), {"rollout": 1.0}, 17, unrolled=3) for seed in range(300)]
+    assert all(cut.past >= 2 and cut.frames <= 17 for cut in cuts)
+    assert {cut.chunks for cut in cuts} == {1, 2, 3} and {cut.chunk for cut in cuts} == {1, 2, 3, 4}
+    assert all(cut.chunks == 3 for cut in cuts if cut.past + 3 * cut.chunk <= 17)
+
+
+def test_a_bucket_may_have_tasks_of_its_own(clips):
+    stage = small_stage(mix={"continuation": 1.0})
+    own = replace(clips, bucket=replace(clips.bucket, mix={"rollout": 1.0}))
+    for few, task in ((clips, "continuation"), (own, "rollout")):
+        assert {draw_batch([few], stage, step, causal=True).cut.task for step in range(5)} == {task}
+
+
 def test_a_model_that_sees_the_whole_clip_makes_all_that_is_not_given():
     rng = np.random.default_rng(0)
     mix = {task: 1.0 for task in ("t2v", "ti2v", "i2v", "continuation", "unconditional")}
@@ -553,6 +567,7 @@ def test_progress_is_told_in_lines_and_in_tensorboard(clips, tmp_path, caplog):
     [
         ({"mix": {"tv2": 1.0}}, "unknown task in mix; did you mean 't2v'"),
         ({"mix": {}}, "mix must give tasks shares"),
+        ({"buckets": (Bucket(9, 32, 32, mix={"rolout": 1.0}),)}, "did you mean 'rollout'"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"images": 1.5}, "images must be from 0 to 1"),
         ({"precision": "float8"}, "precision must be"),

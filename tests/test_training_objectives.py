@@ -372,6 +372,72 @@ def test_a_step_with_little_noise_to_take_away_takes_it_off_true_clips(clips):
         assert loss < 1e-10
 
 
+def unrolled_objective(model, clips, **changes):
+    options = Distillation(truth=1.0, consistency=0.0, matching=0.0, unrolled=3)
+    stage = small_stage(distillation=options, mix={"rollout": 1.0}, precision="float32", **changes)
+    return DistillationObjective(model, [clips], stage, options)
+
+
+def test_an_unrolled_student_goes_on_as_a_rollout_does(tmp_path, monkeypatch):
+    """Each chunk behind the true past and its own chunks, with the past in chunks as well."""
+    clips = clip_set(tmp_path, 4, Bucket(33, 32, 32))
+    model = stirred()
+    objective = unrolled_objective(model, clips)
+    made, given = [], []
+    monkeypatch.setattr(
+        "kairos.training.distillation.seen", lambda error, root: made.append(error.detach()) or error
+    )
+    model.register_forward_pre_hook(
+        lambda module, inputs, options: given.append(
+            (*inputs[:2], options["chunk_frames"], options["state"])
+        ),
+        with_kwargs=True,
+    )
+    objective.draw_step = lambda step, part, use: 3  # the last one: what is learned is what goes on
+    batch = next(
+        batch
+        for batch in map(lambda step: objective.batch(model, step, 0), range(40))
+        if batch.cut.chunks == 3
+    )
+    past, size = batch.cut.past, batch.cut.chunk
+    objective.unrolled_loss(model, batch, torch.Generator().manual_seed(0), 0, 0)
+
+    clean = [call for call in given if not call[1].any()]
+    assert torch.equal(clean[0][0], batch.sample[:, :, :past]) and clean[0][3] is None
+    assert sum(clean[0][2]) == past and set(clean[0][2][1:]) <= {size} and clean[0][2][0] <= size
+    for number in range(2):
+        begin = past + number * size
+        own = batch.sample[:, :, begin : begin + size] + made[number]
+        assert torch.allclose(clean[number + 1][0], own, atol=1e-6)
+        assert clean[number + 1][3].frames == begin
+    assert len(clean) == 3 and len(given) == 3 + 3 * 4 and len(made) == 3
+
+
+def test_an_unrolled_student_learns(tmp_path):
+    clips = clip_set(tmp_path, 4, Bucket(33, 32, 32))
+    model = stirred()
+    objective = unrolled_objective(model, clips)
+    step = next(step for step in range(40) if objective.batch(model, step, 0).cut.chunks == 3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(15):
+        loss, _ = objective.loss(model, step, 0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_unrolling_asks_for_the_truth_and_for_rollouts():
+    with pytest.raises(UserError, match="unrolled goes with truth"):
+        Distillation(unrolled=2)
+    options = Distillation(truth=1.0, unrolled=2)
+    with pytest.raises(UserError, match="unrolled needs the task rollout"):
+        small_stage(distillation=options, mix={"t2v": 1.0})
+    small_stage(distillation=options, mix={"t2v": 1.0}, buckets=(Bucket(33, 32, 32, mix={"rollout": 1.0}),))
+
+
 def test_the_critic_is_told_that_the_past_is_clean(clips):
     options = Distillation(adversarial=1.0)
     stage = small_stage(distillation=options, mix={"ti2v": 1.0}, past_noise=1.0, precision="float32")

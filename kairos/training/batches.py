@@ -25,15 +25,25 @@ frames there are half as many."""
 
 @dataclass(frozen=True)
 class ClipCut:
-    """How the clips of a batch are cut: `past` clean latent frames, then `chunk` frames to be made."""
+    """How the clips of a batch are cut: `past` clean latent frames, then `chunks` of `chunk` to be made."""
 
     task: str
     past: int
     chunk: int
+    chunks: int = 1
+
+    @property
+    def frames(self) -> int:
+        return self.past + self.chunk * self.chunks
 
 
 def draw_cut(
-    rng: np.random.Generator, mix: dict[str, float], latent_frames: int, *, causal: bool = True
+    rng: np.random.Generator,
+    mix: dict[str, float],
+    latent_frames: int,
+    *,
+    causal: bool = True,
+    unrolled: int = 1,
 ) -> ClipCut:
     """What the model has to do in a batch.
 
@@ -41,7 +51,8 @@ def draw_cut(
     from two or three latent frames; rollout: from any number; unconditional: t2v without any text. In a
     chunk-causal model the first two latent frames are chunks of their own (`kairos.pipeline.chunk_ends`): the
     first decides colours, sizes and places, the second speeds; so t2v and ti2v end with them. Its rollouts
-    are of any length, with chunks of one to four frames.
+    are of any length, with chunks of one to four frames. With `unrolled` above 1 there are up to so many
+    chunks, behind at least two latent frames, which tell how the clip goes on.
     """
     tasks = list(mix)
     shares = np.array([mix[task] for task in tasks], dtype=np.float64)
@@ -54,9 +65,13 @@ def draw_cut(
     if task == "continuation":
         past = min(int(rng.choice([2, 3], p=[0.75, 0.25])), latent_frames - 1)
         return ClipCut(task, past, latent_frames - past)
-    past = int(rng.integers(1, max(latent_frames - 1, 2)))
-    chunk = latent_frames - past
-    return ClipCut(task, past, min(int(rng.integers(1, 5)), chunk) if causal else chunk)
+    least = 2 if unrolled > 1 and latent_frames > 2 else 1
+    past = int(rng.integers(least, max(latent_frames - 1, least + 1)))
+    left = latent_frames - past
+    if not causal:
+        return ClipCut(task, past, left)
+    chunk = min(int(rng.integers(1, 5)), left)
+    return ClipCut(task, past, chunk, min(unrolled, left // chunk))
 
 
 @dataclass
@@ -103,8 +118,9 @@ def draw_batch(
     """Part `part` of `parts` of the batch of `step`; the parts together are the whole."""
     rng = np.random.default_rng((stage.seed, step))
     clips = choose_set(rng, sets, stage)
-    cut = draw_cut(rng, stage.mix, clips.latent_frames, causal=causal)
-    frames = cut.past + cut.chunk
+    mix, unrolled = clips.bucket.mix or stage.mix, stage.distillation.unrolled if stage.distillation else 1
+    cut = draw_cut(rng, mix, clips.latent_frames, causal=causal, unrolled=unrolled)
+    frames = cut.frames
     opening = causal and cut.chunk == 1 and frames <= OPENING_FRAMES and frames < clips.latent_frames
     most = stage.batch_of(clips.bucket) * (OPENING_CLIPS if causal and clips.latent_frames > 1 else 1)
     batch_size = most // frames if opening else stage.batch_of(clips.bucket)

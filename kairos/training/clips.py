@@ -45,6 +45,8 @@ class Bucket:
     width: int
     batch_size: int = 0
     """0: the stage's own."""
+    mix: dict[str, float] = field(default_factory=dict, hash=False)
+    """Shares of the tasks among its batches; empty: the stage's own."""
 
     def __post_init__(self) -> None:
         if self.frames < 1 or self.frames % 4 != 1:

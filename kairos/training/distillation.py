@@ -34,6 +34,9 @@ CRITIC_SIGMA = 0.5
 CLEAR_SIGMA = 0.4
 """Noise up to which a clip can be told from what it is under."""
 
+UNROLLED = 100
+"""From here on are the draws of steps for unrolled chunks; before it those of single ones."""
+
 CRITIC_WEIGHT, CRITIC_LR = 0.5, 2e-3
 """The weight of the critic's loss beside the fake score's, and the rate of its own layers."""
 
@@ -103,6 +106,8 @@ class DistillationObjective(FlowMatching):
                 self.update_fake_score(model, step, update)
         batch = self.batch(model, step, part)
         generator = self.generator(step, part, 0)
+        if self.is_unrolled(batch):
+            return self.options.truth * self.unrolled_loss(model, batch, generator, step, part), len(batch)
         last = self.draw_step(step, part, 0)
         if batch.cut.past < 2 and not self.options.asks:
             last = len(self.sigmas) - 2  # the truth alone can teach no other
@@ -131,6 +136,56 @@ class DistillationObjective(FlowMatching):
         """Whether the clip itself is what the student should make: its start tells how it goes on, or the
         step has little noise to take away."""
         return self.options.truth > 0 and (batch.cut.past >= 2 or self.sigmas[last] <= CLEAR_SIGMA)
+
+    def is_unrolled(self, batch: Batch) -> bool:
+        """Whether the student goes through the clips of the batch as a rollout does."""
+        return self.options.unrolled > 1 and batch.cut.task == "rollout" and batch.cut.past >= 2
+
+    def unrolled_loss(
+        self, student: nn.Module, batch: Batch, generator: torch.Generator, step: int, part: int
+    ) -> Tensor:
+        """Chunk after chunk from the state, as a rollout goes: behind the true past the student's own chunks.
+        Each is pulled to the true clip, so that it learns to go on from what it makes (after Self Forcing,
+        arXiv 2506.08009). The gradient goes through one step of each chunk, and not through the state.
+        """
+        cut, prompt, losses = batch.cut, (batch.prompt_embeds, batch.prompt_mask), []
+
+        def run(
+            latents: Tensor, sigma: float, state: Any, chunks: Sequence[int] | None = None
+        ) -> tuple[Tensor, Any]:
+            with self.processes.autocast(self.stage.precision):
+                velocity, after = student(
+                    latents,
+                    latents.new_full((len(latents),), 1000 * sigma),
+                    prompt[0],
+                    encoder_attention_mask=prompt[1],
+                    chunk_frames=chunks,
+                    state=state,
+                    return_state=True,
+                    return_dict=False,
+                )
+            return velocity.float(), after
+
+        begun = cut.past % cut.chunk
+        lengths = [begun] * (begun > 0) + [cut.chunk] * (cut.past // cut.chunk)
+        with torch.no_grad():
+            _, state = run(batch.sample[:, :, : cut.past], 0.0, None, lengths)
+        for number in range(cut.chunks):
+            begin = cut.past + number * cut.chunk
+            true = batch.sample[:, :, begin : begin + cut.chunk]
+            last, is_last = self.draw_step(step, part, UNROLLED + number), number == cut.chunks - 1
+            made = true
+            for taken, sigma in enumerate(self.sigmas[:-1] if not is_last else self.sigmas[: last + 1]):
+                noise = torch.randn(true.shape, generator=generator).to(true)
+                sample = (1 - sigma) * made.detach() + sigma * noise
+                with torch.set_grad_enabled(taken == last):
+                    made = sample - sigma * run(sample, sigma, state)[0]
+                if taken == last:
+                    losses.append(seen(made - true, self.root).square().mean())
+            if not is_last:
+                with torch.no_grad():
+                    _, state = run(made, 0.0, state)
+        return torch.stack(losses).mean()
 
     def consistency_loss(self, student: nn.Module, batch: Batch, number: int) -> Tensor:
         """From z at sampling time `number`, one Euler step of the teacher to the next; the student's end of

@@ -79,7 +79,7 @@ def starting_model(recipe: Recipe, stage: Stage) -> Any:
 
 def check_mix(model: Any, stage: Stage) -> None:
     """A rollout needs a model that sees no later chunk."""
-    if not is_causal(model) and stage.mix.get("rollout"):
+    if not is_causal(model) and stage.has_rollouts:
         raise UserError(
             f'stage {stage.name}: the task rollout needs model.causal "chunk"; give its share to continuation'
         )

@@ -59,6 +59,8 @@ class Distillation:
     """Above 0, where clips go on so, errors of their decoded frames count too, by this much (`frames.py`)."""
     frame_clips: int = 6
     """Clips of a batch that are decoded for it: most of such a step's time."""
+    unrolled: int = 1
+    """Chunks of a rollout that are made one after the other, each behind what the student made itself."""
     fake_score_updates: int = 5
     fake_score_lr: float = 4e-7
     sigma_range: tuple[float, ...] = (0.02, 0.98)
@@ -73,10 +75,12 @@ class Distillation:
         where = "distillation."
         at_least(0, self, "consistency", "matching", "adversarial", "score", "truth", "frames", where=where)
         at_least(0, self, "fake_score_updates", "motion_every", where=where)
-        at_least(1, self, "frame_clips", "teacher_steps", "motion_clips", where=where)
+        at_least(1, self, "frame_clips", "unrolled", "teacher_steps", "motion_clips", where=where)
         above_0(self, "shift", "fake_score_lr", where=where)
         if self.frames and not self.truth:
             raise UserError(f"distillation.frames goes with truth, got {self.frames} and no truth")
+        if self.unrolled > 1 and not self.truth:
+            raise UserError(f"distillation.unrolled goes with truth, got {self.unrolled} and no truth")
         times = list(self.sampling_times)
         if not times or times[0] != 1000 or any(a <= b for a, b in pairwise([*times, 0])):
             raise UserError(
@@ -197,11 +201,12 @@ class Stage:
 
         if self.objective not in OBJECTIVES:
             refuse(f"objective must be one of {', '.join(OBJECTIVES)}", self.objective)
-        for task in self.mix:
-            if task not in TASKS:
-                refuse(f"unknown task in mix{did_you_mean(task, TASKS)}", task)
-        if not self.mix or min(self.mix.values()) < 0 or sum(self.mix.values()) <= 0:
-            refuse("mix must give tasks shares above 0", self.mix)
+        for mix in self.mixes:
+            for task in mix:
+                if task not in TASKS:
+                    refuse(f"unknown task in mix{did_you_mean(task, TASKS)}", task)
+            if not mix or min(mix.values()) < 0 or sum(mix.values()) <= 0:
+                refuse("mix must give tasks shares above 0", mix)
         where = f"stage {self.name}: "
         at_least(1, self, "steps", "batch_size", "accumulate", "warmup_steps", where=where)
         at_least(0, self, "decay_steps", "weight_decay", "time_std", "samples_every", "seed", where=where)
@@ -221,8 +226,19 @@ class Stage:
         decoded = self.distillation is not None and self.distillation.frames > 0
         if decoded and max((bucket.frames for bucket in self.buckets), default=1) <= 5:
             refuse("distillation.frames needs clips of more than 5 frames", [b.name for b in self.buckets])
+        if self.distillation is not None and self.distillation.unrolled > 1 and not self.has_rollouts:
+            refuse("distillation.unrolled needs the task rollout in mix", self.mix)
         if self.state is not None and self.objective != "flow":
             refuse("state goes with the objective flow", self.objective)
+
+    @property
+    def mixes(self) -> list[dict[str, float]]:
+        """Its own shares of the tasks, and those of buckets that have theirs."""
+        return [self.mix, *(bucket.mix for bucket in self.buckets if bucket.mix)]
+
+    @property
+    def has_rollouts(self) -> bool:
+        return any(mix.get("rollout") for mix in self.mixes)
 
     def learning_rate(self, step: int) -> float:
         """The share of the full rate at `step`: warm-up, constant, linear decay to a fiftieth."""
