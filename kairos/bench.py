@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kairos.errors import UserError
+from kairos.errors import MachineError, UserError
 from kairos.heap import keep_freed_memory
 from kairos.request import did_you_mean
 
@@ -112,9 +112,10 @@ def measure(run: Run) -> dict[str, Any]:
     command = [sys.executable, "-m", "kairos.bench", json.dumps(asdict(run))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        last = last.removeprefix("kairos.errors.UserError: ")
-        raise UserError(f"{run.kind} at {run.latent_frames} latent frames failed: {last}")
+        last = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
+        error = UserError if last.startswith("kairos.errors.UserError: ") else MachineError
+        last = last.removeprefix(f"kairos.errors.{error.__name__}: ")
+        raise error(f"{run.kind} at {run.latent_frames} latent frames failed: {last}")
     return asdict(run) | json.loads(done.stdout.splitlines()[-1])
 
 
@@ -220,10 +221,13 @@ def _stages(run: Run) -> dict[str, Any]:
     import torch
 
     from kairos.models import vae as video_vae
+    from kairos.models.compiled import compile_blocks
 
     dtype = getattr(torch, run.dtype)
     parts, weights = _parts(run, dtype)
     transformer, vae = parts["transformer"], parts["vae"]
+    if run.compiled:
+        compile_blocks(transformer)
     size = (1, transformer.config.in_channels, run.latent_frames, run.height // 8, run.width // 8)
     latents = torch.randn(size, device=run.device).to(dtype)
     frame = torch.rand(1, 3, 1, run.height, run.width, device=run.device).to(vae.dtype) * 2 - 1

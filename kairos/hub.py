@@ -102,9 +102,9 @@ def _shards_are_there(files: Iterable[Path]) -> bool:
             continue
         try:
             names = set(json.loads(index.read_text())["weight_map"].values())
+            if not all((index.parent / name).exists() for name in names):
+                return False
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return False
-        if not all((index.parent / name).exists() for name in names):
             return False
     return True
 
@@ -149,7 +149,7 @@ def _explained(repo: str) -> Iterator[None]:
 
 
 def _forbidden(repo: str) -> str:
-    return f"{repo} is not downloaded, and HF_HUB_OFFLINE forbids downloading; unset HF_HUB_OFFLINE"
+    return f"HF_HUB_OFFLINE forbids downloading {repo}; unset it"
 
 
 def _unreachable(repo: str, endpoint: str) -> str:

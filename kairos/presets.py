@@ -217,7 +217,8 @@ def load_pipeline(
         name_or_path: a name of PRESETS, a folder that a pipeline was saved to, or one that `download` filled.
         device: where to.
         dtype: precision; None is float32 on a CPU, bfloat16 elsewhere.
-        weights: another LinearDiT instead of the model's own: a released file, its shards or a folder.
+        weights: another LinearDiT instead of the model's own: a released file, its shards or a folder, whose
+            config.json counts before what the model says of its own.
 
     Raises:
         UserError: for a name that is not known, files that are not there, and weights that do not fit.
@@ -297,7 +298,7 @@ def _load_released(preset: Preset, folder: Path | None, dtype: torch.dtype, weig
         prompt_template=preset.template,
         dtype=dtype,
         defaults=preset.defaults,
-        **preset.transformer_config,
+        otherwise=preset.transformer_config,
     )
 
 
@@ -310,9 +311,10 @@ def _load_saved(folder: Path, dtype: torch.dtype, weights: Any) -> KairosPipelin
     read_json(folder / "model_index.json")
     text_encoder, tokenizer, processor = load_text_encoder(folder, dtype=dtype)
     own = read_json(folder / "transformer" / "config.json") if weights else {}
-    config = {name: value for name, value in own.items() if not name.startswith("_")}
+    otherwise = {name: value for name, value in own.items() if not name.startswith("_")}
+    transformer = weights or folder / "transformer"
     parts = {
-        "transformer": load_transformer_file(weights or folder / "transformer", dtype=dtype, **config),
+        "transformer": load_transformer_file(transformer, dtype=dtype, otherwise=otherwise),
         "vae": load_vae_file(folder / "vae", dtype=dtype),
         "text_encoder": text_encoder,
         "tokenizer": tokenizer,

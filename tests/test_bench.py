@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -24,7 +25,7 @@ from kairos.bench import (
 )
 from kairos.cli import main
 from kairos.cli.bench import curve_svg, hardware
-from kairos.errors import UserError
+from kairos.errors import MachineError, UserError
 from kairos.models.gated_delta_net import PRECISE
 from kairos.training.vae import build_vae
 
@@ -43,6 +44,18 @@ def test_the_stages_of_a_video_are_timed_apart():
     assert found["peak_gb"] > 0 and found["weights"] == "the model's"
     # Five frames: about 0.9 GFLOP, nearly all in convolutions.
     assert 0.5e-3 < found["stages"]["decode frames"]["tflop"] < 2e-3
+
+
+@pytest.mark.parametrize("kind", ["stages", "hybrid", "full"])
+def test_blocks_are_compiled_before_they_are_timed_where_that_is_asked_for(kind, monkeypatch):
+    compiled: list[int] = []
+    monkeypatch.setattr(
+        "kairos.models.compiled.compile_blocks", lambda model: compiled.append(len(model.blocks))
+    )
+    measure_here(Run(kind, latent_frames=1, **SMALL))
+    assert not compiled
+    measure_here(Run(kind, latent_frames=1, **SMALL, compiled=True))
+    assert compiled == [8]
 
 
 def test_a_model_that_is_not_here_is_timed_with_random_weights(monkeypatch):
@@ -142,6 +155,21 @@ def test_a_run_that_fails_says_why_in_one_line():
         measure(Run("stages", latent_frames=2, **SMALL | {"model": "nothing"}))
 
 
+@pytest.mark.parametrize(
+    ("status", "said", "error", "message"),
+    [
+        (1, "Traceback\nkairos.errors.MachineError: no compiler\n", MachineError, "failed: no compiler"),
+        (1, "Traceback\ntorch.OutOfMemoryError: out\n", MachineError, "failed: torch.OutOfMemoryError: out"),
+        (-9, "", MachineError, "failed: it ended with status -9"),
+    ],
+)
+def test_a_machine_that_fails_a_run_is_told_from_bad_input(status, said, error, message, monkeypatch):
+    ended = subprocess.CompletedProcess((), status, "", said)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: ended)
+    with pytest.raises(error, match=message):
+        measure(Run("stages", latent_frames=2, **SMALL))
+
+
 def test_results_and_their_plot_are_written(tmp_path: Path, capsys: Any):
     with pytest.raises(SystemExit) as ended:
         main(
@@ -162,6 +190,7 @@ def test_results_and_their_plot_are_written(tmp_path: Path, capsys: Any):
     [
         (["--lengths", "3,x"], "--lengths takes latent frames such as 21,41,81, got 'x'"),
         (["--lengths", "3,²"], "--lengths takes latent frames such as 21,41,81, got '²'"),
+        (["--lengths", "3", "--frames", "5"], "leave out --frames"),
         (["--frames", "6"], "frames must be 4n + 1, got 6"),
         (["--height", "20"], "height must be a multiple of 16, got 20"),
         (["--against", "ful"], "did you mean 'full'?"),

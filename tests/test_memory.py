@@ -181,6 +181,8 @@ def test_the_command_prints_the_plan_and_refuses_with_status_2(capsys) -> None:
     assert "do not fit in 2 GB" in capsys.readouterr().err
     for wrong in ((), ("--gpu-memory", "8", "--cpu-memory", "8"), ("--gpu-memory", "8", "--quantize", "x")):
         assert kairos(*size, *wrong) == 2
+    assert kairos(*size, "--cpu-memory", "80", "--peak", "100") == 2
+    assert "--peak is the GPU's" in capsys.readouterr().err
     for option, wrong, message in (("--frames", "80", "try 81 or 77"), ("--steps", "0", "at least 1, got 0")):
         assert kairos("plan", option, wrong, "--gpu-memory", "24") == 2
         assert message in capsys.readouterr().err

@@ -304,6 +304,22 @@ def test_other_weights_can_take_the_place_of_a_models_own(published, pipeline, t
     assert (loaded.transformer.head.head.bias == 7).all()
 
 
+def test_other_weights_with_a_configuration_keep_it(published, pipeline, tmp_path):
+    download("kairos-4b-480p")
+    pipeline.save_pretrained(tmp_path / "saved")
+    other = {"dilation": 2, "pad_dilated": False, "causal": "chunk"}
+    KairosTransformer3DModel.from_config(pipeline.transformer.config, **other).save_pretrained(
+        tmp_path / "other"
+    )
+    save_original(pipeline.transformer, tmp_path / "plain.safetensors")
+    for name in ("kairos-4b-480p", tmp_path / "saved"):
+        own = load_pipeline(name).transformer.config
+        taken = load_pipeline(name, weights=tmp_path / "other").transformer.config
+        assert {key: taken[key] for key in other} == other != {key: own[key] for key in other}
+        plain = load_pipeline(name, weights=tmp_path / "plain.safetensors").transformer.config
+        assert {key: plain[key] for key in other} == {key: own[key] for key in other}
+
+
 def answered(kind: type[errors.HfHubHTTPError], message: str, status: int) -> errors.HfHubHTTPError:
     """An error of the hub's, without the HTTP library that it comes with."""
     return kind(message, response=SimpleNamespace(headers={}, status_code=status, request=None))

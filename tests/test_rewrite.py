@@ -210,6 +210,10 @@ def test_a_local_model_writes_the_same_text_each_time(local_model, monkeypatch):
     assert "You write prompts" not in text
 
 
+def test_a_local_model_that_is_not_done_in_time_is_given_up(local_model):
+    assert "took too long" in refusal(MachineError, str(local_model), timeout_s=0.001)
+
+
 def test_local_models_that_are_missing_or_cannot_chat_are_refused(local_model):
     assert "run: hf download nobody/nothing" in refusal(UserError, "nobody/nothing")
     assert "no rewriter 'a/b/c'" in refusal(UserError, "a/b/c")

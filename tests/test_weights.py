@@ -18,6 +18,7 @@ from kairos.weights import (
     save_original,
 )
 from kairos.weights.fingerprint import fingerprint
+from kairos.weights.lora import apply_loras, parse_lora
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -163,6 +164,17 @@ def test_missing_shards_are_named(model, tmp_path):
     assert "dit-00002-of-00003.safetensors" in refusal(load_transformer_file, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [({}, "names no shards"), ({"a": 5}, "is not an index of shards"), ([], "is not an index of shards")],
+)
+def test_an_index_that_is_none_is_refused(tmp_path, weight_map, message):
+    index = tmp_path / "dit.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    for path in (tmp_path, index):
+        assert message in refusal(load_transformer_file, path)
+
+
 def test_missing_extra_and_misshapen_tensors_are_named_and_counted(model, tmp_path):
     tensors = model.state_dict()
     for i in range(3):
@@ -174,6 +186,30 @@ def test_missing_extra_and_misshapen_tensors_are_named_and_counted(model, tmp_pa
     assert "lacks blocks.0.cross_attn.q.bias" in message and "2 more (6 in all)" in message
     assert "has stray that the model has not" in message
     assert "blocks.0.ffn.2.weight 7x40 instead of 24x40" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("patch_embedding.weight", (24,)),
+        ("patch_embedding.weight", (24, 16, 1, 0, 2)),
+        ("head.head.weight", ()),
+        ("text_embedding.0.weight", (24,)),
+        ("blocks.3.gated_delta.A_log", (0,)),
+        ("blocks.3.gated_delta.A_log", (2, 2)),
+    ],
+)
+def test_a_shape_that_tells_no_size_is_refused_in_one_line(model, tmp_path, name, shape):
+    save_file(model.state_dict() | {name: torch.zeros(shape)}, tmp_path / "dit.safetensors")
+    assert "does not fit the model" in refusal(load_transformer_file, tmp_path / "dit.safetensors")
+
+
+@pytest.mark.parametrize("pattern", ["", None, 5])
+def test_a_configuration_with_no_pattern_is_refused_in_one_line(model, tmp_path, pattern):
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(written | {"layer_pattern": pattern}))
+    assert "the configuration does not fit the model" in refusal(load_transformer_file, tmp_path)
 
 
 def test_a_given_size_that_the_file_contradicts_is_refused(released):
@@ -312,3 +348,27 @@ def test_other_weights_and_another_configuration_have_another_fingerprint(model,
     assert fingerprint({"transformer": other}) != said
     assert fingerprint({"transformer": load_transformer_file(released, dilation=6)}) != said
     assert fingerprint({"vae": model}) != said
+
+
+@pytest.mark.parametrize(
+    ("layer", "down", "up"),
+    [
+        ("blocks.0.ffn.0", (2, 24), (40, 3)),
+        ("blocks.0.ffn.0", (2, 25), (40, 2)),
+        ("blocks.0.ffn.0", (24,), (40, 2)),
+        ("blocks.0.ffn.0", (), (40, 2)),
+        ("blocks.0.ffn.0", (0, 24), (40, 0)),
+        ("blocks.0.ffn.0", (1, 24), (40,)),
+        ("patch_embedding", (2, 16, 1, 2, 2), (24, 2, 1, 1, 1)),
+    ],
+)
+def test_a_lora_whose_products_have_not_the_layers_shape_is_refused(model, tmp_path, layer, down, up):
+    tensors = {f"{layer}.lora_A.weight": torch.ones(down), f"{layer}.lora_B.weight": torch.ones(up)}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    message = refusal(apply_loras, model, [(tmp_path / "lora.safetensors", 1.0)])
+    assert f"does not fit this model: {layer} is" in message
+
+
+@pytest.mark.parametrize("weight", ["nan", "inf", "-inf"])
+def test_a_lora_has_a_finite_weight(released, weight):
+    assert "FILE:WEIGHT, a number" in refusal(parse_lora, f"{released}:{weight}")

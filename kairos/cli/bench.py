@@ -44,7 +44,7 @@ def bench(
         ),
     ] = None,
     device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(metavar="NAME", help="auto, float32 or bfloat16.")] = "auto",
+    dtype: Annotated[str, typer.Option(metavar="NAME", help="auto, float32, bfloat16 or float16.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="On a CPU. Default: torch's own.")] = None,
     runs: Annotated[int, typer.Option(min=1, help="Timed runs, after two warm-ups.")] = 7,
     clock: Annotated[
@@ -65,7 +65,9 @@ def bench(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE.json", help="Write the results, and a plot beside."),
+        typer.Option(
+            "--output", "-o", metavar="FILE.json", help="Write the results; with --lengths, a plot too."
+        ),
     ] = None,
 ) -> None:
     """Time a model's stages; with --lengths or --against, its LinearDiT alone, with random weights."""
@@ -91,6 +93,8 @@ def bench(
         for option, value in (unused | {"--against": against, "--lengths": lengths}).items():
             if value is not None:
                 raise UserError(f"--step-cache makes whole videos as the model does; leave out {option}")
+    if sizes and frames is not None:
+        raise UserError("--lengths says how long the clips are; leave out --frames")
     if text_tokens is not None and not sizes and not against:
         raise UserError("--text-tokens goes with --lengths or --against: stages are timed with a real prompt")
     made_for = info(model).defaults

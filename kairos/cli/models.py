@@ -72,10 +72,6 @@ def download(
     if not preset.sources:
         _say(f"{name} ships with Kairos; there is nothing to download")
         return
-    if folder is not None:
-        from kairos.data.files import prepare_folder
-
-        prepare_folder(folder)
     for part, path in presets.download(name, folder).items():
         _say(f"{part.replace('_', ' ')}: {path}")
 

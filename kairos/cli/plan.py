@@ -61,6 +61,8 @@ def plan(
 
     if (gpu_memory is None) is (cpu_memory is None):
         raise UserError("say how much memory there is: --gpu-memory GB, or --cpu-memory GB")
+    if peak is not None and gpu_memory is None:
+        raise UserError("--peak is the GPU's, and a plan for a CPU says no times; leave it out")
     if dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     device = "cuda" if cpu_memory is None else "cpu"

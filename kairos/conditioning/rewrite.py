@@ -45,11 +45,11 @@ def rewrite_prompt(prompt: str, source: str, *, with_image: bool = False, timeou
             among its models (else its first); or a local model: a folder, or a name in Hugging Face's cache.
             The endpoint's key, where it wants one, is the environment variable KAIROS_REWRITE_API_KEY.
         with_image: the video begins with an image, which the second model does not see.
-        timeout_s: for the whole of it.
+        timeout_s: for the whole of it, but for the loading of a local model.
 
     Raises:
         UserError: for a source that cannot be used.
-        MachineError: where the endpoint cannot be reached, fails, or takes too long.
+        MachineError: where the endpoint cannot be reached or fails, and where the answer takes too long.
     """
     if not prompt.strip():
         return prompt
@@ -57,9 +57,8 @@ def rewrite_prompt(prompt: str, source: str, *, with_image: bool = False, timeou
         {"role": "system", "content": INSTRUCTION + WITH_IMAGE * with_image},
         {"role": "user", "content": prompt},
     ]
-    deadline = time.monotonic() + timeout_s
     if "://" in source:
-        answer = _ask_endpoint(source, messages, deadline)
+        answer = _ask_endpoint(source, messages, time.monotonic() + timeout_s)
     else:
         answer = _ask_local(source, messages, timeout_s)
     text = _paragraph(answer)
@@ -161,8 +160,11 @@ def _ask_local(source: str, messages: list[dict[str, str]], timeout_s: float) ->
         messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )
     tokens = tokens.to(model.device)
+    began = time.monotonic()
     with torch.inference_mode():
         output = model.generate(**tokens, max_new_tokens=MAX_TOKENS, do_sample=False, max_time=timeout_s)
+    if time.monotonic() - began > timeout_s:  # it stopped in the middle of what it had to say
+        raise MachineError(f"{source} took too long; the prompt is not rewritten")
     return str(tokenizer.decode(output[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True))
 
 

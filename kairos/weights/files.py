@@ -138,9 +138,11 @@ def _files_of(path: Path) -> list[Path]:
 def _indexed(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = [index.parent / name for name in names]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is not an index of shards; download it again") from error
-    files = [index.parent / name for name in names]
+    if not files:
+        raise UserError(f"{index} names no shards; download it again")
     if missing := [file.name for file in files if not file.exists()]:
         raise UserError(f"{index} names {_listed(missing)}, not there; download the model again")
     return files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,9 @@ def parse_lora(text: str) -> tuple[Path, float]:
         try:
             weight = float(last)
         except ValueError:
-            raise UserError(f"--lora must be FILE or FILE:WEIGHT, a number, got {text!r}") from None
+            weight = math.nan
+        if not math.isfinite(weight):
+            raise UserError(f"--lora must be FILE or FILE:WEIGHT, a number, got {text!r}")
     else:
         name = text
     path = Path(name)
@@ -58,15 +61,14 @@ def apply_loras(model: Any, loras: Sequence[tuple[Path, float]]) -> None:
             down, up = tensors.pop(name), tensors.pop(layer + UP, None)
             if target is None or up is None:
                 raise UserError(f"{path} does not fit this model: it has {name}, and the model no {layer}")
-            rank = len(down)
-            scale = float(tensors.pop(f"{layer}.alpha", rank if alpha is None else alpha)) / rank
-            update = weight * scale * up.float() @ down.float()
-            if update.shape != target.shape:
+            rank = len(down) if down.ndim == 2 else 0
+            if not rank or target.shape != (len(target), down.shape[1]) or up.shape != (len(target), rank):
                 raise UserError(
                     f"{path} does not fit this model: {layer} is {tuple(target.shape)}, "
-                    f"its update {tuple(update.shape)}"
+                    f"its update {tuple(up.shape)} by {tuple(down.shape)}"
                 )
-            updates.append((target, update))
+            scale = float(tensors.pop(f"{layer}.alpha", rank if alpha is None else alpha)) / rank
+            updates.append((target, weight * scale * up.float() @ down.float()))
         if tensors:
             raise UserError(f"{path} holds more than a LoRA's products: {', '.join(sorted(tensors)[:3])}")
     for target, update in updates:

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from kairos.errors import MachineError, UserError
+from kairos.errors import MachineError, UserError, one_line
 from kairos.models.transformer import KairosTransformer3DModel
 from kairos.weights.files import StoredTensor, fill, open_weights, written_config
 
@@ -31,6 +31,7 @@ def load_transformer_file(
     path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     dtype: torch.dtype | None = None,
+    otherwise: Mapping[str, Any] | None = None,
     **config: Any,
 ) -> KairosTransformer3DModel:
     """The LinearDiT of a released file, in evaluation mode on the CPU.
@@ -38,6 +39,7 @@ def load_transformer_file(
     Args:
         path: a file, the list of its shards, or a folder (its config.json counts where it is a LinearDiT's).
         dtype: of the weights; None keeps the stored one. What must be exact (`A_log`, `dt_bias`) is float32.
+        otherwise: values where neither the shapes nor a config.json beside the weights tell them.
         config: values that the shapes do not tell (`dilation`, `pad_dilated`, `causal`), or shall override.
 
     Raises:
@@ -56,12 +58,15 @@ def load_transformer_file(
         else:
             of = kind or "no class"
             logger.warning("%s is of %s and not of the LinearDiT: left aside", single / "config.json", of)
-    values = infer_transformer_config(stored, source=source, **(written | config)) | written | config
+    known = {**(otherwise or {}), **written, **config}
     try:
+        values = infer_transformer_config(stored, source=source, **known) | known
         with torch.device("meta"):
             model = KairosTransformer3DModel(**values)
-    except TypeError as error:
-        raise UserError(f"{source}: the configuration does not fit the model: {error}") from error
+    except UserError:
+        raise
+    except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise UserError(f"{source}: the configuration does not fit the model: {one_line(error)}") from error
     fill(model, stored, dtype=dtype, float32_parts=model._keep_in_fp32_modules, source=source)
     return model.eval()
 

@@ -55,9 +55,7 @@ def collision(rng: np.random.Generator, first: Ball, second: Ball, kind: str) ->
         return say.frame(_mutual(say))
     subject = say.ball(0, article=say.article())
     verb = say.pick("rolls", "rolls", "moves", "moves", "slides", "goes")
-    hits = say.pick(
-        "hits", "hits", "strikes", "collides with", "bumps into", "knocks into", "runs into", "crashes into"
-    )
+    hits = say.pick(*HITS)
     if say.often(0.15):
         verb = say.pick("rolling", "moving", "sliding")
         middle = [verb, say.way(0), say.pick("hits", "strikes", "collides with")]
@@ -79,9 +77,7 @@ def collision(rng: np.random.Generator, first: Ball, second: Ball, kind: str) ->
                     subject, *middle, say.ball(1, adjective=say.pick("still", "resting", "stationary"))
                 )
             )
-        tail = say.pick(
-            "at rest", "that stands still", "that is at rest", "standing still", "that does not move"
-        )
+        tail = say.pick(*AT_REST)
         return say.frame(say.caption(subject, *middle, say.ball(1), tail))
     target = say.ball(1)
     if kind != "rest" and moving:
