@@ -409,8 +409,8 @@ def load_start(recipe: Recipe, source: str, dtype: str = "float32") -> Any:
         return load_transformer_file(path, **options)
     preset, base = presets.locate(source)
     if preset is not None and preset.kind == "released":
-        options = {**preset.transformer_config, **options}
-        return load_transformer_file(presets.local_files(preset, base)["transformer"], **options)
+        files = presets.local_files(preset, base)["transformer"]
+        return load_transformer_file(files, otherwise=preset.transformer_config, **options)
     assert base is not None
     return load_transformer_file(base / "transformer", **options)
 
