@@ -319,3 +319,7 @@ def test_a_difference_fails_the_certificate() -> None:
     near, far = Finding(2, "cfg", True, 1e-6, 1e-7), Finding(2, "cfg", True, 1e-6, 2e-4)
     assert [one.passed for one in (near, far, Finding(2, "cfg", True, float("nan")))] == [True, False, False]
     assert worst([[near], [far]]) == [far]
+    blank = Finding(2, "cfg", True, 0.0, float("nan"))  # latents that no strips spoil, frames that they do
+    assert not blank.passed
+    for order in ([[blank], [far]], [[far], [blank]]):
+        assert worst(order) == [blank]
