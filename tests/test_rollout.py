@@ -426,6 +426,8 @@ def test_a_model_that_sees_whole_clips_goes_on_from_its_last_frames_and_says_so(
 def test_an_overlapping_rollout_refuses_what_it_cannot_do(pipeline: Any) -> None:
     for options, message in (
         ({"overlap": 4}, "overlap must be 4n \\+ 1, got 4"),
+        ({"overlap": 0}, "overlap must be 4n \\+ 1, got 0"),
+        ({"overlap": -3}, "overlap must be 4n \\+ 1, got -3"),
         ({"overlap": 9}, "less than a clip's 9 frames, got 9"),
         ({"chunk_frames": 0}, "chunk_frames must be at least 1, got 0"),
     ):

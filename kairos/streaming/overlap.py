@@ -50,8 +50,8 @@ class OverlappingRollout(Iterator[np.ndarray]):
             UserError: for input that cannot be used.
         """
         own = int(pipeline.config.defaults["num_frames"])
-        self.overlap = overlap or min(MOST_OVERLAP, (own - 1) // 8 * 4 + 1)
-        if self.overlap % 4 != 1:
+        self.overlap = min(MOST_OVERLAP, (own - 1) // 8 * 4 + 1) if overlap is None else overlap
+        if self.overlap < 1 or self.overlap % 4 != 1:
             raise UserError(f"overlap must be 4n + 1, got {self.overlap}")
         if chunk_frames is not None and chunk_frames < 1:
             raise UserError(f"chunk_frames must be at least 1, got {chunk_frames}")
