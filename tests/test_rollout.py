@@ -21,7 +21,7 @@ from PIL import Image
 
 from kairos import UserError, presets
 from kairos.cli import main, roll
-from kairos.data import growing_video
+from kairos.data import files, growing_video
 from kairos.data.growing_video import GrowingVideo
 from kairos.data.media import read_metadata, read_video, write_video
 from kairos.errors import MachineError
@@ -130,6 +130,33 @@ def test_a_growing_video_takes_the_place_of_a_file_only_with_its_first_chunk(tmp
     assert (tmp_path / "out.mp4").read_text() == "the old one"
     video.write(moving_bar(1))
     assert len(read_video(tmp_path / "out.mp4")) == 1
+
+
+def test_a_first_chunk_that_cannot_be_written_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_disk: type[FullDisk]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "out.mp4").write_text("the old one")
+    video = GrowingVideo(tmp_path / "out.mp4", 16)
+    with monkeypatch.context() as patched, pytest.raises(MachineError, match="no space left on device"):
+        patched.setattr(files.os, "fsync", full)
+        full_disk.room = 0
+        video.write(moving_bar(1))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
+    assert (tmp_path / "out.mp4").read_text() == "the old one"
+    video.write(moving_bar(1))
+    assert len(read_video(tmp_path / "out.mp4")) == 1
+
+
+def test_a_growing_video_keeps_its_size(tmp_path: Path) -> None:
+    video = GrowingVideo(tmp_path / "out.mp4", 16)
+    video.write(moving_bar(1))
+    with pytest.raises(ValueError, match=r"all frames must be \(64, 64\) high and wide, got \(64, 32\)"):
+        video.write(moving_bar(4)[:, :, :32])
+    video.write(moving_bar(4, 1))
+    assert len(read_video(tmp_path / "out.mp4")) == 5
 
 
 def test_a_chunk_that_finds_the_disk_full_leaves_those_before_it(
