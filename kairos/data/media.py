@@ -39,8 +39,8 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What turns an image upright, by its EXIF orientation. Pillow's own would also write the EXIF anew, and fails
-on photos with other entries that it cannot write."""
+"""What turns an image upright, by its EXIF orientation. Pillow's own also writes the EXIF anew, and fails on
+photos with other entries that it cannot write."""
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
