@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from kairos.data import files, growing_video
 from kairos.data.growing_video import GrowingVideo
 from kairos.data.media import read_metadata, read_video, write_video
 from kairos.errors import MachineError
+from kairos.pipeline import KairosPipeline
 from kairos.presets import load_pipeline
 from kairos.request import Request
 from kairos.schedulers import FewStepScheduler
@@ -270,6 +272,10 @@ def test_the_prompt_changes_at_its_second(rollout: Any, monkeypatch: pytest.Monk
     later = ("--prompt-at", "0.5s it falls", "--prompt-at", "0.2 s it stops")
     assert rollout("a ball", "--seconds", 0.8, *SHORT[2:], *later, "-o", "out.mp4")[0] == 0
     assert changed == [(2, "it stops"), (3, "it falls")]
+    changed.clear()
+    at_once = ("--prompt-at", "0.1s it stops", "--prompt-at", "0.1s it falls")
+    assert rollout("a ball", *SHORT, *at_once, "-o", "out.mp4")[0] == 0
+    assert [prompt for _, prompt in changed] == ["it stops", "it falls"]
 
 
 def test_interrupting_keeps_the_chunks_and_their_state(rollout: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -421,6 +427,30 @@ def test_input_that_cannot_be_used_is_refused_in_one_line(rollout: Any) -> None:
     assert not Path("out.mp4").exists()
 
 
+def test_what_is_known_without_the_model_is_refused_before_it_is_loaded(
+    rollout: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rollout("a ball", *SHORT, "--futures", 2, "--save-state", "world", "-o", "taken.mp4")
+    monkeypatch.setattr(roll, "load", None)
+    Path("folder.drift.json").mkdir()
+    cases: list[tuple[str, tuple[object, ...], str]] = [
+        ("whole", ("a", *SHORT, "--save-state", "w", "-o", "out.mp4"), "needs a chunk-causal model"),
+        ("causal", ("a", *SHORT, "-o", "folder.mp4"), "cannot write folder.drift.json: it is a folder"),
+        ("causal", ("a", *SHORT, "--height", 512, "--scale", 64, "-o", "out.mp4"), "is 2048 x 32768"),
+        ("causal", ("a", *SHORT, "--futures", 100, "--scale", 60, "-o", "out.mp4"), "is 20280 x 20280"),
+        (
+            "causal",
+            ("--from-state", "world", *SHORT[:2], "--futures", 50, "--scale", 60, "-o", "out.mp4"),
+            "is 20280 x 20280",
+        ),
+    ]
+    for model, arguments, message in cases:
+        status, _, complaint = rollout(*arguments, model=model)
+        assert (status, complaint.count("\n")) == (2, 1), arguments
+        assert message in complaint
+    assert not Path("out.mp4").exists()
+
+
 # Models that see whole clips
 
 
@@ -448,6 +478,28 @@ def test_a_model_that_sees_whole_clips_goes_on_from_its_last_frames_and_says_so(
     assert (first.shape[1], second.shape[1]) == (9, 4)
     assert np.array_equal(calls[1]["video"], (first[0, -5:] * 255).round().astype(np.uint8))
     assert calls[2]["video"].shape == calls[1]["video"].shape
+
+
+def test_a_plan_in_tiles_is_kept_to_and_a_warning_is_given_once(
+    rollout: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, call, tiled = roll.planned, KairosPipeline.__call__, []
+
+    def in_tiles(*arguments: Any, **options: Any) -> Any:
+        return replace(plan(*arguments, **options), tiled=True)
+
+    def watched(self: KairosPipeline, *arguments: Any, **options: Any) -> Any:
+        tiled.append(options["tiled"])
+        return call(self, *arguments, **options)
+
+    monkeypatch.setattr(roll, "planned", in_tiles)
+    monkeypatch.setattr(KairosPipeline, "__call__", watched)
+    status, _, complaint = rollout(
+        "a ball", "--seconds", 1, "--steps", 1, "--height", 20, "--memory", 8, "-o", "out.mp4", model="whole"
+    )
+    assert status == 0
+    assert tiled == [True] * 3
+    assert complaint.count("20 x 32 is rounded up to 32 x 32") == 1
 
 
 def test_an_overlapping_rollout_refuses_what_it_cannot_do(pipeline: Any) -> None:
