@@ -178,6 +178,35 @@ def test_a_rewritten_video_is_finished_for_the_words_that_it_came_from(
     assert not is_finished(asked, RunOptions(model="one", rewrite="another"))
 
 
+@pytest.mark.parametrize(("listed", "prompts"), [(False, ["a ball, written out"]), (True, ["a ball"])])
+def test_a_video_that_is_made_anew_is_made_of_the_rewritten_prompt_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: bool, prompts: list[str]
+) -> None:
+    """A finished video of a list is left as it is, and its prompt needs no second writing."""
+    from kairos.cli import gpus
+    from kairos.cli.generate import Job
+    from kairos.cli.run import RunOptions
+    from kairos.conditioning import rewrite
+    from kairos.distributed import launch
+    from kairos.request import Request
+
+    launched: list[str] = []
+    monkeypatch.setattr(rewrite, "rewrite_prompt", lambda prompt, source, **_: f"{prompt}, written out")
+    monkeypatch.setattr(gpus, "is_finished", lambda job, options: True)
+    monkeypatch.setattr(
+        launch, "launch", lambda _, given, size: launched.extend(job.request.prompt for job in given[0])
+    )
+    gpus.run_on_gpus(
+        [Job(Request("a ball"), tmp_path / "a.mp4")],
+        [],
+        RunOptions(device="cpu", rewrite="someone"),
+        gpus="2",
+        split=None,
+        report=tmp_path / "report.json" if listed else None,
+    )
+    assert launched == prompts
+
+
 @pytest.mark.parametrize("split", [("--gpus", 2), ("--gpus", 3, "--split", "context")])
 def test_a_video_of_several_ranks_is_the_video_of_one(kairos: Any, model: Path, split: tuple) -> None:
     Image.new("RGB", (32, 32), "red").save("red.png")
@@ -319,3 +348,7 @@ def test_a_difference_fails_the_certificate() -> None:
     near, far = Finding(2, "cfg", True, 1e-6, 1e-7), Finding(2, "cfg", True, 1e-6, 2e-4)
     assert [one.passed for one in (near, far, Finding(2, "cfg", True, float("nan")))] == [True, False, False]
     assert worst([[near], [far]]) == [far]
+    blank = Finding(2, "cfg", True, 0.0, float("nan"))  # latents that no strips spoil, frames that they do
+    assert not blank.passed
+    for order in ([[blank], [far]], [[far], [blank]]):
+        assert worst(order) == [blank]

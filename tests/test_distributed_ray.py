@@ -14,8 +14,11 @@ import pytest
 from conftest import random_pipeline
 
 from kairos.cli import main
+from kairos.cli.batch import _received
+from kairos.cli.generate import Job
 from kairos.distributed.fleet import run_tasks
 from kairos.errors import MachineError
+from kairos.request import Request
 
 
 class RayError(Exception):
@@ -59,12 +62,14 @@ class PlayedRay:
 
 def test_every_task_is_answered_by_no_more_workers_than_there_is_room_for() -> None:
     ray = PlayedRay(lambda task: task * 10)
-    answers = dict(run_tasks(ray, ray.start, list(range(7)), workers=3, retries=0))
+    answers = dict(run_tasks(ray, ray.start, dict(enumerate(range(7))), workers=3, retries=0))
     assert answers == {number: number * 10 for number in range(7)}
     assert ray.started == 3
 
 
-def test_a_task_whose_worker_died_goes_to_a_new_one_and_is_given_up_after_its_retries() -> None:
+def test_a_task_whose_worker_died_goes_to_a_new_one_and_is_given_up_after_its_retries(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     tries: dict[str, int] = {}
 
     def act(task: str) -> str:
@@ -74,9 +79,11 @@ def test_a_task_whose_worker_died_goes_to_a_new_one_and_is_given_up_after_its_re
         return "made"
 
     ray = PlayedRay(act)
-    answers = dict(run_tasks(ray, ray.start, ["good", "once", "always"], workers=2, retries=2))
-    assert answers[0] == answers[1] == "made"
-    assert isinstance(answers[2], RayActorError)
+    with caplog.at_level("WARNING", "kairos"):
+        answers = dict(run_tasks(ray, ray.start, {2: "good", 5: "once", 7: "always"}, workers=2, retries=2))
+    assert sorted(caplog.messages) == [f"request {n} is tried again" for n in (5, 7, 7)]
+    assert answers[2] == answers[5] == "made"
+    assert isinstance(answers[7], RayActorError)
     assert tries == {"good": 1, "once": 2, "always": 3}
     assert ray.started == 2 + 1 + 3
 
@@ -85,7 +92,7 @@ def test_an_answer_that_is_to_be_had_again_is_asked_for_again() -> None:
     said = iter(["no memory", "made"])
     ray = PlayedRay(lambda task: next(said))
     answers = list(
-        run_tasks(ray, ray.start, ["one"], workers=1, retries=1, again=lambda answer: answer != "made")
+        run_tasks(ray, ray.start, {0: "one"}, workers=1, retries=1, again=lambda answer: answer != "made")
     )
     assert answers == [(0, "made")]
 
@@ -93,7 +100,27 @@ def test_an_answer_that_is_to_be_had_again_is_asked_for_again() -> None:
 def test_a_worker_that_cannot_start_ends_the_run_with_its_reason() -> None:
     ray = PlayedRay(lambda task: task, starts=False)
     with pytest.raises(MachineError, match="a worker cannot start: no such model"):
-        list(run_tasks(ray, ray.start, ["one"], workers=1, retries=5))
+        list(run_tasks(ray, ray.start, {0: "one"}, workers=1, retries=5))
+
+
+def test_workers_load_side_by_side() -> None:
+    ray = PlayedRay(lambda task: task)
+    loaded_after: list[int] = []
+    get = ray.get
+    ray.get = lambda reference: loaded_after.append(ray.started) or get(reference)
+    list(run_tasks(ray, ray.start, {0: "one", 1: "two", 2: "three"}, workers=3, retries=0))
+    assert loaded_after[:3] == [3, 3, 3]
+
+
+def test_a_video_that_cannot_be_written_is_an_outcome_and_ends_no_list(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "folder.mp4").mkdir()
+    job = Job(Request("a ball"), tmp_path / "folder.mp4", number=3)
+    outcome = _received(job, ({"request": 3, "output": "", "status": "made"}, b"a video"))
+    assert (outcome.request, outcome.status, outcome.by_input) == (3, "failed", True)
+    assert "it is a folder" in outcome.error
+    died = _received(job, RayActorError())
+    assert (died.error, died.by_input) == ("its worker died: RayActorError", False)
+    assert capsys.readouterr().err.count("error: request 3, ") == 2
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import struct
 import subprocess
 import sys
 from fractions import Fraction
@@ -10,7 +11,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from kairos.data import files, media
 from kairos.errors import MachineError, UserError
@@ -123,6 +124,32 @@ def test_an_image_is_turned_upright_and_made_rgb(tmp_path: Path) -> None:
     picture.save(tmp_path / "turned.jpg", exif=exif)
     upright = media.read_image(tmp_path / "turned.jpg")
     assert (upright.size, upright.mode) == ((2, 4), "RGB")
+
+
+@pytest.mark.parametrize("orientation", range(1, 10))
+def test_every_orientation_is_turned_as_pillow_turns_it(tmp_path: Path, orientation: int) -> None:
+    picture = Image.fromarray(np.arange(18, dtype=np.uint8).reshape(2, 3, 3))
+    exif = picture.getexif()
+    exif[0x0112] = orientation
+    for name in ("turned.png", "turned.tiff"):
+        picture.save(tmp_path / name, exif=exif)
+        with Image.open(tmp_path / name) as file:
+            expected = np.asarray(ImageOps.exif_transpose(file))
+        assert np.array_equal(media.read_image(tmp_path / name), expected)
+
+
+def test_a_photo_whose_exif_cannot_be_written_anew_is_read(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (4, 2))
+    exif = picture.getexif()
+    exif[0x0112], exif[0x010E] = 6, "a holiday"
+    picture.save(tmp_path / "photo.jpg", exif=exif)
+    as_text, as_fraction = (struct.pack(">HHI", 0x010E, *kind) for kind in ((2, 10), (5, 1)))
+    content = (tmp_path / "photo.jpg").read_bytes()
+    assert as_text in content
+    (tmp_path / "photo.jpg").write_bytes(content.replace(as_text, as_fraction))
+    with Image.open(tmp_path / "photo.jpg") as file, pytest.raises(AttributeError):
+        ImageOps.exif_transpose(file)
+    assert media.read_image(tmp_path / "photo.jpg").size == (2, 4)
 
 
 def test_sixteen_bit_greys_are_not_clipped(tmp_path: Path) -> None:

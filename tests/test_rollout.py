@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from PIL import Image
 
 from kairos import UserError, presets
 from kairos.cli import main, roll
-from kairos.data import growing_video
+from kairos.data import files, growing_video
 from kairos.data.growing_video import GrowingVideo
 from kairos.data.media import read_metadata, read_video, write_video
 from kairos.errors import MachineError
+from kairos.pipeline import KairosPipeline
 from kairos.presets import load_pipeline
 from kairos.request import Request
 from kairos.schedulers import FewStepScheduler
@@ -130,6 +132,33 @@ def test_a_growing_video_takes_the_place_of_a_file_only_with_its_first_chunk(tmp
     assert (tmp_path / "out.mp4").read_text() == "the old one"
     video.write(moving_bar(1))
     assert len(read_video(tmp_path / "out.mp4")) == 1
+
+
+def test_a_first_chunk_that_cannot_be_written_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_disk: type[FullDisk]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "out.mp4").write_text("the old one")
+    video = GrowingVideo(tmp_path / "out.mp4", 16)
+    with monkeypatch.context() as patched, pytest.raises(MachineError, match="no space left on device"):
+        patched.setattr(files.os, "fsync", full)
+        full_disk.room = 0
+        video.write(moving_bar(1))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
+    assert (tmp_path / "out.mp4").read_text() == "the old one"
+    video.write(moving_bar(1))
+    assert len(read_video(tmp_path / "out.mp4")) == 1
+
+
+def test_a_growing_video_keeps_its_size(tmp_path: Path) -> None:
+    video = GrowingVideo(tmp_path / "out.mp4", 16)
+    video.write(moving_bar(1))
+    with pytest.raises(ValueError, match=r"all frames must be \(64, 64\) high and wide, got \(64, 32\)"):
+        video.write(moving_bar(4)[:, :, :32])
+    video.write(moving_bar(4, 1))
+    assert len(read_video(tmp_path / "out.mp4")) == 5
 
 
 def test_a_chunk_that_finds_the_disk_full_leaves_those_before_it(
@@ -243,6 +272,10 @@ def test_the_prompt_changes_at_its_second(rollout: Any, monkeypatch: pytest.Monk
     later = ("--prompt-at", "0.5s it falls", "--prompt-at", "0.2 s it stops")
     assert rollout("a ball", "--seconds", 0.8, *SHORT[2:], *later, "-o", "out.mp4")[0] == 0
     assert changed == [(2, "it stops"), (3, "it falls")]
+    changed.clear()
+    at_once = ("--prompt-at", "0.1s it stops", "--prompt-at", "0.1s it falls")
+    assert rollout("a ball", *SHORT, *at_once, "-o", "out.mp4")[0] == 0
+    assert [prompt for _, prompt in changed] == ["it stops", "it falls"]
 
 
 def test_interrupting_keeps_the_chunks_and_their_state(rollout: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,6 +427,30 @@ def test_input_that_cannot_be_used_is_refused_in_one_line(rollout: Any) -> None:
     assert not Path("out.mp4").exists()
 
 
+def test_what_is_known_without_the_model_is_refused_before_it_is_loaded(
+    rollout: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rollout("a ball", *SHORT, "--futures", 2, "--save-state", "world", "-o", "taken.mp4")
+    monkeypatch.setattr(roll, "load", None)
+    Path("folder.drift.json").mkdir()
+    cases: list[tuple[str, tuple[object, ...], str]] = [
+        ("whole", ("a", *SHORT, "--save-state", "w", "-o", "out.mp4"), "needs a chunk-causal model"),
+        ("causal", ("a", *SHORT, "-o", "folder.mp4"), "cannot write folder.drift.json: it is a folder"),
+        ("causal", ("a", *SHORT, "--height", 512, "--scale", 64, "-o", "out.mp4"), "is 2048 x 32768"),
+        ("causal", ("a", *SHORT, "--futures", 100, "--scale", 60, "-o", "out.mp4"), "is 20280 x 20280"),
+        (
+            "causal",
+            ("--from-state", "world", *SHORT[:2], "--futures", 50, "--scale", 60, "-o", "out.mp4"),
+            "is 20280 x 20280",
+        ),
+    ]
+    for model, arguments, message in cases:
+        status, _, complaint = rollout(*arguments, model=model)
+        assert (status, complaint.count("\n")) == (2, 1), arguments
+        assert message in complaint
+    assert not Path("out.mp4").exists()
+
+
 # Models that see whole clips
 
 
@@ -423,9 +480,33 @@ def test_a_model_that_sees_whole_clips_goes_on_from_its_last_frames_and_says_so(
     assert calls[2]["video"].shape == calls[1]["video"].shape
 
 
+def test_a_plan_in_tiles_is_kept_to_and_a_warning_is_given_once(
+    rollout: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, call, tiled = roll.planned, KairosPipeline.__call__, []
+
+    def in_tiles(*arguments: Any, **options: Any) -> Any:
+        return replace(plan(*arguments, **options), tiled=True)
+
+    def watched(self: KairosPipeline, *arguments: Any, **options: Any) -> Any:
+        tiled.append(options["tiled"])
+        return call(self, *arguments, **options)
+
+    monkeypatch.setattr(roll, "planned", in_tiles)
+    monkeypatch.setattr(KairosPipeline, "__call__", watched)
+    status, _, complaint = rollout(
+        "a ball", "--seconds", 1, "--steps", 1, "--height", 20, "--memory", 8, "-o", "out.mp4", model="whole"
+    )
+    assert status == 0
+    assert tiled == [True] * 3
+    assert complaint.count("20 x 32 is rounded up to 32 x 32") == 1
+
+
 def test_an_overlapping_rollout_refuses_what_it_cannot_do(pipeline: Any) -> None:
     for options, message in (
         ({"overlap": 4}, "overlap must be 4n \\+ 1, got 4"),
+        ({"overlap": 0}, "overlap must be 4n \\+ 1, got 0"),
+        ({"overlap": -3}, "overlap must be 4n \\+ 1, got -3"),
         ({"overlap": 9}, "less than a clip's 9 frames, got 9"),
         ({"chunk_frames": 0}, "chunk_frames must be at least 1, got 0"),
     ):

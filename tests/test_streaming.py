@@ -288,6 +288,7 @@ def test_input_that_cannot_be_used_is_refused_in_one_line(pipe, picture):
     cases = [
         ({"chunk_frames": 0}, "chunk_frames must be at least 1, got 0"),
         ({"num_inference_steps": -1}, "num_inference_steps must be at least 1, got -1"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
         ({"generator": [seeded(), seeded()]}, "a generator for each of the 1 videos, got 2"),
         ({"image": picture, "video": [picture] * 5}, "exclude each other"),
         ({"video": [picture] * 4}, "4n \\+ 1 frames, got 4"),

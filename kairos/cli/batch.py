@@ -14,10 +14,10 @@ from kairos.cli.clock import Clock
 from kairos.cli.config import Config, read_config
 from kairos.cli.console import out, show_log, waiting
 from kairos.cli.generate import Job, file_jobs
-from kairos.cli.gpus import Outcome, attempt, conclude, is_finished, say_failure, with_remark
+from kairos.cli.gpus import Outcome, attempt, conclude, failed, is_finished, say_failure, with_remark
 from kairos.cli.run import RunOptions
 from kairos.data.files import prepare_file, write_atomically
-from kairos.errors import MachineError, UserError, one_line
+from kairos.errors import KairosError, MachineError, UserError, one_line
 from kairos.memory import Plan
 from kairos.request import Request
 
@@ -112,7 +112,8 @@ def on_ray(
     with cluster(address, workers=workers, on_gpus=on_gpus) as (ray, room):
         actor = ray.remote(**needs)(VideoWorker)
         # Absolute, as far as they are paths here: a worker has a working folder of its own.
-        tasks = [asdict(replace(job, request=_absolute(job))) for job in jobs]
+        tasks = {job.number: asdict(replace(job, request=_absolute(job))) for job in jobs}
+        by_number = {job.number: job for job in jobs}
         with waiting(f"{len(jobs)} requests on {room} workers"):
             for number, answer in run_tasks(
                 ray,
@@ -122,7 +123,7 @@ def on_ray(
                 retries=retries,
                 again=lambda answer: answer[0]["status"] == "failed" and not answer[0]["by_input"],
             ):
-                outcomes.append(_received(jobs[number], answer))
+                outcomes.append(_received(by_number[number], answer))
     return outcomes
 
 
@@ -166,15 +167,13 @@ def _planned(jobs: Sequence[Job], options: RunOptions) -> Plan | None:
 def _received(job: Job, answer: Any) -> Outcome:
     """Write the video that came, or say what went wrong."""
     if isinstance(answer, BaseException):
-        reason = str(answer).strip().splitlines()[0][:200]
-        outcome = Outcome(job.number, str(job.path), "failed", f"its worker died: {reason}", by_input=False)
-    else:
-        outcome = replace(Outcome(**answer[0]), output=str(job.path))
-        if outcome.status == "made":
-            try:
-                write_atomically(job.path, answer[1])
-            except MachineError as error:
-                outcome = replace(outcome, status="failed", error=str(error), by_input=False)
+        return failed(job, MachineError(f"its worker died: {one_line(answer)}"))
+    outcome = replace(Outcome(**answer[0]), output=str(job.path))
+    if outcome.status == "made":
+        try:
+            write_atomically(job.path, answer[1])
+        except KairosError as error:
+            return failed(job, error)
     if outcome.status == "failed":
         say_failure(outcome)
     else:

@@ -1,6 +1,7 @@
 """`kairos certify`: one request on one rank and on several, and how far apart the videos are."""
 
 import logging
+import math
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -30,8 +31,13 @@ class Finding:
     refused: str = ""
 
     @property
+    def largest(self) -> float:
+        """Of the two; infinite where one is no number."""
+        return max(math.inf if math.isnan(one) else one for one in (self.latents, self.frames))
+
+    @property
     def passed(self) -> bool:
-        return not self.refused and max(self.latents, self.frames) < LIMIT  # nan is not below
+        return not self.refused and self.largest < LIMIT
 
 
 def certify(
@@ -81,7 +87,7 @@ def certify(
         table.add_row(str(one.ranks), one.split, "strips" if one.vae else "whole", *numbers, *verdict)
     out.print(table)
     tried = [one for one in findings if not one.refused]
-    largest = max(max(one.latents, one.frames) for one in tried)
+    largest = max(one.largest for one in tried)
     if bad := [one for one in tried if not one.passed]:
         raise MachineError(f"{len(bad)} of {len(tried)} splits differ by {LIMIT:g} or more")
     out.print(f"{len(tried)} splits, largest difference {largest:.1e}, below {LIMIT:g}")
@@ -89,13 +95,10 @@ def certify(
 
 def worst(found: list[list[Finding]]) -> list[Finding]:
     """Of each case the finding of the rank that is farthest off."""
-    cases: dict[tuple, Finding] = {}
+    cases: dict[tuple, list[Finding]] = {}
     for one in (finding for rank in found for finding in rank):
-        case = one.ranks, one.split, one.vae
-        known = cases.get(case)
-        if known is None or not max(one.latents, one.frames) <= max(known.latents, known.frames):
-            cases[case] = one
-    return [cases[case] for case in sorted(cases)]
+        cases.setdefault((one.ranks, one.split, one.vae), []).append(one)
+    return [max(cases[case], key=lambda one: one.largest) for case in sorted(cases)]
 
 
 def compare_on_rank(model: str | None, request: dict[str, Any], most: int, kind: str) -> list[dict[str, Any]]:

@@ -81,8 +81,10 @@ def run_on_gpus(
             prepare_file(job.path)
     if options.rewrite is not None:
         with waiting("rewriting prompts"):
-            unmade = [job for job in jobs if not is_finished(job, options)]
-            jobs = [single.rewritten(job, options.rewrite) if job in unmade else job for job in jobs]
+            jobs = [
+                job if report and is_finished(job, options) else single.rewritten(job, options.rewrite)
+                for job in jobs
+            ]
     from kairos.distributed.launch import launch
 
     launch(make_on_rank, (jobs, refused, options, kind, split, report), size=size)

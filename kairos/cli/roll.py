@@ -26,11 +26,13 @@ from kairos.cli.run import (
     load,
     pixels,
     planned,
+    resolved,
 )
 from kairos.data.files import prepare_file
 from kairos.data.growing_video import GrowingFile, GrowingVideo
-from kairos.data.media import read_image, video_frames
+from kairos.data.media import read_image, shown_size, video_frames
 from kairos.errors import UserError
+from kairos.model_info import info
 from kairos.request import Request, check_text
 
 if TYPE_CHECKING:
@@ -95,22 +97,28 @@ def roll(plan: Plan, options: RunOptions) -> None:
     if plan.request is not None:
         check_inputs(plan.request)
     check_model(options)
-    prepare_file(plan.output)
-    if plan.save_state is not None:
-        prepare_file(plan.save_state)
+    model = info(options.model)
+    if model.causal != "chunk":
+        check_stateless(plan, options.model)
+    for path in (plan.output, plan.drift_log, plan.save_state):
+        if path is not None:
+            prepare_file(path)
     import_libraries()
     from kairos.models.vae import SPATIAL
     from kairos.streaming import WorldState
 
     world = WorldState.load(plan.from_state) if plan.from_state is not None else None
+    size, videos = plan.request, plan.futures or 1
+    if size is None:
+        assert world is not None
+        height, width = (SPATIAL * side for side in world.latent_size)
+        size, videos = Request(prompt="goes on", height=height, width=width), videos * world.batch
+    size = resolved(size, model.defaults)
+    assert size.height and size.width
+    shown_size(*grid_size(videos, size.height, size.width), options.scale)
     device, dtype = device_and_dtype(options)
     memory = None
     if options.memory is not None:
-        size = plan.request
-        if size is None:
-            assert world is not None
-            height, width = (SPATIAL * side for side in world.latent_size)
-            size = Request(prompt="goes on", height=height, width=width)
         memory = planned([size], options, device, rolling=True)
         dtype = dtype_named(memory.dtype)
     with explained_memory():
@@ -123,23 +131,25 @@ def roll(plan: Plan, options: RunOptions) -> None:
             request = as_used(plan.request, pipeline)
             plan = replace(plan, request=request)
             said = {"request": request.to_dict()} | said
-        rollout = begin(plan, pipeline, world, options.model)
+        rollout = begin(plan, pipeline, world, options.model, tiled=memory is not None and memory.tiled)
         video = GrowingVideo(plan.output, fps, said, options.scale)
         write(plan, rollout, video)
 
 
+def check_stateless(plan: Plan, model: str) -> None:
+    """Refuse what a model that sees whole clips cannot do."""
+    for option in ("from_state", "save_state", "futures"):
+        if getattr(plan, option) is not None:
+            flag = f"--{option.replace('_', '-')}"
+            raise UserError(f"{flag} needs a chunk-causal model, such as kairos-tiny; {model} is none")
+
+
 def begin(
-    plan: Plan, pipeline: "KairosPipeline", world: "WorldState | None", model: str
+    plan: Plan, pipeline: "KairosPipeline", world: "WorldState | None", model: str, *, tiled: bool
 ) -> "Rollout | OverlappingRollout":
     """The rollout before its first chunk: exact for a chunk-causal model, by overlapping clips for others."""
     from kairos.streaming import OverlappingRollout, resume, stream
 
-    causal = pipeline.transformer.config.causal == "chunk"
-    if not causal:
-        for option in ("from_state", "save_state", "futures"):
-            if getattr(plan, option) is not None:
-                flag = f"--{option.replace('_', '-')}"
-                raise UserError(f"{flag} needs a chunk-causal model, such as kairos-tiny; {model} is none")
     if world is not None:
         if plan.futures is not None:
             world = world.fork(plan.futures)
@@ -156,10 +166,12 @@ def begin(
         "guidance_scale": request.guidance_scale,
         "generator": generators(request.seed, 1)[0],
     }
-    if causal:
+    if pipeline.transformer.config.causal == "chunk":
         given = end_of_video(request, pipeline) if request.input_video else None
         return stream(pipeline, request.prompt, video=given, chunk_frames=plan.chunk_frames or 3, **options)
-    overlapping = OverlappingRollout(pipeline, request.prompt, chunk_frames=plan.chunk_frames, **options)
+    overlapping = OverlappingRollout(
+        pipeline, request.prompt, chunk_frames=plan.chunk_frames, tiled=tiled, **options
+    )
     if request.input_video:
         overlapping.begin_with(end_of_video(request, pipeline, most=overlapping.overlap))
     logger.warning(
@@ -270,14 +282,23 @@ def grid(videos: np.ndarray) -> np.ndarray:
     count, frames, height, width, _ = videos.shape
     if count == 1:
         return videos[0]
-    columns = int(np.ceil(np.sqrt(count)))
-    rows = -(-count // columns)
-    high, wide = height + GRID_GAP, width + GRID_GAP
-    sheet = np.zeros((frames, rows * high - GRID_GAP, columns * wide - GRID_GAP, 3), videos.dtype)
+    columns = grid_columns(count)
+    sheet = np.zeros((frames, *grid_size(count, height, width), 3), videos.dtype)
     for index, video in enumerate(videos):
-        top, left = index // columns * high, index % columns * wide
+        top, left = index // columns * (height + GRID_GAP), index % columns * (width + GRID_GAP)
         sheet[:, top : top + height, left : left + width] = video
     return sheet
+
+
+def grid_columns(count: int) -> int:
+    return int(np.ceil(np.sqrt(count)))
+
+
+def grid_size(count: int, height: int, width: int) -> tuple[int, int]:
+    """Height and width of the grid of `count` videos."""
+    columns = grid_columns(count)
+    rows = -(-count // columns)
+    return rows * (height + GRID_GAP) - GRID_GAP, columns * (width + GRID_GAP) - GRID_GAP
 
 
 def end_of_video(request: Request, pipeline: "KairosPipeline", most: int | None = None) -> np.ndarray:

@@ -154,7 +154,7 @@ def rollout(
     for name, count in (("futures", futures), ("chunk_frames", chunk_frames)):
         if count is not None and count < 1:
             raise UserError(f"{name} must be at least 1, got {count}")
-    changes = sorted(map(prompt_change, prompt_at or []))
+    changes = sorted(map(prompt_change, prompt_at or []), key=lambda change: change[0])
     said = {
         "input_image": image,
         "input_video": video,

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from kairos.data.files import explained, prepare_file
+from kairos.data.files import explained, prepare_file, write_atomically
 from kairos.data.media import Frames, automatic_scale, encode_mp4, shown_size
 
 # ISO/IEC 14496-12: the heading says that fragments will come, each counts its bytes from its own start.
@@ -42,8 +42,12 @@ class GrowingFile:
 
         Raises UserError where the file cannot be written to, MachineError where the disk is full.
         """
+        if not self.size:
+            write_atomically(self.path, piece)
+            self.size = len(piece)
+            return
         at = self.size - instead_of
-        with explained(self.path), open(self.path, "r+b" if self.size else "wb", buffering=0) as file:
+        with explained(self.path), open(self.path, "r+b", buffering=0) as file:
             file.seek(at)
             kept = b""
             if instead_of:
@@ -57,8 +61,6 @@ class GrowingFile:
                 file.seek(at)
                 file.write(kept)
                 file.truncate()
-                if not self.size:
-                    self.path.unlink()
                 raise
         self.size = at + len(piece)
 
@@ -79,6 +81,7 @@ class GrowingVideo:
         self.frames = 0
         """How many are on the disk."""
         self._fragments = 0
+        self._size: tuple[int, ...] = ()
 
     def write(self, frames: Frames) -> None:
         """Append frames, (F, H, W, 3) uint8 RGB. When it returns they are in the file.
@@ -91,6 +94,8 @@ class GrowingVideo:
                 f"frames must be (F, H, W, 3) uint8 with F >= 1, got {frames.shape} {frames.dtype}"
             )
         _, height, width, _ = frames.shape
+        if self._fragments and (height, width) != self._size:
+            raise ValueError(f"all frames must be {self._size} high and wide, got {(height, width)}")
         scale = self.scale or automatic_scale(height, width)
         shown_size(height, width, scale)
         buffer = io.BytesIO()
@@ -101,7 +106,7 @@ class GrowingVideo:
         start = self.frames / Fraction(self.fps).limit_denominator(1001) / unit_s
         self.file.append(starting_at(b"".join(parts), round(start)))
         self.frames += len(frames)
-        self._fragments += 1
+        self._fragments, self._size = self._fragments + 1, (height, width)
 
 
 def boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:

@@ -16,7 +16,7 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 from kairos.data.files import write_atomically
 from kairos.errors import UserError
@@ -30,6 +30,18 @@ _ENCODER_THREADS = 4  # fixed: x264's bytes depend on it, and the same frames sh
 _CLOCK_S = 1.1e-3  # Matroska counts whole milliseconds: so far apart may two equal times be
 _BT709 = 1  # H.273's code for the primaries, the transfer curve and the matrix
 
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image upright, by its EXIF orientation. Pillow's own also writes the EXIF anew, and fails on
+photos with other entries that it cannot write."""
+
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
     """An image file as RGB, upright as its EXIF orientation says, on white where it is transparent.
@@ -42,7 +54,9 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
             # Large ones are read as well; what is too large is an error of its own.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                upright = ImageOps.exif_transpose(image)
+                image.load()  # Pillow turns a TIFF itself, and says so in its EXIF
+                turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+                upright = image if turn is None else image.transpose(turn)
                 # Pillow would clip 16-bit greys to white; those of a PGM it holds in 32 bits.
                 if upright.mode.startswith("I;16") or (upright.mode, image.format) == ("I", "PPM"):
                     upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,13 +73,13 @@ def probe(address: str) -> None:
 def run_tasks(
     ray: Any,
     start_worker: Callable[[], Any],
-    tasks: Sequence[Any],
+    tasks: Mapping[int, Any],
     *,
     workers: int,
     retries: int,
     again: Callable[[Any], bool] = lambda answer: False,
 ) -> Iterator[tuple[int, Any]]:
-    """The number of each task and its answer, `worker.run.remote(task)`, as they come.
+    """The number of each task, its key in `tasks`, and its answer, `worker.run.remote(task)`, as they come.
 
     A task whose worker dies goes to another, up to `retries` times, and so does one whose answer is to be had
     `again`. What fails to the end has its exception as answer.
@@ -87,10 +87,11 @@ def run_tasks(
     Raises:
         MachineError: when a worker cannot start.
     """
-    waiting = deque(range(len(tasks)))
-    failures = [0] * len(tasks)
+    waiting = deque(tasks)
+    failures = dict.fromkeys(tasks, 0)
     running: dict[Any, tuple[int, Any]] = {}
-    idle = [_started(ray, start_worker()) for _ in range(min(workers, len(tasks)))]
+    starting = [start_worker() for _ in range(min(workers, len(tasks)))]  # they load side by side
+    idle = [_started(ray, worker) for worker in starting]
     while waiting or running:
         while waiting and idle:
             number, worker = waiting.popleft(), idle.pop()
@@ -109,7 +110,7 @@ def run_tasks(
                 idle.append(worker)
         failures[number] += failed_here
         if failed_here and failures[number] <= retries:
-            logger.warning("request %d of %d is tried again", number + 1, len(tasks))
+            logger.warning("request %d is tried again", number)
             waiting.append(number)
         else:
             yield number, answer
@@ -120,6 +121,6 @@ def _started(ray: Any, worker: Any) -> Any:
     try:
         ray.get(worker.ready.remote())
     except ray.exceptions.RayError as error:
-        reason = str(error).strip().splitlines()[-1][:200]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1][:200]
         raise MachineError(f"a worker cannot start: {reason}") from error
     return worker

@@ -1,4 +1,4 @@
-"""How far a rollout has drifted from its beginning: four measures of each chunk, against the first.
+"""How far a rollout has drifted from its beginning: six measures of each chunk, against the first.
 
 They see pictures only, so they cost no model and hold for every scene; and they cannot tell a world that
 changes from a model that decays: a new prompt, or a ball that leaves the picture, moves them too.

@@ -8,6 +8,7 @@ frames show, and nothing before them. Memory and time of a clip do not grow. The
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 
 from kairos.errors import UserError
 from kairos.pipeline import KairosPipeline
+from kairos.placement import quiet
 
 MOST_OVERLAP = 9  # frames: three latent ones, what a sliding layer sees to one side
 
@@ -50,8 +52,8 @@ class OverlappingRollout(Iterator[np.ndarray]):
             UserError: for input that cannot be used.
         """
         own = int(pipeline.config.defaults["num_frames"])
-        self.overlap = overlap or min(MOST_OVERLAP, (own - 1) // 8 * 4 + 1)
-        if self.overlap % 4 != 1:
+        self.overlap = min(MOST_OVERLAP, (own - 1) // 8 * 4 + 1) if overlap is None else overlap
+        if self.overlap < 1 or self.overlap % 4 != 1:
             raise UserError(f"overlap must be 4n + 1, got {self.overlap}")
         if chunk_frames is not None and chunk_frames < 1:
             raise UserError(f"chunk_frames must be at least 1, got {chunk_frames}")
@@ -66,14 +68,16 @@ class OverlappingRollout(Iterator[np.ndarray]):
 
     def __next__(self) -> np.ndarray:
         given = self._given if self._last is None else {"video": self._last}
-        made: Any = self.pipeline(
-            self.prompt,
-            **given,
-            num_frames=self.clip_frames,
-            generator=self.generator,
-            output_type="np",
-            **self.options,
-        )
+        # What the pipeline warns of in the first clip, it would warn of in all.
+        with nullcontext() if self._last is None else quiet("kairos.pipeline"):
+            made: Any = self.pipeline(
+                self.prompt,
+                **given,
+                num_frames=self.clip_frames,
+                generator=self.generator,
+                output_type="np",
+                **self.options,
+            )
         known = 0 if self._last is None else self.overlap
         self._last = (made.frames[0, -self.overlap :] * 255).round().astype(np.uint8)
         return made.frames[:, known:]

@@ -58,9 +58,10 @@ def stream(
     """
     check_causal(pipeline)
     defaults = pipeline.config.defaults
+    steps = defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps
     settings = RolloutSettings(
         chunk_frames=chunk_frames,
-        num_inference_steps=int(num_inference_steps or defaults["num_inference_steps"]),
+        num_inference_steps=int(steps),
         guidance_scale=float(defaults["guidance_scale"] if guidance_scale is None else guidance_scale),
     )
     if isinstance(pipeline.scheduler, FewStepScheduler):
