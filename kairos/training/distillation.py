@@ -173,14 +173,14 @@ class DistillationObjective(FlowMatching):
         for number in range(cut.chunks):
             begin = cut.past + number * cut.chunk
             true = batch.sample[:, :, begin : begin + cut.chunk]
-            last, is_last = self.draw_step(step, part, UNROLLED + number), number == cut.chunks - 1
-            made = true
-            for taken, sigma in enumerate(self.sigmas[:-1] if not is_last else self.sigmas[: last + 1]):
+            learned, is_last = self.draw_step(step, part, UNROLLED + number), number == cut.chunks - 1
+            made = true  # the first sigma is 1: nothing of it is seen
+            for taken, sigma in enumerate(self.sigmas[: learned + 1] if is_last else self.sigmas[:-1]):
                 noise = torch.randn(true.shape, generator=generator).to(true)
                 sample = (1 - sigma) * made.detach() + sigma * noise
-                with torch.set_grad_enabled(taken == last):
+                with torch.set_grad_enabled(taken == learned):
                     made = sample - sigma * run(sample, sigma, state)[0]
-                if taken == last:
+                if taken == learned:
                     losses.append(seen(made - true, self.root).square().mean())
             if not is_last:
                 with torch.no_grad():
