@@ -98,7 +98,7 @@ def roll(plan: Plan, options: RunOptions) -> None:
         check_inputs(plan.request)
     check_model(options)
     model = info(options.model)
-    if model.causal != "chunk" and options.weights is None:
+    if model.causal != "chunk":
         check_stateless(plan, options.model)
     for path in (plan.output, plan.drift_log, plan.save_state):
         if path is not None:
@@ -169,7 +169,6 @@ def begin(
     if pipeline.transformer.config.causal == "chunk":
         given = end_of_video(request, pipeline) if request.input_video else None
         return stream(pipeline, request.prompt, video=given, chunk_frames=plan.chunk_frames or 3, **options)
-    check_stateless(plan, model)  # other weights may be of another kind
     overlapping = OverlappingRollout(
         pipeline, request.prompt, chunk_frames=plan.chunk_frames, tiled=tiled, **options
     )
