@@ -52,6 +52,18 @@ def stirred(seed=0, **config):
     return model
 
 
+def losses_of(objective, model, steps):
+    """What is minimised, while Adam minimises it on the batches of these steps."""
+    optimizer, losses = torch.optim.Adam(model.parameters(), lr=3e-3), []
+    for step in steps:
+        loss, _ = objective.loss(model, step, 0)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
 def velocity(model, batch):
     with torch.no_grad():
         return model(
@@ -418,14 +430,7 @@ def test_an_unrolled_student_learns(tmp_path):
     model = stirred()
     objective = unrolled_objective(model, clips)
     step = next(step for step in range(40) if objective.batch(model, step, 0).cut.chunks == 3)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(15):
-        loss, _ = objective.loss(model, step, 0)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_of(objective, model, [step] * 15)
     assert losses[-1] < 0.8 * losses[0]
 
 
@@ -498,14 +503,7 @@ def test_a_student_may_learn_from_the_clips_spread_alone(clips):
     model = stirred()
     objective = DistillationObjective(model, [clips], stage, options)
     fake_before = copy.deepcopy(objective.fake_score.state_dict())
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    losses = []
-    for step in range(40):
-        loss, _ = objective.loss(model, step, 0)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = losses_of(objective, model, range(40))
     assert np.mean(losses[-8:]) < 0.9 * np.mean(losses[:4])
     assert all(torch.equal(v, fake_before[n]) for n, v in objective.fake_score.state_dict().items())
 

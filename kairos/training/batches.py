@@ -34,6 +34,7 @@ class ClipCut:
 
     @property
     def frames(self) -> int:
+        """All of them, given and made."""
         return self.past + self.chunk * self.chunks
 
 
@@ -118,7 +119,8 @@ def draw_batch(
     """Part `part` of `parts` of the batch of `step`; the parts together are the whole."""
     rng = np.random.default_rng((stage.seed, step))
     clips = choose_set(rng, sets, stage)
-    mix, unrolled = clips.bucket.mix or stage.mix, stage.distillation.unrolled if stage.distillation else 1
+    mix = clips.bucket.mix or stage.mix
+    unrolled = stage.distillation.unrolled if stage.distillation else 1
     cut = draw_cut(rng, mix, clips.latent_frames, causal=causal, unrolled=unrolled)
     frames = cut.frames
     opening = causal and cut.chunk == 1 and frames <= OPENING_FRAMES and frames < clips.latent_frames

@@ -238,6 +238,7 @@ class Stage:
 
     @property
     def has_rollouts(self) -> bool:
+        """Whether any of its batches may be a rollout."""
         return any(mix.get("rollout") for mix in self.mixes)
 
     def learning_rate(self, step: int) -> float:
