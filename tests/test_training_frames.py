@@ -101,6 +101,24 @@ def test_frames_count_where_the_start_tells_how_it_goes_on(vae, clips, task, cou
         assert (more > plain + 2 * LEAST) if counts else more == plain
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_frames_are_decoded_in_the_precision_of_their_stage(vae, clips, monkeypatch, precision):
+    monkeypatch.setattr("kairos.training.parallel.has_bfloat16", lambda device: True)
+    autocast = []
+
+    def decoded(*given):
+        autocast.append(torch.is_autocast_enabled("cpu"))
+        with torch.autocast("cpu", enabled=False):
+            return decode(*given)
+
+    monkeypatch.setattr("kairos.training.frames.decode", decoded)
+    options = Distillation(truth=1.0, frames=1.0, sampling_times=(1000, 300), matching=0.0)
+    stage = small_stage(distillation=options, mix={"continuation": 1.0}, precision=precision, batch_size=2)
+    measure = FrameErrors(vae, references(vae, clips), 2, torch.device("cpu"))
+    DistillationObjective(small_model(), [clips], stage, options, frames=measure).loss(small_model(), 0, 0)
+    assert autocast == [precision == "bfloat16"]
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [

@@ -81,7 +81,7 @@ def decode_next(vae: AutoencoderKLWan, latents: Tensor, memory: Memory | None) -
     Small ones go several frames at a time, since a call costs what it costs.
     """
     decoder: Any = vae.decoder
-    at_once = max(1, AT_ONCE // latents[0, 0, 0].numel())
+    at_once = max(1, AT_ONCE // latents[:, 0, 0].numel())
     parts = latents.split(at_once, dim=2)
     if memory is None:  # the first frame is one by itself
         memory = no_memory(decoder)
@@ -102,7 +102,7 @@ def _encode_whole(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
     """As `vae.encode(video).latent_dist.mode()`."""
     encoder: Any = vae.encoder
     memory = no_memory(encoder)
-    at_once = TEMPORAL * max(1, AT_ONCE * SPATIAL**2 // video[0, 0, 0].numel())
+    at_once = TEMPORAL * max(1, AT_ONCE * SPATIAL**2 // video[:, 0, 0].numel())
     parts = video[:, :, :1], *video[:, :, 1:].split(at_once, dim=2)
     maps = [encoder(part, feat_cache=memory, feat_idx=[0]) for part in parts if part.shape[2]]
     return vae.quant_conv(torch.cat(maps, dim=2)).chunk(2, dim=1)[0]

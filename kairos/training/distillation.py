@@ -117,7 +117,9 @@ class DistillationObjective(FlowMatching):
             error = seen(made - batch.sample, self.root)[:, :, batch.cut.past :].square().mean()
             loss = self.options.truth * error
             if self.frames is not None and batch.cut.past >= 2:
-                loss = loss + self.options.frames * self.frames(made, batch.keys, batch.cut.past, generator)
+                with self.processes.autocast(self.stage.precision):
+                    shown = self.frames(made, batch.keys, batch.cut.past, generator)
+                loss = loss + self.options.frames * shown
             return loss, len(batch)
         made = self.make(model, batch, generator, last, with_gradient=True)
         loss = made.new_zeros(())

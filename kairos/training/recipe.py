@@ -314,7 +314,7 @@ def make_cache(recipe: Recipe, here: Processes) -> None:
             buckets,
             encoders,
             described=what,
-            batch_size=8 if here.device.type == "cpu" else 128,
+            batch_size=1 if here.device.type == "cpu" else 128,  # one clip's features fit a core's cache
             device=here.device,
         )
         if not report["made"] and not report["kept"]:
