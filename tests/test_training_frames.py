@@ -132,8 +132,11 @@ def test_what_cannot_be_meant_is_refused(options, why):
         Distillation(**options)
 
 
-@pytest.mark.parametrize("buckets", [(), (Bucket(5, 32, 32), Bucket(1, 32, 32))])
+@pytest.mark.parametrize(
+    "buckets",
+    [(), (Bucket(5, 32, 32), Bucket(1, 32, 32)), (Bucket(5, 32, 32), Bucket(33, 32, 32, mix={"rollout": 1}))],
+)
 def test_a_stage_without_clips_that_could_go_on_is_refused(buckets):
-    options = Distillation(truth=1.0, frames=1.0)
+    options = Distillation(truth=1.0, frames=1.0, unrolled=2)
     with pytest.raises(UserError, match="frames needs clips of more than 5 frames"):
         small_stage(objective="distillation", distillation=options, buckets=buckets)

@@ -469,6 +469,24 @@ def test_pictures_have_no_motion_to_compare_and_their_samples_no_first_frame(tmp
     assert one.shape == (1, 32, 32, 3)
 
 
+def test_motion_is_told_of_clips_that_are_made_whole(tmp_path, monkeypatch):
+    long = Bucket(33, 32, 32, mix={"rollout": 1.0})
+    sets = [clip_set(tmp_path, 2), clip_set(tmp_path, 2, long)]
+    options = Distillation(truth=1.0, unrolled=2, consistency=0.0, matching=0.0, teacher_steps=1)
+    stage = small_stage(
+        distillation=options, mix={"continuation": 1.0}, buckets=(sets[0].bucket, long), steps=3
+    )
+    model, asked = stirred(), []
+
+    def sampled(network, clips, *given, **options):
+        asked.append(clips.bucket.frames)
+        return sample_latents(network, clips, *given, **options)
+
+    monkeypatch.setattr("kairos.training.distillation.sample_latents", sampled)
+    told = DistillationObjective(model, sets, stage, options).report(model, 3)
+    assert told["motion_ratio"] > 0 and asked == [17, 17]
+
+
 @pytest.mark.parametrize("options", [{}, {"truth": 1.0, "sampling_times": (1000, 800)}])
 def test_a_distillation_that_teaches_nothing_is_refused(clips, options):
     nothing = Distillation(consistency=0.0, matching=0.0, **options)

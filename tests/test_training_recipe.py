@@ -397,6 +397,23 @@ def test_frames_that_are_decoded_take_memory_by_the_size_of_the_vae():
         refuse_too_large(replace(large, memory_gb=large.memory_gb | {"decoder": 400.0}), 80.0)
 
 
+def test_long_clips_that_are_only_unrolled_take_memory_for_their_chunks_alone():
+    content = yaml.safe_load(next(file for file in RECIPES if file.stem == "kairos-tiny").read_text())
+    stage = next(stage for stage in content["stages"] if stage["name"] == "frames")
+    stage |= {"images": 0, "distillation": stage["distillation"] | {"unrolled": 2}}
+
+    def planned(*buckets):
+        stage["buckets"] = [{"height": 64, "width": 64} | bucket for bucket in buckets]
+        recipe = build_recipe(content, "recipe")
+        return plan_stage(recipe, recipe.stages[-1]).memory_gb
+
+    short, long = {"frames": 33}, {"frames": 129}
+    whole, unrolled = planned(short, long), planned(short, long | {"mix": {"rollout": 1}})
+    # Eight of 33 latent frames, where the short clips' nine are the most.
+    assert unrolled["activations"] == pytest.approx(whole["activations"] * 9 / 33)
+    assert unrolled["decoder"] == planned(short)["decoder"] < whole["decoder"]
+
+
 def test_muon_keeps_one_number_of_a_matrix_and_two_of_the_rest():
     recipe = build_recipe(copy.deepcopy(TINY), "recipe")
     stage = recipe.stages[0]

@@ -22,6 +22,9 @@ OPENING_CLIPS = 4
 """A first frame has so few tokens that this many times as many of them are still the smaller batch; of two
 frames there are half as many."""
 
+LONGEST_CHUNK = 4
+"""Latent frames of a rollout's chunk, at most."""
+
 
 @dataclass(frozen=True)
 class ClipCut:
@@ -71,7 +74,7 @@ def draw_cut(
     left = latent_frames - past
     if not causal:
         return ClipCut(task, past, left)
-    chunk = min(int(rng.integers(1, 5)), left)
+    chunk = min(int(rng.integers(1, LONGEST_CHUNK + 1)), left)
     return ClipCut(task, past, chunk, min(unrolled, left // chunk))
 
 

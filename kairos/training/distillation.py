@@ -383,7 +383,8 @@ class DistillationObjective(FlowMatching):
     def report(self, model: nn.Module, step: int) -> dict[str, float]:
         """Every so many steps the ratio of motion, student to teacher: below 1 it moves too little."""
         every = self.options.motion_every
-        clips = max(self.sets, key=lambda clips: clips.bucket.frames)
+        whole = [clips for clips in self.sets if not self.stage.only_unrolls(clips.bucket)]
+        clips = max(whole or self.sets, key=lambda clips: clips.bucket.frames)
         if clips.latent_frames == 1 or (step != self.stage.steps and not (every and step % every == 0)):
             return {}  # pictures do not move
         rows = list(range(min(self.options.motion_clips, len(clips))))

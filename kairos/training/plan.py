@@ -18,6 +18,7 @@ import torch
 from kairos import sizes
 from kairos.errors import MachineError
 from kairos.memory import VAE_FLOP
+from kairos.training.batches import LONGEST_CHUNK
 from kairos.training.loop import build_optimizer
 from kairos.training.parallel import Processes
 from kairos.training.precision import has_bfloat16
@@ -65,15 +66,19 @@ def plan_stage(recipe: Recipe, stage: Stage, world: int = 1) -> StagePlan:
         memory["fake score"] = 16 * parameters / gb
     if stage.objective == "preference":
         memory["reference"] = 4 * parameters / gb
+    options = stage.distillation or Distillation()
     tokens, activations = 0, 0.0
     for bucket in stage.buckets:
         shape = sizes.clip_shape(config, bucket.height, bucket.width, bucket.frames)
         batch = stage.batch_of(bucket) * (2 if stage.objective == "preference" else 1)
-        part = max(batch / (stage.accumulate * world), 1) * shape.tokens
+        learned = shape.tokens
+        if stage.only_unrolls(bucket):  # what is behind the past, which is read without a gradient
+            latents = (bucket.frames - 1) // 4 + 1
+            learned = learned * min(options.unrolled * LONGEST_CHUNK, latents) // latents
+        part = max(batch / (stage.accumulate * world), 1) * learned
         tokens = max(tokens, batch * shape.tokens)
         activations = max(activations, activation_bytes(config, part, stage))
     memory["activations"] = activations / 1e9
-    options = stage.distillation or Distillation()
     updates, critic = options.fake_score_updates, 1 if options.adversarial else 0
     distilling = 14.5 + 5.5 * updates + critic * (3 + 9 * updates)
     passes = {"flow": 3.0, "preference": 4.0, "distillation": distilling}
@@ -85,7 +90,7 @@ def plan_stage(recipe: Recipe, stage: Stage, world: int = 1) -> StagePlan:
             min(options.frame_clips, max(stage.batch_of(bucket) // parts, 1))
             * (bucket.frames * bucket.height * bucket.width)
             for bucket in stage.buckets
-            if bucket.frames > 5
+            if bucket.frames > 5 and not stage.only_unrolls(bucket)
         )
         memory["decoder"] = pixels * base * (80 + 52 * blocks) / 1e9
         flops += 2 * parts * pixels * VAE_FLOP["decode"] * (base / 96) ** 2 * (1 + blocks) / 3

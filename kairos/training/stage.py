@@ -224,7 +224,8 @@ class Stage:
         if self.visible and self.objective == "preference":
             refuse("visible goes with the objectives flow and distillation", self.visible)
         decoded = self.distillation is not None and self.distillation.frames > 0
-        if decoded and max((bucket.frames for bucket in self.buckets), default=1) <= 5:
+        whole = [bucket.frames for bucket in self.buckets if not self.only_unrolls(bucket)]
+        if decoded and max(whole, default=1) <= 5:
             refuse("distillation.frames needs clips of more than 5 frames", [b.name for b in self.buckets])
         if self.distillation is not None and self.distillation.unrolled > 1 and not self.has_rollouts:
             refuse("distillation.unrolled needs the task rollout in mix", self.mix)
@@ -247,6 +248,11 @@ class Stage:
         if not self.decay_steps:
             return rising
         return rising * max(min(1.0, max(self.steps - step, 0) / self.decay_steps), 0.02)
+
+    def only_unrolls(self, bucket: Bucket) -> bool:
+        """Whether every clip of a bucket is gone through as a rollout, and none made whole."""
+        asked = {task for task, share in (bucket.mix or self.mix).items() if share}
+        return self.distillation is not None and self.distillation.unrolled > 1 and asked == {"rollout"}
 
     def batch_of(self, bucket: Bucket) -> int:
         return bucket.batch_size or self.batch_size
