@@ -22,7 +22,7 @@ class Stub(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, dict, str | None]] = []
-        self.status, self.delay_s, self.answer = 200, 0.0, "A red ball rolls."
+        self.status, self.delay_s, self.answer, self.finished = 200, 0.0, "A red ball rolls.", "stop"
         self.raw: bytes | None = None
         super().__init__(("127.0.0.1", 0), Handler)
 
@@ -39,7 +39,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.reply({"choices": [{"message": {"content": self.server.answer}}]}, body)
+        choice = {"message": {"content": self.server.answer}, "finish_reason": self.server.finished}
+        self.reply({"choices": [choice]}, body)
 
     def reply(self, answer: dict, body: dict) -> None:
         self.server.asked.append((self.path, body, self.headers["Authorization"]))
@@ -113,6 +114,12 @@ def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(stub, monkeypatc
 def test_thoughts_whose_opening_tag_the_template_wrote_are_no_part_of_the_prompt(stub):
     stub.answer = "The user wants a ball.\n</think>\n\nA red ball rolls."
     assert rewrite_prompt("a ball", stub.url + "#m") == "A red ball rolls."
+
+
+def test_an_answer_that_was_cut_is_no_prompt(stub):
+    stub.answer, stub.finished = "The user wants a ball, so", "length"
+    assert "m at " in (message := refusal(MachineError, stub.url + "#m"))
+    assert "had not finished after 400 tokens" in message
 
 
 def test_an_empty_prompt_stays_empty_and_nobody_is_asked(stub):

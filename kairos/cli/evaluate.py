@@ -178,7 +178,7 @@ def measured(
     from kairos.evaluation.suite import evaluate as run_suite
 
     where, kind = device_and_dtype(options)
-    with explained_memory():
+    with explained_memory("a smaller --batch or fewer --frames"):
         pipeline = presets.load_pipeline(model, device=where, dtype=kind)
         defaults = pipeline.config.defaults
         settings = replace(

@@ -121,7 +121,7 @@ def roll(plan: Plan, options: RunOptions) -> None:
     if options.memory is not None:
         memory = planned([size], options, device, rolling=True)
         dtype = dtype_named(memory.dtype)
-    with explained_memory():
+    with explained_memory("a smaller size, fewer --futures or --memory GB"):
         with waiting(f"loading {options.model}"):
             pipeline, about = load(options, device, dtype, memory)
         pipeline.set_progress_bar_config(disable=True)

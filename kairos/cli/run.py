@@ -524,8 +524,11 @@ def _report(path: Path, shape: tuple[int, ...], fps: float, scale: int | None) -
 
 
 @contextmanager
-def explained_memory() -> Iterator[None]:
-    """Too little memory, on whichever device, is the machine's failure and not a bug."""
+def explained_memory(
+    less: str = "a smaller size, fewer frames, --memory GB, --tiled or --free-encoder",
+) -> Iterator[None]:
+    """Too little memory, on whichever device, is the machine's failure and not a bug. `less`: what would need
+    less of it."""
     try:
         yield
     except RuntimeError as error:
@@ -534,7 +537,4 @@ def explained_memory() -> Iterator[None]:
             raise MachineError(f"compiling failed: {reason}; leave out --compile") from error
         if type(error).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator" not in str(error):
             raise
-        reason = "not enough memory on the device"
-        raise MachineError(
-            f"{reason}; try a smaller size, fewer frames, --tiled or --free-encoder"
-        ) from error
+        raise MachineError(f"not enough memory on the device; try {less}") from error

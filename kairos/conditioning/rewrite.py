@@ -83,7 +83,12 @@ def _ask_endpoint(source: str, messages: list[dict[str, str]], deadline: float) 
         model = _picked(url, _request(f"{url}/models", None, deadline), "data", 0, "id")
     body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": MAX_TOKENS}
     answer = _request(f"{url}/chat/completions", body, deadline)
-    return _picked(url, answer, "choices", 0, "message", "content")
+    text = _picked(url, answer, "choices", 0, "message", "content")
+    if answer["choices"][0].get("finish_reason") == "length":  # half a prompt, or half of its thoughts
+        raise MachineError(
+            f"{model} at {url} had not finished after {MAX_TOKENS} tokens; take one that thinks less"
+        )
+    return text
 
 
 def _request(url: str, body: dict[str, Any] | None, deadline: float) -> Any:
