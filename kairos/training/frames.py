@@ -44,8 +44,9 @@ class FrameErrors:
         frames = 4 * (latents.shape[2] - 1) + 1
         true = [torch.from_numpy(self.references[keys[row]].read()[:frames].copy()) for row in rows]
         made = decode(self.vae, latents[rows].float()).float()
-        last_given = max(4 * (past - 1), 0)
-        difference = (made - pixels(torch.stack(true), latents.device))[:, :, last_given:]
-        here, change = placement_errors(difference)
-        standing = 4 * difference.square().mean((1, 3, 4)) + here
+        with torch.autocast(latents.device.type, enabled=False):
+            last_given = max(4 * (past - 1), 0)
+            difference = (made - pixels(torch.stack(true), latents.device))[:, :, last_given:]
+            here, change = placement_errors(difference)
+            standing = 4 * difference.square().mean((1, 3, 4)) + here
         return (standing + STANDING).sqrt().mean() + CHANGES * (change + MOVING).sqrt().mean()
