@@ -103,7 +103,7 @@ class Clip:
     """A video to be made: pixels, frames, and how it is sampled.
 
     `rolling`: it is rolled out chunk by chunk, or others follow and nothing can be offloaded: every part is
-    needed again and again.
+    needed again and again. `videos`: so many are made at once.
     """
 
     height: int
@@ -112,9 +112,10 @@ class Clip:
     steps: int
     guided: bool
     rolling: bool = False
+    videos: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("height", "width", "num_frames", "steps"):
+        for name in ("height", "width", "num_frames", "steps", "videos"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -274,13 +275,14 @@ def _way(
     repeated = _tile_work(clip) if tiled else 1.0
     seconds = {
         "encode prompt": 2 * model.parameters["text_encoder"] * TEXT_TOKENS * (1 + clip.guided) / flops,
-        "denoise": forwards * work / flops,
-        "decode frames": VAE_FLOP["decode"] * vae_share * repeated * pixels * clip.num_frames / vae_flops,
+        "denoise": clip.videos * forwards * work / flops,
+        "decode frames": clip.videos
+        * (VAE_FLOP["decode"] * vae_share * repeated * pixels * clip.num_frames / vae_flops),
     }
     activations = {
         "encode prompt": 0.05 * weights["text_encoder"].gb,
-        "denoise": _denoising_gb(model, own_dtype, shape, clip.guided, device),
-        "decode frames": _decoding_gb(model, vae_dtype, clip, tiled),
+        "denoise": clip.videos * _denoising_gb(model, own_dtype, shape, clip.guided, device),
+        "decode frames": clip.videos * _decoding_gb(model, vae_dtype, clip, tiled),
     }
     stages = []
     for stage, own in zip(seconds, names, strict=True):

@@ -73,6 +73,14 @@ def test_in_a_rollout_no_part_is_ever_away_as_a_whole(released) -> None:
     assert places(rolled) == [RESIDENT] * 3
 
 
+def test_videos_made_at_once_take_their_memory_and_time_each(released) -> None:
+    one, four = (memory.plan(released, replace(SHORT, videos=count), 140) for count in (1, 4))
+    assert [stage.name for stage in four.stages] == ["encode prompt", "denoise", "decode frames"]
+    for alone, together in zip(one.stages[1:], four.stages[1:], strict=True):
+        assert together.activations_gb == pytest.approx(4 * alone.activations_gb)
+        assert together.seconds == pytest.approx(4 * alone.seconds)
+
+
 def test_what_cannot_fit_is_refused_with_what_would(released) -> None:
     with pytest.raises(UserError, match=r"do not fit in 4.5 GB: the least is .* what would fit: .*frames"):
         memory.plan(released, CLIP, 4.5)

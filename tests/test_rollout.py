@@ -502,6 +502,19 @@ def test_a_plan_in_tiles_is_kept_to_and_a_warning_is_given_once(
     assert complaint.count("20 x 32 is rounded up to 32 x 32") == 1
 
 
+def test_futures_are_planned_for_as_videos_made_at_once(rollout: Any, monkeypatch: Any) -> None:
+    told = []
+
+    def planned(*arguments: Any, videos: int, **options: Any) -> Any:
+        told.append(videos)
+        raise UserError("that is enough")
+
+    monkeypatch.setattr(roll, "planned", planned)
+    for futures in ([], ["--futures", 3]):
+        assert rollout("a ball", "--seconds", 1, *futures, "--memory", 8, "-o", "out.mp4")[0] == 2
+    assert told == [1, 3]
+
+
 def test_an_overlapping_rollout_refuses_what_it_cannot_do(pipeline: Any) -> None:
     for options, message in (
         ({"overlap": 4}, "overlap must be 4n \\+ 1, got 4"),

@@ -119,7 +119,7 @@ def roll(plan: Plan, options: RunOptions) -> None:
     device, dtype = device_and_dtype(options)
     memory = None
     if options.memory is not None:
-        memory = planned([size], options, device, rolling=True)
+        memory = planned([size], options, device, rolling=True, videos=videos)
         dtype = dtype_named(memory.dtype)
     with explained_memory("a smaller size, fewer --futures or --memory GB"):
         with waiting(f"loading {options.model}"):

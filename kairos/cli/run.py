@@ -167,9 +167,9 @@ def vae_precision(options: RunOptions, device: Any) -> Any:
 
 
 def planned(
-    requests: Sequence[Request], options: RunOptions, device: Any, *, rolling: bool = False
+    requests: Sequence[Request], options: RunOptions, device: Any, *, rolling: bool = False, videos: int = 1
 ) -> "Plan":
-    """The plan in which every request fits. `kairos plan` prints the same."""
+    """The plan in which every request fits, `videos` of each at once. `kairos plan` prints the same."""
     from kairos import memory
     from kairos.model_info import for_planning, info
 
@@ -190,7 +190,7 @@ def planned(
     ]
     model = for_planning(about, kind, options.dtype)
     tiled = all(request.tiled for request in requests)
-    clips = [replace(clip, rolling=rolling) for clip in clips]
+    clips = [replace(clip, rolling=rolling, videos=videos) for clip in clips]
     plan = memory.plan(model, clips, budget_gb, device=kind, quantize=options.quantize, tiled=tiled)
     logger.log(logging.WARNING if kind == "cpu" else logging.INFO, "memory: %s", plan.line())
     return plan
