@@ -19,7 +19,8 @@ from kairos.models.vae_tiles import TILE, Memory, decode_in_tiles, encode_in_til
 SPATIAL, TEMPORAL = 8, 4
 """Pixels a latent, along height and width and along time."""
 AT_ONCE = 256
-"""Latents of a clip that go through the VAE together: a frame of them, or several small ones."""
+"""Latents that go through the VAE together: a frame of them, or several small ones. On a CPU those of all
+clips count, so that what is at work stays in its cache; a GPU is given every clip's."""
 
 
 def encode(vae: AutoencoderKLWan, video: Tensor, *, tiled: bool = False) -> Tensor:
@@ -81,7 +82,7 @@ def decode_next(vae: AutoencoderKLWan, latents: Tensor, memory: Memory | None) -
     Small ones go several frames at a time, since a call costs what it costs.
     """
     decoder: Any = vae.decoder
-    at_once = max(1, AT_ONCE // latents[:, 0, 0].numel())
+    at_once = _frames_at_once(latents)
     parts = latents.split(at_once, dim=2)
     if memory is None:  # the first frame is one by itself
         memory = no_memory(decoder)
@@ -102,10 +103,16 @@ def _encode_whole(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
     """As `vae.encode(video).latent_dist.mode()`."""
     encoder: Any = vae.encoder
     memory = no_memory(encoder)
-    at_once = TEMPORAL * max(1, AT_ONCE * SPATIAL**2 // video[:, 0, 0].numel())
+    at_once = TEMPORAL * _frames_at_once(video[..., ::SPATIAL, ::SPATIAL])
     parts = video[:, :, :1], *video[:, :, 1:].split(at_once, dim=2)
     maps = [encoder(part, feat_cache=memory, feat_idx=[0]) for part in parts if part.shape[2]]
     return vae.quant_conv(torch.cat(maps, dim=2)).chunk(2, dim=1)[0]
+
+
+def _frames_at_once(latents: Tensor) -> int:
+    """How many frames of latents (B, C, F, h, w) go through the VAE together."""
+    together = latents[:, 0, 0] if latents.device.type == "cpu" else latents[0, 0, 0]
+    return max(1, AT_ONCE // together.numel())
 
 
 def quickest_dtype(device: torch.device | str) -> torch.dtype | None:
