@@ -397,8 +397,10 @@ def _what_would_fit(
         less = next((kind for kind in ("int8", "int4") if fits(quantize=kind)), None)
         if less is not None:
             found.append(f"{less} (--quantize {less})")
-    lengths = range(1, clip.num_frames, 4)
-    # A longer video never takes less, and there may be thousands of lengths.
+    counts, lengths = range(1, clip.videos), range(1, clip.num_frames, 4)
+    # More or longer videos never take less, and there may be thousands of lengths.
+    if fitting := bisect_left(counts, True, key=lambda count: not fits(videos=count)):
+        found.append(f"{counts[fitting - 1]} at once")
     if fitting := bisect_left(lengths, True, key=lambda length: not fits(num_frames=length)):
         found.append(f"{lengths[fitting - 1]} frames")
     for tenths in range(9, 1, -1):

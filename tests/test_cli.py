@@ -458,6 +458,21 @@ def test_too_little_memory_is_the_machines_failure(
     assert complaint.count("\n") == 1
 
 
+@pytest.mark.parametrize(("command", "less"), [("run", "checkpointing"), ("cache", "shorter buckets")])
+def test_too_little_memory_for_training_is_told_in_its_words(
+    kairos: Any, monkeypatch: pytest.MonkeyPatch, command: str, less: str
+) -> None:
+    def fails(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("kairos.training.recipe.run_recipe", fails)
+    recipe = Path(__file__).parents[1] / "recipes" / "kairos-tiny.yaml"
+    status, _, complaint = kairos("train", command, recipe)
+    assert status == 1
+    assert "not enough memory on the device; try " in complaint and less in complaint
+    assert "--tiled" not in complaint
+
+
 def test_too_little_memory_on_the_cpu_is_told_in_one_line(kairos: Any, fake: FakePipeline) -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**50)

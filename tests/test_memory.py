@@ -91,6 +91,17 @@ def test_what_cannot_fit_is_refused_with_what_would(released) -> None:
             memory.plan(released, CLIP, wrong)
 
 
+def test_too_many_videos_at_once_hear_how_many_would_fit(released) -> None:
+    many = replace(SHORT, rolling=True, videos=64)
+    with pytest.raises(UserError, match=r"would fit: .*\d at once") as error:
+        memory.plan(released, many, 24)
+    count = int(str(error.value).split(" at once")[0].split()[-1])
+    assert 1 < count < 64
+    assert memory.plan(released, replace(many, videos=count), 24).peak_gb <= 24
+    with pytest.raises(UserError):
+        memory.plan(released, replace(many, videos=count + 1), 24)
+
+
 def test_the_suggestions_fit(released) -> None:
     with pytest.raises(UserError) as error:
         memory.plan(released, CLIP, 4.6)

@@ -98,7 +98,7 @@ def run(jobs: Sequence["Job"], options: RunOptions) -> None:
     if options.rewrite is not None:
         with clock.stage("rewrite"), waiting("rewriting prompts"):
             jobs = [rewritten(job, options.rewrite) for job in jobs]
-    with explained_memory():
+    with explained_memory("a smaller size, fewer frames, --memory GB, --tiled or --free-encoder"):
         with clock.stage("load"), waiting(f"loading {options.model}"):
             pipeline, about = load(options, device, dtype, plan)
         if options.verbose:
@@ -525,7 +525,7 @@ def _report(path: Path, shape: tuple[int, ...], fps: float, scale: int | None) -
 
 @contextmanager
 def explained_memory(
-    less: str = "a smaller size, fewer frames, --memory GB, --tiled or --free-encoder",
+    less: str = "a smaller size, fewer frames, --tiled or --free-encoder",
 ) -> Iterator[None]:
     """Too little memory, on whichever device, is the machine's failure and not a bug. `less`: what would need
     less of it."""

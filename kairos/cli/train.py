@@ -19,8 +19,6 @@ class RecipeFirst(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-LESS_MEMORY = "a smaller batch_size, a larger accumulate or checkpointing: true (kairos train plan RECIPE)"
-
 app = typer.Typer(
     cls=RecipeFirst,
     help="Train a model by a recipe: kairos train recipes/kairos-tiny.yaml",
@@ -50,7 +48,7 @@ def run(
     import_libraries()
     from kairos.training.recipe import read_recipe, run_recipe
 
-    with explained_memory(LESS_MEMORY):
+    with explained_memory("a smaller batch_size, a larger accumulate or checkpointing: true"):
         run_recipe(read_recipe(recipe), tuple(only.split(",")) if only else ())
 
 
@@ -63,7 +61,7 @@ def cache(recipe: RecipeFile) -> None:
     import_libraries()
     from kairos.training.recipe import read_recipe, run_recipe
 
-    with explained_memory(LESS_MEMORY):
+    with explained_memory("smaller or shorter buckets"):
         run_recipe(read_recipe(recipe), ("cache",))
 
 

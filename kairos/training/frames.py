@@ -38,7 +38,8 @@ class FrameErrors:
 
         Of each frame, and of each change from the frame before, the root of the squared error counts: a clip
         that went another way than the true one does not drown those that are nearly right, and a ball that
-        is somewhere else than it should be gains nothing by fading.
+        is somewhere else than it should be gains nothing by fading. Under autocast the decoder is quicker;
+        errors are weighed in float32.
         """
         rows = torch.randperm(len(keys), generator=generator)[: self.clips].tolist()
         frames = 4 * (latents.shape[2] - 1) + 1

@@ -226,7 +226,8 @@ class Stage:
         decoded = self.distillation is not None and self.distillation.frames > 0
         whole = [bucket.frames for bucket in self.buckets if not self.only_unrolls(bucket)]
         if decoded and max(whole, default=1) <= 5:
-            refuse("distillation.frames needs clips of more than 5 frames", [b.name for b in self.buckets])
+            rule = "distillation.frames needs clips of more than 5 frames, of which not all are unrolled"
+            refuse(rule, [bucket.name for bucket in self.buckets])
         if self.distillation is not None and self.distillation.unrolled > 1 and not self.has_rollouts:
             refuse("distillation.unrolled needs the task rollout in mix", self.mix)
         if self.state is not None and self.objective != "flow":
