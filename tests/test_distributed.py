@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import os
 import signal
+import subprocess
+import sys
 import time
 from datetime import timedelta
 from typing import Any
@@ -337,6 +339,35 @@ def test_of_ranks_that_fail_together_the_first_one_speaks() -> None:
     with pytest.raises(SystemExit) as left, ranks.one_voice(store):
         raise RuntimeError("Connection closed by peer")
     assert left.value.code == 1
+
+
+SLOW_TO_LET_GO = """
+import threading, time, weakref
+import torch, torch.distributed as dist
+from kairos.distributed import ranks
+
+begun = threading.Event()
+
+def let_go(_):
+    begun.set()
+    time.sleep(0.1)
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+group, kept = dist.group.WORLD, []
+for _ in range(2):
+    tensor = torch.ones(1)
+    kept.append(weakref.ref(tensor, let_go))
+    dist.all_reduce(tensor, async_op=True)
+    del tensor
+begun.wait()
+ranks.leave()
+print("left")
+"""
+
+
+def test_a_rank_ends_well_though_gloo_still_holds_what_was_exchanged() -> None:
+    done = subprocess.run([sys.executable, "-c", SLOW_TO_LET_GO], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "left\n"), done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs here")

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ LOAD_S = 3600.0
 """How long one waits for the others later, while they load."""
 WORK_S = 30 * 24 * 3600.0
 """And while they work: the rest of a list may take days. One that dies is found at once."""
+LETTING_GO_S = 0.5
+"""What a rank gives gloo's threads, which need microseconds of a core, before it ends."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +93,17 @@ def join(
 
 
 def leave() -> None:
-    """Leave the process group, where there is one."""
+    """Leave the process group, where there is one.
+
+    gloo's threads let go of a tensor a moment after its exchange is answered, and need Python's lock for it.
+    Before Python 3.14 one that asks for the lock while the interpreter ends aborts the process
+    (python/cpython#87135), so they get time for it first.
+    """
     if dist.is_initialized():
+        gloo = dist.get_backend() == "gloo"
         dist.destroy_process_group()
+        if gloo:
+            time.sleep(LETTING_GO_S)
 
 
 def _share(store: dist.Store, rank: int, size: int, name: str, value: Any, wait_s: float) -> list[Any]:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from kairos.distributed.ranks import leave
 from kairos.training.precision import has_bfloat16
 
 PATIENCE = timedelta(days=30)
@@ -82,7 +83,7 @@ def processes() -> Iterator[Processes]:
         waiting = dist.new_group(backend="gloo", timeout=PATIENCE)
         yield Processes(dist.get_rank(), dist.get_world_size(), device, waiting)
     finally:
-        dist.destroy_process_group()
+        leave()
 
 
 def prepare(model: Any, here: Processes, *, checkpointing: bool, compiled: bool) -> None:
