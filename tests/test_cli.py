@@ -275,7 +275,7 @@ def test_a_rewritten_prompt_stands_in_the_file_beside_the_words_it_came_from(
 ) -> None:
     from kairos.conditioning import rewrite
 
-    monkeypatch.setattr(rewrite, "rewrite_prompt", lambda prompt, source, **_: f"{prompt}, written out")
+    monkeypatch.setattr(rewrite.Rewriter, "__call__", lambda _, prompt, **__: f"{prompt}, written out")
     status, _, _ = kairos("generate", "a ball", "--rewrite", "http://127.0.0.1:1/v1", "-o", "out.mp4")
     assert status == 0
     assert fake.calls[0]["prompt"] == "a ball, written out"

@@ -167,9 +167,9 @@ def test_a_rewritten_video_is_finished_for_the_words_that_it_came_from(
     from kairos.data.media import write_video
     from kairos.request import Request
 
-    monkeypatch.setattr(rewrite, "rewrite_prompt", lambda prompt, source, **_: f"{prompt}, written out")
+    monkeypatch.setattr(rewrite.Rewriter, "__call__", lambda _, prompt, **__: f"{prompt}, written out")
     asked = with_remark(Job(Request("a ball"), tmp_path / "a.mp4"))
-    made = rewritten(asked, "someone")
+    made = rewritten(asked, rewrite.Rewriter("someone"))
     about = {"model": {"name": "one"}} | made.remarks
     write_video(made.path, np.zeros((1, 32, 32, 3), np.uint8), 16, about)
     options = RunOptions(model="one", rewrite="someone")
@@ -191,7 +191,7 @@ def test_a_video_that_is_made_anew_is_made_of_the_rewritten_prompt_again(
     from kairos.request import Request
 
     launched: list[str] = []
-    monkeypatch.setattr(rewrite, "rewrite_prompt", lambda prompt, source, **_: f"{prompt}, written out")
+    monkeypatch.setattr(rewrite.Rewriter, "__call__", lambda _, prompt, **__: f"{prompt}, written out")
     monkeypatch.setattr(gpus, "is_finished", lambda job, options: True)
     monkeypatch.setattr(
         launch, "launch", lambda _, given, size: launched.extend(job.request.prompt for job in given[0])

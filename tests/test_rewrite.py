@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kairos import MachineError, UserError
-from kairos.conditioning.rewrite import rewrite_prompt
+from kairos.conditioning.rewrite import Rewriter
 
 
 class Stub(ThreadingHTTPServer):
@@ -74,14 +74,14 @@ def stub(monkeypatch) -> Iterator[Stub]:
 
 def refusal(error: type[Exception], source: str, **options) -> str:
     with pytest.raises(error) as caught:
-        rewrite_prompt("a ball", source, **options)
+        Rewriter(source, **options)("a ball")
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_an_endpoint_writes_the_prompt_out_with_its_first_model(stub):
     stub.answer = '<think>rolling,\nsurely</think>\n"A red ball\nrolls  along."'
-    assert rewrite_prompt("a ball", stub.url) == "A red ball rolls along."
+    assert Rewriter(stub.url)("a ball") == "A red ball rolls along."
     (path, _, _), (chat, body, key) = stub.asked
     assert (path, chat, key) == ("/v1/models", "/v1/chat/completions", None)
     assert body["model"] == "first-model" and body["temperature"] == 0
@@ -91,7 +91,7 @@ def test_an_endpoint_writes_the_prompt_out_with_its_first_model(stub):
 
 def test_the_model_the_key_and_an_image_are_told_to_the_endpoint(stub, monkeypatch):
     monkeypatch.setenv("KAIROS_REWRITE_API_KEY", "secret")
-    rewrite_prompt("a ball", stub.url + "/#second-model", with_image=True)
+    Rewriter(stub.url + "/#second-model")("a ball", with_image=True)
     ((_, body, key),) = stub.asked
     assert (body["model"], key) == ("second-model", "Bearer secret")
     assert "begins with an image" in body["messages"][0]["content"]
@@ -99,7 +99,7 @@ def test_the_model_the_key_and_an_image_are_told_to_the_endpoint(stub, monkeypat
 
 def test_a_key_loses_the_line_break_that_a_file_ends_in(stub, monkeypatch):
     monkeypatch.setenv("KAIROS_REWRITE_API_KEY", "secret\n")
-    rewrite_prompt("a ball", stub.url + "#m")
+    Rewriter(stub.url + "#m")("a ball")
     assert stub.asked[0][2] == "Bearer secret"
 
 
@@ -113,7 +113,7 @@ def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(stub, monkeypatc
 
 def test_thoughts_whose_opening_tag_the_template_wrote_are_no_part_of_the_prompt(stub):
     stub.answer = "The user wants a ball.\n</think>\n\nA red ball rolls."
-    assert rewrite_prompt("a ball", stub.url + "#m") == "A red ball rolls."
+    assert Rewriter(stub.url + "#m")("a ball") == "A red ball rolls."
 
 
 def test_an_answer_that_was_cut_is_no_prompt(stub):
@@ -123,7 +123,7 @@ def test_an_answer_that_was_cut_is_no_prompt(stub):
 
 
 def test_an_empty_prompt_stays_empty_and_nobody_is_asked(stub):
-    assert rewrite_prompt("", stub.url) == ""
+    assert Rewriter(stub.url)("") == ""
     assert not stub.asked
 
 
@@ -178,8 +178,9 @@ def test_endpoints_that_are_not_there_or_no_urls_are_refused(stub):
 
 
 @pytest.fixture
-def local_model(tmp_path):
-    """A Qwen3-VL with random weights and a chat template."""
+def local_model(tmp_path, monkeypatch):
+    """A Qwen3-VL with random weights and a chat template; its answers end with their twelfth token."""
+    monkeypatch.setattr("kairos.conditioning.rewrite.MAX_TOKENS", 12)
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
@@ -206,15 +207,25 @@ def local_model(tmp_path):
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 1, "out_hidden_size": 32}
     torch.manual_seed(0)
     config = Qwen3VLConfig(text_config=text, vision_config=vision | {"deepstack_visual_indexes": [0]})
-    Qwen3VLForConditionalGeneration(config).save_pretrained(tmp_path)
+    model = Qwen3VLForConditionalGeneration(config)
+    model.generation_config.forced_eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(tmp_path)
     return tmp_path
 
 
-def test_a_local_model_writes_the_same_text_each_time(local_model, monkeypatch):
-    monkeypatch.setattr("kairos.conditioning.rewrite.MAX_TOKENS", 12)
-    text = rewrite_prompt("a ball", str(local_model))
-    assert text and text == rewrite_prompt("a ball", str(local_model))
-    assert "You write prompts" not in text
+def test_a_local_model_writes_the_same_text_each_time_and_is_loaded_once(local_model):
+    rewriter = Rewriter(str(local_model))
+    text = rewriter("a ball")
+    assert text and "You write prompts" not in text
+    assert text == Rewriter(str(local_model))("a ball")
+    (local_model / "model.safetensors").unlink()
+    assert rewriter("a ball") == text
+
+
+def test_a_local_answer_that_was_cut_is_no_prompt(local_model):
+    settings = local_model / "generation_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"forced_eos_token_id": None}))
+    assert "had not finished after 12 tokens" in refusal(MachineError, str(local_model))
 
 
 def test_a_local_model_that_is_not_done_in_time_is_given_up(local_model):

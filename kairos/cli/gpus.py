@@ -80,11 +80,15 @@ def run_on_gpus(
             single.check_request(job.request, defaults, options.scale)
             prepare_file(job.path)
     if options.rewrite is not None:
+        from kairos.conditioning.rewrite import Rewriter
+
+        rewriter = Rewriter(options.rewrite)
         with waiting("rewriting prompts"):
             jobs = [
-                job if report and is_finished(job, options) else single.rewritten(job, options.rewrite)
+                job if report and is_finished(job, options) else single.rewritten(job, rewriter)
                 for job in jobs
             ]
+        del rewriter  # and with it a local model
     from kairos.distributed.launch import launch
 
     launch(make_on_rank, (jobs, refused, options, kind, split, report), size=size)

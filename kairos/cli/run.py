@@ -22,6 +22,7 @@ from kairos.request import Request, check_text, did_you_mean
 
 if TYPE_CHECKING:
     from kairos.cli.generate import Job
+    from kairos.conditioning.rewrite import Rewriter
     from kairos.memory import Plan
     from kairos.pipeline import KairosPipeline
 
@@ -97,7 +98,11 @@ def run(jobs: Sequence["Job"], options: RunOptions) -> None:
         check_template(job.request)
     if options.rewrite is not None:
         with clock.stage("rewrite"), waiting("rewriting prompts"):
-            jobs = [rewritten(job, options.rewrite) for job in jobs]
+            from kairos.conditioning.rewrite import Rewriter
+
+            rewriter = Rewriter(options.rewrite)
+            jobs = [rewritten(job, rewriter) for job in jobs]
+            del rewriter  # and with it a local model
     with explained_memory("a smaller size, fewer frames, --memory GB, --tiled or --free-encoder"):
         with clock.stage("load"), waiting(f"loading {options.model}"):
             pipeline, about = load(options, device, dtype, plan)
@@ -316,15 +321,11 @@ def check_model(options: RunOptions) -> None:
         parse_lora(lora)
 
 
-def rewritten(job: "Job", source: str) -> "Job":
+def rewritten(job: "Job", rewriter: "Rewriter") -> "Job":
     """The job with its prompt written out by a second model; the video remembers the words it came from."""
-    from kairos.conditioning.rewrite import rewrite_prompt
-
     request = job.request
-    prompt = rewrite_prompt(
-        request.prompt, source, with_image=bool(request.input_image or request.input_video)
-    )
-    remarks = job.remarks | {"rewritten": {"from": request.prompt, "by": source}}
+    prompt = rewriter(request.prompt, with_image=bool(request.input_image or request.input_video))
+    remarks = job.remarks | {"rewritten": {"from": request.prompt, "by": rewriter.source}}
     return replace(job, request=replace(request, prompt=prompt), remarks=remarks)
 
 

@@ -36,35 +36,74 @@ WITH_IMAGE = (
 )
 
 
-def rewrite_prompt(prompt: str, source: str, *, with_image: bool = False, timeout_s: float = 120.0) -> str:
-    """The prompt, written out.
+class Rewriter:
+    """A second model. A local one is loaded with the first prompt and kept as long as this object is."""
 
-    Args:
-        prompt: what the user typed; an empty one stays empty.
-        source: an endpoint's base URL such as "http://127.0.0.1:8000/v1", with "#NAME" behind it to choose
-            among its models (else its first); or a local model: a folder, or a name in Hugging Face's cache.
-            The endpoint's key, where it wants one, is the environment variable KAIROS_REWRITE_API_KEY.
-        with_image: the video begins with an image, which the second model does not see.
-        timeout_s: for the whole of it, but for the loading of a local model.
+    def __init__(self, source: str, timeout_s: float = 120.0) -> None:
+        """
+        Args:
+            source: an endpoint's base URL such as "http://127.0.0.1:8000/v1", with "#NAME" behind it to
+                choose among its models (else its first); or a local model: a folder, or a name in Hugging
+                Face's cache. The endpoint's key, where it wants one, is the environment variable
+                KAIROS_REWRITE_API_KEY.
+            timeout_s: for the whole of a prompt, but for the loading of a local model.
+        """
+        self.source, self.timeout_s = source, timeout_s
+        self._loaded: tuple[Any, Any] | None = None
 
-    Raises:
-        UserError: for a source that cannot be used.
-        MachineError: where the endpoint cannot be reached or fails, and where the answer takes too long.
-    """
-    if not prompt.strip():
-        return prompt
-    messages = [
-        {"role": "system", "content": INSTRUCTION + WITH_IMAGE * with_image},
-        {"role": "user", "content": prompt},
-    ]
-    if "://" in source:
-        answer = _ask_endpoint(source, messages, time.monotonic() + timeout_s)
-    else:
-        answer = _ask_local(source, messages, timeout_s)
-    text = _paragraph(answer)
-    if not text:
-        raise MachineError(f"{source} gave no rewritten prompt back; try again, or without rewriting")
-    return text
+    def __call__(self, prompt: str, *, with_image: bool = False) -> str:
+        """The prompt, written out.
+
+        Args:
+            prompt: what the user typed; an empty one stays empty.
+            with_image: the video begins with an image, which the second model does not see.
+
+        Raises:
+            UserError: for a source that cannot be used.
+            MachineError: where the endpoint cannot be reached or fails, and where the answer takes too long
+                or does not end.
+        """
+        if not prompt.strip():
+            return prompt
+        messages = [
+            {"role": "system", "content": INSTRUCTION + WITH_IMAGE * with_image},
+            {"role": "user", "content": prompt},
+        ]
+        if "://" in self.source:
+            answer = _ask_endpoint(self.source, messages, time.monotonic() + self.timeout_s)
+        else:
+            answer = self._ask_local(messages)
+        text = _paragraph(answer)
+        if not text:
+            raise MachineError(f"{self.source} gave no rewritten prompt; try again, or without rewriting")
+        return text
+
+    def _ask_local(self, messages: list[dict[str, str]]) -> str:
+        import torch
+
+        if self._loaded is None:
+            self._loaded = _load(self.source)
+        model, tokenizer = self._loaded
+        tokens: Any = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        tokens = tokens.to(model.device)
+        began = time.monotonic()
+        with torch.inference_mode():
+            output = model.generate(
+                **tokens, max_new_tokens=MAX_TOKENS, do_sample=False, max_time=self.timeout_s
+            )
+        said = output[0, tokens["input_ids"].shape[1] :]
+        if time.monotonic() - began > self.timeout_s:  # it stopped in the middle of what it had to say
+            raise MachineError(f"{self.source} took too long; the prompt is not rewritten")
+        ends = torch.as_tensor(model.generation_config.eos_token_id or []).to(said)
+        if len(said) == MAX_TOKENS and not torch.isin(said[-1], ends):
+            raise _cut(self.source)
+        return str(tokenizer.decode(said, skip_special_tokens=True))
+
+
+def _cut(model: str) -> MachineError:
+    return MachineError(f"{model} had not finished after {MAX_TOKENS} tokens; take one that thinks less")
 
 
 def _paragraph(answer: str) -> str:
@@ -85,9 +124,7 @@ def _ask_endpoint(source: str, messages: list[dict[str, str]], deadline: float) 
     answer = _request(f"{url}/chat/completions", body, deadline)
     text = _picked(url, answer, "choices", 0, "message", "content")
     if answer["choices"][0].get("finish_reason") == "length":  # half a prompt, or half of its thoughts
-        raise MachineError(
-            f"{model} at {url} had not finished after {MAX_TOKENS} tokens; take one that thinks less"
-        )
+        raise _cut(f"{model} at {url}")
     return text
 
 
@@ -148,7 +185,8 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _ask_local(source: str, messages: list[dict[str, str]], timeout_s: float) -> str:
+def _load(source: str) -> tuple[Any, Any]:
+    """A local model and its tokenizer."""
     import torch
     from transformers import AutoModelForImageTextToText, AutoTokenizer
 
@@ -160,17 +198,7 @@ def _ask_local(source: str, messages: list[dict[str, str]], timeout_s: float) ->
         if not tokenizer.chat_template:
             raise UserError(f"the tokenizer of {source} has no chat template; take a model that chats")
         model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", local_files_only=True)
-    model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    tokens: Any = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-    )
-    tokens = tokens.to(model.device)
-    began = time.monotonic()
-    with torch.inference_mode():
-        output = model.generate(**tokens, max_new_tokens=MAX_TOKENS, do_sample=False, max_time=timeout_s)
-    if time.monotonic() - began > timeout_s:  # it stopped in the middle of what it had to say
-        raise MachineError(f"{source} took too long; the prompt is not rewritten")
-    return str(tokenizer.decode(output[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True))
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 def _local_folder(source: str) -> str:
