@@ -65,6 +65,7 @@ def info(name_or_path: str | os.PathLike[str]) -> ModelInfo:
         path = folder
         index = read_json(folder / "model_index.json")
         config |= read_json(folder / "transformer" / "config.json")
+        _check(config, folder)
         template = index.get("prompt_template", "2025-12")
         scheduler = "few_step" if "FewStep" in str(index.get("scheduler")) else "flow_match"
         parameters = {part: stored_parameters(folder / part) for part in PARTS}
@@ -105,6 +106,27 @@ def for_planning(about: ModelInfo, device: str, dtype: str = "auto") -> Model:
         automatic if dtype == "auto" else (dtype,),
         vae_dtype="float32" if released else None,
     )
+
+
+def _check(config: dict[str, Any], folder: Path) -> None:
+    """Refuse sizes that are none; the model's own class knows the rest."""
+
+    def positive(value: Any) -> bool:
+        return isinstance(value, int) and value > 0
+
+    for name, usual in sizes.RELEASED_TRANSFORMER.items():
+        value, wanted = config[name], "a positive whole number"
+        fits = positive(value)
+        if isinstance(usual, tuple):
+            wanted = f"{len(usual)} positive whole numbers"
+            fits = isinstance(value, list | tuple) and len(value) == len(usual) and all(map(positive, value))
+        elif isinstance(usual, str):
+            wanted = "S, D and G, one for each block of a group"
+            fits = isinstance(value, str) and bool(value) and set(value) <= set("SDG")
+        if not fits:
+            raise UserError(
+                f"{folder / 'transformer'}: the configuration's {name} must be {wanted}, got {value!r}"
+            )
 
 
 def stored_parameters(folder: Path) -> int:

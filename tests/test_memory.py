@@ -326,3 +326,21 @@ def test_without_bitsandbytes_too(pipeline, monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes.nn", None)
     with pytest.raises(UserError, match=r"bitsandbytes; .*kairos-world\[quantize\]"):
         in_four_bits(pipeline.text_encoder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("hidden_size", "wide", "a positive whole number, got 'wide'"),
+        ("num_layers", 0, "a positive whole number, got 0"),
+        ("patch_size", [2, 2], "3 positive whole numbers"),
+        ("patch_size", None, "3 positive whole numbers"),
+        ("layer_pattern", "SXG", "S, D and G"),
+    ],
+)
+def test_a_model_with_sizes_that_are_none_is_not_described(tmp_path, name, value, wanted):
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps({name: value}))
+    with pytest.raises(UserError, match=f"{name} must be {wanted}"):
+        info(tmp_path)

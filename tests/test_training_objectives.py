@@ -821,6 +821,7 @@ def test_ties_trims_elects_a_sign_and_averages_those_that_agree():
 
 def test_a_single_number_is_merged_too():
     assert ties(torch.tensor([2.0, 4.0]), 0.5).item() == 3.0
+    assert ties(torch.zeros(2, 0, 3), 0.5).shape == (0, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.bool, torch.float8_e4m3fn])

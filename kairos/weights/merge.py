@@ -104,7 +104,9 @@ def ties(differences: Tensor, density: float) -> Tensor:
 
     (models, ...) -> (...)
     """
-    flat = differences.reshape(len(differences), -1)
+    if not differences.numel():
+        return differences.sum(0)
+    flat = differences.flatten(1)
     kept = max(1, round(density * flat.shape[1]))
     threshold = flat.abs().kthvalue(flat.shape[1] - kept + 1, dim=1, keepdim=True).values
     trimmed = torch.where(flat.abs() >= threshold, flat, 0)
