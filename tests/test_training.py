@@ -338,6 +338,16 @@ def is_alive(process: int) -> bool:
         return False
 
 
+def test_workers_finish_what_their_parent_needs_though_all_are_told_to_end():
+    ahead = Ahead(lambda number: (os.getpid(), time.sleep(0.5)), workers=1)
+    ahead.begin([0])
+    worker, _ = ahead.get(0)
+    ahead.begin([1, 2])
+    os.kill(worker, signal.SIGTERM)
+    assert [ahead.get(number)[0] for number in (1, 2)] == [worker, worker]
+    ahead.close()
+
+
 def test_what_a_worker_cannot_do_is_said_where_it_is_asked_for():
     ahead = Ahead(lambda number: 1 // number, workers=1)
     ahead.begin([0, 1])
@@ -423,6 +433,25 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before(tmp_path, caplog):
     (tmp_path / checkpoint.PREVIOUS).write_bytes(b"")
     with pytest.raises(UserError, match="no whole checkpoint"):
         load_checkpoint(tmp_path)
+
+
+def test_checkpoints_are_kept_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    def link(source, target):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, {"model": {"w": torch.zeros(10)}, "step": step})
+    assert load_checkpoint(tmp_path)["step"] == 3
+    (tmp_path / checkpoint.NAME).unlink()
+    assert load_checkpoint(tmp_path)["step"] == 2
+
+
+def test_the_first_process_alone_keeps_what_is_to_be_written():
+    state = {"w": torch.ones(3), "groups": [{"lr": 0.1, "step": torch.tensor(4.0)}]}
+    first, second = (checkpoint.gathered(state, Processes(rank=rank, world=2)) for rank in (0, 1))
+    assert torch.equal(first["w"], state["w"]) and first["groups"] == state["groups"]
+    assert second["w"].numel() == second["groups"][0]["step"].numel() == 0
 
 
 def test_a_disk_that_fills_while_saving_loses_nothing(tmp_path, monkeypatch):

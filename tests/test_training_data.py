@@ -172,6 +172,10 @@ def test_fitting_covers_the_bucket_and_stretches_nothing():
     assert bright.any(1).sum() == bright.any(0).sum() == 32
 
 
+def test_clips_whose_side_is_less_than_its_quotient_fit_too():
+    assert fit(np.zeros((2, 98, 98, 3), np.uint8), Bucket(1, 64, 64)).shape == (2, 64, 64, 3)
+
+
 def webdataset(folder, members):
     folder.mkdir(parents=True, exist_ok=True)
     with tarfile.open(folder / "000.tar", "w") as archive:
@@ -334,6 +338,15 @@ def test_another_vae_invalidates_the_latents_and_not_the_prompts(tmp_path, encod
     report, (clips,) = build(tmp_path, source, other, SMALL)
     assert report["made"] == 3 and len(clips) == 3
     assert len(encoders.text_encoder.embedded) == embedded
+
+
+def test_buckets_of_one_shape_share_their_clips(tmp_path, encoders):
+    alike = Bucket(SMALL.frames, SMALL.height, SMALL.width, mix={"t2v": 1.0})
+    source = SimulatorSource(("uniform",), clips=3)
+    for made in (3, 0):
+        report, sets = build(tmp_path, source, encoders, SMALL, alike)
+        assert (report["made"], report["kept"]) == (made, 3 - made)
+        assert [len(clips) for clips in sets] == [3, 3]
 
 
 def test_a_cache_that_was_stopped_or_torn_is_completed(tmp_path, encoders, monkeypatch, caplog):

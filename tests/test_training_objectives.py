@@ -288,6 +288,28 @@ def test_distillation_goes_on_to_the_bit_and_reports_motion(clips, tmp_path, cau
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
 
 
+def test_the_fake_score_learns_the_same_in_less_memory_where_the_stage_says_so(clips):
+    options = Distillation(guidance_scale=1.0, adversarial=1.0, fake_score_lr=1e-3)
+    learned = []
+    for checkpointing in (False, True):
+        stage = small_stage(
+            objective="distillation", distillation=options, mix={"t2v": 1.0}, checkpointing=checkpointing
+        )
+        student = stirred()
+        objective = DistillationObjective(student, [clips], stage, options)
+        assert objective.fake_score.gradient_checkpointing is checkpointing
+        assert not objective.teacher.gradient_checkpointing
+        objective.update_fake_score(student, 0, 0)
+        objective.loss(student, 0, 1)[0].backward()
+        learned.append(dict(objective.fake_score.named_parameters()) | gradients(student))
+    for name, value in learned[0].items():
+        torch.testing.assert_close(learned[1][name], value, msg=name)
+
+
+def gradients(model):
+    return {f"{name}.grad": p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
 def test_the_critic_learns_to_tell_clips_and_captions_and_the_student_hears_of_it(clips):
     options = Distillation(
         guidance_scale=1.0, adversarial=1.0, matching=0.0, consistency=0.0, fake_score_lr=1e-3
@@ -763,12 +785,13 @@ def test_pairs_are_made_again_where_what_they_were_made_of_has_changed(tmp_path,
 
 def test_exports_come_back_in_both_layouts(clips, tmp_path):
     model, batch = stirred(), batch_of(clips)
-    config = {"causal": "chunk", "pad_dilated": False, "num_attention_heads": 2}
     save_original(model, tmp_path / "one.safetensors")
     model.save_pretrained(tmp_path / "folder")
     save_weights(tmp_path / "ema", model, dict(model.named_parameters()))
+    merge_files([(str(tmp_path / "ema"), 1.0)] * 2, tmp_path / "merged.safetensors")
     for again in (
-        load_transformer_file(tmp_path / "one.safetensors", **config),
+        load_transformer_file(tmp_path / "one.safetensors"),
+        load_transformer_file(tmp_path / "merged.safetensors"),
         KairosTransformer3DModel.from_pretrained(tmp_path / "folder").eval(),
         KairosTransformer3DModel.from_pretrained(tmp_path / "ema").eval(),
     ):

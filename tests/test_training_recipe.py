@@ -10,13 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from kairos import KairosTransformer3DModel, MachineError, UserError
 from kairos.training import run as stage_run
 from kairos.training.loop import build_optimizer
 from kairos.training.parallel import ALONE
 from kairos.training.plan import check_memory, plan_stage, refuse_too_large
-from kairos.training.recipe import build_recipe, encoder_dtype, read_recipe, run_recipe, sampler_of
+from kairos.training.recipe import (
+    build_recipe,
+    encoder_dtype,
+    load_start,
+    read_recipe,
+    run_recipe,
+    sampler_of,
+)
+from kairos.weights import save_original
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 
@@ -414,6 +423,18 @@ def test_long_clips_that_are_only_unrolled_take_memory_for_their_chunks_alone():
     assert unrolled["decoder"] == planned(short)["decoder"] < whole["decoder"]
 
 
+def test_the_critics_three_verdicts_count():
+    stage = TINY["stages"][0] | {"objective": "distillation", "checkpointing": True}
+    plans = [
+        plan_stage(recipe, recipe.stages[0]).memory_gb["activations"]
+        for adversarial in (0.0, 1.0)
+        for recipe in [
+            build_recipe(changed(stages=[stage | {"distillation": {"adversarial": adversarial}}]), "recipe")
+        ]
+    ]
+    assert plans[1] == pytest.approx(3 * plans[0])
+
+
 def test_muon_keeps_one_number_of_a_matrix_and_two_of_the_rest():
     recipe = build_recipe(copy.deepcopy(TINY), "recipe")
     stage = recipe.stages[0]
@@ -437,6 +458,25 @@ def test_a_model_keeps_its_sampler_when_it_learns_preferences():
     recipe = build_recipe(changed(stages=[stage, fast, better]), "recipe")
     samplers = [type(sampler_of(recipe, one)[0]).__name__ for one in recipe.stages]
     assert samplers == ["FlowMatchScheduler", "FewStepScheduler", "FewStepScheduler"]
+
+
+def test_weights_alone_are_of_the_bases_kind_and_a_teacher_stays_what_it_is(tmp_path):
+    def read(source, **options):
+        return load_start(recipe, str(source), **options).config
+
+    bare, larger = tmp_path / "bare.safetensors", tmp_path / "larger.safetensors"
+    recipe = build_recipe(changed(base="kairos-tiny", vae="absent", conditioner="absent", model={}), "recipe")
+    tiny = load_start(recipe, "kairos-tiny")
+    save_file(tiny.state_dict(), bare)
+    assert read(bare)["causal"] == tiny.config["causal"] == "chunk"
+    assert read(bare)["pad_dilated"] is False
+
+    sizes = dict(recipe.model | TINY["model"])
+    save_original(KairosTransformer3DModel(**sizes | {"num_layers": 8, "causal": "none"}), larger)
+    recipe = build_recipe(changed(model=sizes | {"num_layers": 4, "causal": "chunk"}), "recipe")
+    assert (read(larger, teaches=True)["num_layers"], read(larger, teaches=True)["causal"]) == (8, "none")
+    with pytest.raises(UserError, match="does not fit"):
+        read(larger)
 
 
 def test_lora_needs_a_small_part_of_the_memory():

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kairos import KairosTransformer3DModel, MachineError, UserError
 from kairos.weights import (
@@ -45,8 +46,8 @@ def model() -> KairosTransformer3DModel:
 
 @pytest.fixture
 def released(model, tmp_path) -> Path:
-    """The model as one safetensors file."""
-    save_original(model, tmp_path / "dit.safetensors")
+    """The model as one safetensors file, which says nothing of its configuration, as the published ones."""
+    save_file(model.state_dict(), tmp_path / "dit.safetensors")
     return tmp_path / "dit.safetensors"
 
 
@@ -219,10 +220,27 @@ def test_a_given_size_that_the_file_contradicts_is_refused(released):
 
 def test_gated_delta_layers_elsewhere_than_the_pattern_says_are_refused_and_can_be_told(tmp_path, released):
     other = KairosTransformer3DModel(**SIZES | {"layer_pattern": "SGSG"})
-    save_original(other, tmp_path / "other.safetensors")
+    save_file(other.state_dict(), tmp_path / "other.safetensors")
     message = refusal(load_transformer_file, tmp_path / "other.safetensors")
     assert "blocks [1, 3]" in message and "'SSDG'" in message and "'SGSG'" in message
     assert load_transformer_file(tmp_path / "other.safetensors", layer_pattern="DGSG").config.num_layers == 4
+
+
+def test_a_file_of_ours_says_what_shapes_do_not_tell(tmp_path, released):
+    other = {"layer_pattern": "SGSG", "causal": "chunk", "pad_dilated": False, "dilation": 2}
+    model = KairosTransformer3DModel(**SIZES | other)
+    save_original(model, tmp_path / "ours.safetensors")
+
+    def read(path, **options):
+        config = load_transformer_file(path, **options).config
+        return {name: config[name] for name in other}
+
+    assert read(tmp_path / "ours.safetensors") == other
+    assert read(tmp_path / "ours.safetensors", otherwise={"dilation": 4}) == other
+    assert read(tmp_path / "ours.safetensors", dilation=4) == other | {"dilation": 4}
+    model.save_pretrained(tmp_path / "folder")
+    (file,) = (tmp_path / "folder").glob("*.safetensors")  # its config.json lies beside it
+    assert read(file) == other and read(released)["causal"] == "none"
 
 
 def test_weights_of_something_else_are_refused_as_such():
@@ -367,6 +385,36 @@ def test_a_lora_whose_products_have_not_the_layers_shape_is_refused(model, tmp_p
     save_file(tensors, tmp_path / "lora.safetensors")
     message = refusal(apply_loras, model, [(tmp_path / "lora.safetensors", 1.0)])
     assert f"does not fit this model: {layer} is" in message
+
+
+def test_a_loras_full_size_products_are_made_one_at_a_time_once_all_of_it_fits(model, released, tmp_path):
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **(kwargs or {}))
+            if function in (torch.ops.aten.mm.default, torch.ops.aten.add.Tensor):
+                done.append((function.__name__, tuple(made.shape)))
+            return made
+
+    changed = load_transformer_file(released)
+    layers, tensors, expected = ("blocks.0.ffn.0", "blocks.0.ffn.2", "blocks.1.ffn.0"), {}, {}
+    for layer in layers:
+        weight = changed.get_submodule(layer).weight
+        down, up = torch.randn(2, weight.shape[1]), torch.randn(len(weight), 2)
+        tensors |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
+        expected[layer] = weight.detach() + 0.5 * up @ down
+    done: list[tuple[str, tuple[int, ...]]] = []
+    save_file(tensors, tmp_path / "good.safetensors")
+    save_file(tensors | {"blocks.2.no.lora_A.weight": torch.ones(2, 24)}, tmp_path / "bad.safetensors")
+    with Watch():
+        assert "and the model no blocks.2.no" in refusal(
+            apply_loras, changed, [(tmp_path / "good.safetensors", 0.5), (tmp_path / "bad.safetensors", 1.0)]
+        )
+        assert not done
+        apply_loras(changed, [(tmp_path / "good.safetensors", 0.5)])
+    shapes = [tuple(value.shape) for value in expected.values()]
+    assert done == [(name, shape) for shape in shapes for name in ("mm.default", "add.Tensor")]
+    for layer, value in expected.items():
+        assert torch.equal(changed.get_submodule(layer).weight, value)
 
 
 @pytest.mark.parametrize("weight", ["nan", "inf", "-inf"])

@@ -20,6 +20,9 @@ Made = TypeVar("Made")
 MOST_WORKERS = 14
 """For one process that trains; each holds its own copy of what it has touched."""
 
+GRACE_S = 60.0
+"""How long a worker goes on after SIGTERM: its pool sends one as well, where another worker has died."""
+
 _make: Callable[[Any], Any] | None = None
 
 
@@ -80,11 +83,12 @@ def workers_for(device: torch.device | str) -> int:
 
 
 def _become_worker(make: Callable[[Any], Any], parent: int) -> None:
-    """Ctrl-C is the parent's to answer, and a worker does not outlive it."""
+    """Ctrl-C and SIGTERM, which come to a whole group of processes, are the parent's to answer: it may need
+    the worker to finish its step. A worker does not outlive it."""
     global _make
     _make = make
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: _end_later())
     torch.set_num_threads(1)
 
     def follow() -> None:
@@ -93,6 +97,12 @@ def _become_worker(make: Callable[[Any], Any], parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+
+
+def _end_later() -> None:
+    ending = threading.Timer(GRACE_S, os._exit, (1,))
+    ending.daemon = True
+    ending.start()
 
 
 def _call(key: Any) -> bytes:

@@ -133,6 +133,7 @@ def build_cache(
     vae = encoders.vae.to(device).eval()
     quicken(vae)
     skipped = Skipped()
+    buckets = list({bucket.name: bucket for bucket in buckets}.values())  # some differ in their tasks alone
     known: dict[str, dict[str, CachedTensor]] = {
         b.name: stored_rows(folder / b.name, "vae", vae_hash, remove=True) for b in buckets
     }

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from kairos.data.files import explained
 from kairos.errors import MachineError, UserError, one_line
-from kairos.training.parallel import laid_like, whole
+from kairos.training.parallel import Processes, laid_like, whole
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,10 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
                 ) from error
             if file.exists():
                 link.unlink(missing_ok=True)
-                os.link(file, link)
+                try:
+                    os.link(file, link)
+                except OSError:  # a file system without hard links: for a moment the one before stands alone
+                    link = file
                 os.replace(link, folder / PREVIOUS)
             os.replace(partial, file)
         finally:
@@ -85,7 +88,7 @@ def read_whole(file: Path) -> dict[str, Any] | None:
         with zipfile.ZipFile(file) as archive:
             if archive.testzip() is not None:
                 return None
-        state = torch.load(file, weights_only=True, map_location="cpu")
+        state = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
     except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
         return None
     except OSError as error:
@@ -93,14 +96,17 @@ def read_whole(file: Path) -> dict[str, Any] | None:
     return state if isinstance(state, dict) and {"model", "step"} <= set(state) else None
 
 
-def gathered(value: Any) -> Any:
-    """The same with every tensor whole and on the CPU; every process has to ask."""
+def gathered(value: Any, here: Processes) -> Any:
+    """The same with every tensor whole and on the CPU, for the first process. Every process has to ask; the
+    others keep empty tensors, for a machine's memory holds one model more, and not one for each of its GPUs.
+    """
     if isinstance(value, Tensor):
-        return whole(value.detach()).cpu()
+        tensor = whole(value.detach())
+        return tensor.cpu() if here.first else tensor.new_empty(0)
     if isinstance(value, Mapping):
-        return {key: gathered(inner) for key, inner in value.items()}
+        return {key: gathered(inner, here) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(gathered(inner) for inner in value)
+        return type(value)(gathered(inner, here) for inner in value)
     return value
 
 

@@ -88,8 +88,8 @@ class DistillationObjective(FlowMatching):
         self.teacher = (teacher or copy.deepcopy(student)).to(here.device).requires_grad_(False).eval()
         self.fake_score = copy.deepcopy(self.teacher).requires_grad_(True)
         self.critic = Critic(self.fake_score, stage.seed) if options.adversarial else None
-        for network in (self.teacher, self.fake_score):
-            prepare(network, here, checkpointing=False, compiled=stage.compile)
+        for network, learns in ((self.teacher, False), (self.fake_score, True)):
+            prepare(network, here, checkpointing=learns and stage.checkpointing, compiled=stage.compile)
         groups: list[dict[str, Any]] = [{"params": list(self.fake_score.parameters())}]
         if self.critic is not None:
             head = self.critic.head.to(here.device)

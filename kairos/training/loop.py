@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import time
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 
 from kairos.data.files import prepare_folder, write_atomically
 from kairos.errors import UserError
-from kairos.models.transformer import KairosTransformer3DModel
 from kairos.training.batches import seed_of
 from kairos.training.checkpoint import (
     check_fits,
@@ -33,6 +31,8 @@ from kairos.training.muon import Muon, split_parameters
 from kairos.training.parallel import ALONE, Processes, local, whole
 from kairos.training.progress import Progress
 from kairos.training.stage import Stage
+from kairos.weights.files import CONFIG
+from kairos.weights.transformer import config_text
 
 logger = logging.getLogger(__name__)
 
@@ -172,14 +172,14 @@ def store(
 ) -> None:
     """Write the moving average as a model of its own, then the checkpoint: one of the last step says that all
     is there."""
-    average = gathered(ema)
-    weights = average if is_lora(average) else gathered(frozen_parameters(model)) | average
+    average = gathered(ema, here)
+    weights = average if is_lora(average) else gathered(frozen_parameters(model), here) | average
     state = {
-        "model": gathered(trained),
+        "model": gathered(trained, here),
         "ema": average,
-        "optimizer": gathered(optimizer.state_dict()),
+        "optimizer": gathered(optimizer.state_dict(), here),
         "step": step,
-        "objective": gathered(objective.state()),
+        "objective": gathered(objective.state(), here),
     }
     if here.first:
         save_weights(output / "ema", model, weights)
@@ -196,10 +196,10 @@ def save_weights(folder: Path, model: Any, weights: dict[str, Tensor]) -> None:
 
         write_atomically(folder / "lora.safetensors", lora_bytes(model, weights))
         return
-    # FSDP2 makes a class of its own of the model's; the file is of the model.
-    config = json.loads(model.to_json_string()) | {"_class_name": KairosTransformer3DModel.__name__}
-    write_atomically(folder / "config.json", json.dumps(config, indent=2).encode())
-    write_atomically(folder / "diffusion_pytorch_model.safetensors", save(weights, metadata={"format": "pt"}))
+    config = config_text(model.config)
+    metadata = {"format": "pt", CONFIG: config}
+    write_atomically(folder / "config.json", config.encode())
+    write_atomically(folder / "diffusion_pytorch_model.safetensors", save(weights, metadata=metadata))
 
 
 def is_lora(weights: Iterable[str]) -> bool:

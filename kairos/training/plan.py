@@ -22,7 +22,7 @@ from kairos.training.batches import LONGEST_CHUNK
 from kairos.training.loop import build_optimizer
 from kairos.training.parallel import Processes
 from kairos.training.precision import has_bfloat16
-from kairos.training.recipe import Recipe
+from kairos.training.recipe import Recipe, base_config
 from kairos.training.stage import Distillation, Stage
 
 EFFICIENCY = 0.4
@@ -77,7 +77,10 @@ def plan_stage(recipe: Recipe, stage: Stage, world: int = 1) -> StagePlan:
             learned = learned * min(options.unrolled * LONGEST_CHUNK, latents) // latents
         part = max(batch / (stage.accumulate * world), 1) * learned
         tokens = max(tokens, batch * shape.tokens)
-        activations = max(activations, activation_bytes(config, part, stage))
+        kept = activation_bytes(config, part, stage)
+        if options.adversarial and not stage.only_unrolls(bucket):
+            kept *= 3  # the fake score goes back through the critic's three verdicts at once
+        activations = max(activations, kept)
     memory["activations"] = activations / 1e9
     updates, critic = options.fake_score_updates, 1 if options.adversarial else 0
     distilling = 14.5 + 5.5 * updates + critic * (3 + 9 * updates)
@@ -99,14 +102,7 @@ def plan_stage(recipe: Recipe, stage: Stage, world: int = 1) -> StagePlan:
 
 def model_config(recipe: Recipe) -> dict[str, Any]:
     """The LinearDiT's configuration, as far as it is known before anything is loaded."""
-    from kairos import presets
-
-    config = dict(sizes.RELEASED_TRANSFORMER)
-    if recipe.base:
-        folder = presets.locate(recipe.base)[1]
-        if folder is not None and (folder / "transformer" / "config.json").exists():
-            config |= presets.read_json(folder / "transformer" / "config.json")
-    return {key: value for key, value in (config | recipe.model).items() if not key.startswith("_")}
+    return sizes.RELEASED_TRANSFORMER | base_config(recipe) | recipe.model
 
 
 def decoder_size(recipe: Recipe) -> tuple[int, int]:

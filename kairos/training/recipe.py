@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BEFORE, AFTER = ("vae", "conditioner", "cache"), ("decoder", "assemble")
+UNSHAPED = ("layer_pattern", "window_frames", "dilation", "pad_dilated", "eps", "causal")
+"""What the shapes of a LinearDiT's weights do not tell."""
+
 DEFAULTS = (
     "height",
     "width",
@@ -391,14 +394,18 @@ def encoder_dtype(folder: Path) -> Any:
     return torch.bfloat16 if torch.cuda.is_available() and size > 1e9 else torch.float32
 
 
-def load_start(recipe: Recipe, source: str, dtype: str = "float32") -> Any:
-    """The LinearDiT that `source` names: a stage of the recipe, a model, a file or a folder."""
+def load_start(recipe: Recipe, source: str, dtype: str = "float32", *, teaches: bool = False) -> Any:
+    """The LinearDiT that `source` names: a stage of the recipe, a model, a file or a folder.
+
+    The recipe's `model` overrides what it says of itself, unless it `teaches`: a teacher may be larger than
+    what learns from it, and see whole clips where that sees chunks.
+    """
     import torch
 
     from kairos import presets
     from kairos.weights import load_transformer_file
 
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), **recipe.model}
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), **({} if teaches else recipe.model)}
     if source in [stage.name for stage in recipe.stages]:
         folder = recipe.output / source / "ema"
         if not (folder / "config.json").exists():
@@ -406,13 +413,28 @@ def load_start(recipe: Recipe, source: str, dtype: str = "float32") -> Any:
         return load_transformer_file(folder, **options)
     path = Path(source)
     if path.exists() and not (path / presets.MARK).exists():
-        return load_transformer_file(path, **options)
+        otherwise = base_config(recipe) | recipe.model
+        return load_transformer_file(
+            path, otherwise={key: otherwise[key] for key in UNSHAPED if key in otherwise}, **options
+        )
     preset, base = presets.locate(source)
     if preset is not None and preset.kind == "released":
         files = presets.local_files(preset, base)["transformer"]
         return load_transformer_file(files, otherwise=preset.transformer_config, **options)
     assert base is not None
     return load_transformer_file(base / "transformer", **options)
+
+
+def base_config(recipe: Recipe) -> dict[str, Any]:
+    """What the configuration of the base's LinearDiT says; nothing without a base."""
+    from kairos import presets
+
+    preset, folder = presets.locate(recipe.base) if recipe.base else (None, None)
+    if preset is not None and preset.kind == "released":
+        return dict(preset.transformer_config)
+    file = folder / "transformer" / "config.json" if folder is not None else None
+    config = presets.read_json(file) if file is not None and file.exists() else {}
+    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def make_decoder(recipe: Recipe, here: Processes) -> None:

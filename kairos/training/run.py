@@ -110,7 +110,7 @@ def build_objective(
 
         model.to(here.device)
         options = stage.distillation or Distillation()
-        teacher = load_start(recipe, options.teacher) if options.teacher else None
+        teacher = load_start(recipe, options.teacher, teaches=True) if options.teacher else None
         frames = None
         if options.frames:
             moving = [clips for clips in sets if clips.latent_frames > 2]

@@ -27,6 +27,9 @@ WRAPPERS = ("state_dict", "model", "module")
 PREFIXES = ("pipe.dit.", "dit.", "model.", "module.", "_orig_mod.")
 """What wrappers put before every name."""
 
+CONFIG = "config"
+"""What a model's configuration is called in the header of a safetensors file of ours."""
+
 _SHOWN = 4
 
 
@@ -255,14 +258,21 @@ def _sizes(shape: tuple[int, ...]) -> str:
 
 
 def written_config(file: Path) -> tuple[str | None, dict[str, Any]]:
-    """A config.json in diffusers' layout: the class that it is of, if it says one, and its values.
+    """A configuration in diffusers' layout: the class that it is of, if it says one, and its values.
+
+    `file` is a config.json, or a safetensors file that has one in its header.
 
     Raises:
         UserError: for a file that is not one.
     """
     try:
-        config = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+        if file.suffix == ".json":
+            text = file.read_text()
+        else:
+            with safe_open(file, framework="pt") as opened:
+                text = (opened.metadata() or {}).get(CONFIG, "{}")
+        config = json.loads(text)
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{file} is not a configuration in JSON; download it again") from error
     if not isinstance(config, dict):
         raise UserError(f"{file} is not a configuration: it holds a {type(config).__name__}, no names")

@@ -18,7 +18,8 @@ from torch import Tensor
 from kairos.data.files import explained, prepare_file
 from kairos.errors import UserError
 from kairos.request import did_you_mean
-from kairos.weights.files import StoredTensor, open_weights
+from kairos.weights.files import CONFIG, StoredTensor, open_weights
+from kairos.weights.transformer import config_text, transformer_config
 
 METHODS = ("average", "ties", "dare")
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
@@ -44,7 +45,8 @@ def merge_files(
     density: float = 0.5,
     seed: int = 0,
 ) -> None:
-    """Merge `models`, (path, weight) each, and write `output` in safetensors, whole or not at all.
+    """Merge `models`, (path, weight) each, and write `output` in safetensors, whole or not at all, with the
+    configuration of the first.
 
     Args:
         method: "average", weighted, of the weights; "ties" (arXiv 2306.01708) and "dare" (arXiv 2311.03099),
@@ -96,7 +98,9 @@ def merge_files(
             change = dare(differences, density, generator)
         return (start + change).to(parts[0].dtype)
 
-    write_stream(output, [(name, opened[0][name], merged) for name in sorted(opened[0])])
+    config = transformer_config(Path(models[0][0]))
+    metadata = {CONFIG: config_text(config)} if config else {}
+    write_stream(output, [(name, opened[0][name], merged) for name in sorted(opened[0])], metadata)
 
 
 def ties(differences: Tensor, density: float) -> Tensor:
@@ -106,7 +110,7 @@ def ties(differences: Tensor, density: float) -> Tensor:
     """
     if not differences.numel():
         return differences.sum(0)
-    flat = differences.flatten(1)
+    flat = differences.reshape(len(differences), -1)
     kept = max(1, round(density * flat.shape[1]))
     threshold = flat.abs().kthvalue(flat.shape[1] - kept + 1, dim=1, keepdim=True).values
     trimmed = torch.where(flat.abs() >= threshold, flat, 0)
@@ -139,9 +143,11 @@ def check_alike(reference: dict[str, StoredTensor], stored: dict[str, StoredTens
         raise UserError(f"{path} is of another model than the others: it has {extra[0]} besides")
 
 
-def write_stream(output: Path, tensors: Sequence[tuple[str, StoredTensor, object]]) -> None:
+def write_stream(
+    output: Path, tensors: Sequence[tuple[str, StoredTensor, object]], metadata: dict[str, str]
+) -> None:
     """A safetensors file, one tensor after the other: the header needs shapes and types alone."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     offset = 0
     for name, stored, _ in tensors:
         dtype = stored.read().dtype

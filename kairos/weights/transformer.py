@@ -6,6 +6,7 @@ tell (dilation, padding, which attention layers are dilated) comes from the call
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 
 from kairos.errors import MachineError, UserError, one_line
 from kairos.models.transformer import KairosTransformer3DModel
-from kairos.weights.files import StoredTensor, fill, open_weights, written_config
+from kairos.weights.files import CONFIG, StoredTensor, fill, open_weights, written_config
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +38,9 @@ def load_transformer_file(
     """The LinearDiT of a released file, in evaluation mode on the CPU.
 
     Args:
-        path: a file, the list of its shards, or a folder (its config.json counts where it is a LinearDiT's).
+        path: a file, the list of its shards, or a folder. `transformer_config` of it counts.
         dtype: of the weights; None keeps the stored one. What must be exact (`A_log`, `dt_bias`) is float32.
-        otherwise: values where neither the shapes nor a config.json beside the weights tell them.
+        otherwise: values where neither the shapes nor the weights' own configuration tell them.
         config: values that the shapes do not tell (`dilation`, `pad_dilated`, `causal`), or shall override.
 
     Raises:
@@ -50,14 +51,7 @@ def load_transformer_file(
         single = path = single / "transformer"
     stored = open_weights(path)
     source = str(single or next(iter(stored.values())).file)
-    written = {}
-    if single and (single / "config.json").exists():
-        kind, values = written_config(single / "config.json")
-        if kind == KairosTransformer3DModel.__name__:
-            written = values
-        else:
-            of = kind or "no class"
-            logger.warning("%s is of %s and not of the LinearDiT: left aside", single / "config.json", of)
+    written = transformer_config(single) if single else {}
     known = {**(otherwise or {}), **written, **config}
     try:
         values = infer_transformer_config(stored, source=source, **known) | known
@@ -69,6 +63,36 @@ def load_transformer_file(
         raise UserError(f"{source}: the configuration does not fit the model: {one_line(error)}") from error
     fill(model, stored, dtype=dtype, float32_parts=model._keep_in_fp32_modules, source=source)
     return model.eval()
+
+
+def transformer_config(path: Path) -> dict[str, Any]:
+    """What a LinearDiT's file or folder says of its configuration: in the file's header, or in the folder's
+    config.json. Nothing where there is neither, or where it is another model's.
+
+    Raises:
+        UserError: for a configuration that cannot be read.
+    """
+    ours = KairosTransformer3DModel.__name__
+    if path.suffix == ".safetensors" and path.is_file():
+        kind, values = written_config(path)
+        if kind == ours:
+            return values
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    if not file.exists():
+        return {}
+    kind, values = written_config(file)
+    if kind == ours:
+        return values
+    if path.is_dir():
+        logger.warning("%s is of %s and not of the LinearDiT: left aside", file, kind or "no class")
+    return {}
+
+
+def config_text(config: Mapping[str, Any]) -> str:
+    """A LinearDiT's configuration as diffusers writes it."""
+    said = {name: value for name, value in config.items() if not name.startswith("_")}
+    said["_class_name"] = KairosTransformer3DModel.__name__
+    return json.dumps(said, indent=2, sort_keys=True) + "\n"
 
 
 def infer_transformer_config(
@@ -129,7 +153,7 @@ def save_original(model: KairosTransformer3DModel, path: str | os.PathLike[str])
     partial = path.with_name(f".{path.name}.partial")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     try:
-        save_file(tensors, partial, metadata={"format": "pt"})
+        save_file(tensors, partial, metadata={"format": "pt", CONFIG: config_text(model.config)})
         os.replace(partial, path)
     except (SafetensorError, OSError) as error:
         if "No space left" in str(error):
