@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -130,6 +130,7 @@ def measure_here(run: Run) -> dict[str, Any]:
     """The run in this process."""
     import torch
 
+    choose_device(run.device)
     if run.threads:
         torch.set_num_threads(run.threads)
     torch.manual_seed(0)
@@ -139,7 +140,7 @@ def measure_here(run: Run) -> dict[str, Any]:
 
 
 def _forward(run: Run) -> dict[str, Any]:
-    """One forward of a transformer with random weights, its operations counted."""
+    """One forward of a transformer with random weights."""
     import diffusers
     import torch
 
@@ -165,8 +166,11 @@ def _forward(run: Run) -> dict[str, Any]:
         "encoder_hidden_states": torch.randn(1, run.text_tokens, width, device=run.device, dtype=dtype),
         "return_dict": False,
     }
+    seen = {"window_frames": run.latent_frames} if run.kind == "full" else {}
+    flops = None if foreign else forward_flops(dict(config) | seen, run, run.text_tokens)
     parameters = sum(p.numel() for p in model.parameters())
-    return _measured(lambda: model(**inputs), run, dtype) | {"parameters": parameters, "weights": "random"}
+    found = _measured(lambda: model(**inputs), run, dtype, flops)
+    return found | {"parameters": parameters, "weights": "random"}
 
 
 def built(make: Callable[[], nn.Module], device: str | torch.device, dtype: torch.dtype) -> Any:
@@ -191,9 +195,21 @@ def built(make: Callable[[], nn.Module], device: str | torch.device, dtype: torc
     return model.to(dtype).eval()
 
 
-def _measured(work: Callable[[], object], run: Run, dtype: torch.dtype) -> dict[str, float]:
-    """Seconds, operations, their share of what the device reaches, and peak memory: on a GPU this work's own,
-    its first call apart; on a CPU the process's until now."""
+def forward_flops(config: Mapping[str, Any], run: Run, text_tokens: int) -> float:
+    """Operations of one forward of a LinearDiT, the text's keys and values with them, by its configuration.
+
+    No counter looks into Triton's kernels, and torch's formula for FlashAttention knows of no windows.
+    """
+    from kairos import sizes
+
+    shape = sizes.clip_shape(config, run.height, run.width, 4 * run.latent_frames - 3)
+    dim, layers = config["hidden_size"], config["num_layers"]
+    text = 2 * text_tokens * dim * (config["text_dim"] + dim + 2 * dim * layers)
+    return text + sum(sizes.forward_flops(config, shape, text_tokens).values())
+
+
+def counted_flops(work: Callable[[], object]) -> int:
+    """Operations of a call, counted as it runs. Not of the first one, which may try several routes."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_flop_count
 
@@ -208,11 +224,23 @@ def _measured(work: Callable[[], object], run: Run, dtype: torch.dtype) -> dict[
     }
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         work()
-    flops = counter.get_total_flops()
-    if run.device.startswith("cuda"):
+    return int(counter.get_total_flops())
+
+
+def _measured(
+    work: Callable[[], object], run: Run, dtype: torch.dtype, flops: float | None = None
+) -> dict[str, float]:
+    """Seconds, operations, their share of what the device reaches, and peak memory: on a GPU this work's own,
+    its first call apart; on a CPU the process's until now. Operations that are not given are counted."""
+    import torch
+
+    on_gpu = run.device.startswith("cuda")
+    if on_gpu:
+        work()
         torch.cuda.reset_peak_memory_stats()
     found = _timed(work, run) | {"peak_gb": _peak_gb(run.device)}
-    peak = matmul_flops(run.device, dtype, clock=run.clock)
+    flops = counted_flops(work) if flops is None else flops
+    peak = matmul_flops(run.device, dtype, size=8192 if on_gpu else 2048, clock=run.clock)
     return found | {"tflop": flops / 1e12, "share_of_peak": flops / found["seconds"] / peak}
 
 
@@ -232,9 +260,9 @@ def _stages(run: Run) -> dict[str, Any]:
     latents = torch.randn(size, device=run.device).to(dtype)
     frame = torch.rand(1, 3, 1, run.height, run.width, device=run.device).to(vae.dtype) * 2 - 1
     embeds, mask = (part.to(run.device) for part in parts["prompt"])
-    stages: dict[str, tuple[torch.dtype, Callable[[], object]]] = {
-        "encode prompt": (dtype, parts["encode"]),
-        "encode a frame": (vae.dtype, lambda: video_vae.encode(vae, frame)),
+    stages: dict[str, tuple[torch.dtype, Callable[[], object], float | None]] = {
+        "encode prompt": (dtype, parts["encode"], None),
+        "encode a frame": (vae.dtype, lambda: video_vae.encode(vae, frame), None),
         "one step, one branch": (
             dtype,
             lambda: transformer(
@@ -243,10 +271,11 @@ def _stages(run: Run) -> dict[str, Any]:
                 embeds.to(dtype),
                 encoder_attention_mask=mask,
             ),
+            forward_flops(transformer.config, run, embeds.shape[1]),
         ),
-        "decode frames": (vae.dtype, lambda: video_vae.decode(vae, latents.to(vae.dtype))),
+        "decode frames": (vae.dtype, lambda: video_vae.decode(vae, latents.to(vae.dtype)), None),
     }
-    found = {name: _measured(work, run, kind) for name, (kind, work) in stages.items()}
+    found = {name: _measured(work, run, kind, flops) for name, (kind, work, flops) in stages.items()}
     most = max(stage["peak_gb"] for stage in found.values())
     return {"stages": found, "weights": weights, "peak_gb": most}
 
@@ -319,6 +348,7 @@ def calibrate_step_cache(
 
     from kairos.presets import load_pipeline
 
+    choose_device(device)
     if threads:
         torch.set_num_threads(threads)
     pipeline = load_pipeline(model, device=device, dtype=getattr(torch, dtype))
@@ -395,14 +425,22 @@ def _timed(work: Callable[[], object], run: Run) -> dict[str, float]:
     return {"seconds": statistics.median(times), "spread_s": max(times) - min(times)}
 
 
+def choose_device(device: str) -> None:
+    """Make a GPU the current one: torch's clocks and counters of memory are asked without naming any."""
+    import torch
+
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
+
+
 def clocks() -> dict[str, Callable[[], float]]:
     """Clocks by name, in seconds."""
     return {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @cache
-def matmul_flops(device: str, dtype: torch.dtype, size: int = 2048, clock: str = "wall") -> float:
-    """What the device reaches in large products of this precision, FLOP/s: best of ten, once a process."""
+def matmul_flops(device: str, dtype: torch.dtype, size: int, clock: str = "wall") -> float:
+    """What the device reaches in products of this size and precision, FLOP/s: best of ten, once a process."""
     import torch
 
     a, b = torch.randn(2, size, size, device=device).to(dtype)

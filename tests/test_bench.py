@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -19,6 +20,7 @@ from kairos.bench import (
     built,
     calibrate_step_cache,
     check_kind,
+    counted_flops,
     measure,
     measure_here,
     random_transformer,
@@ -117,6 +119,45 @@ def test_a_hybrid_grows_with_the_length_and_full_attention_faster():
     assert flops["full", 60] / flops["full", 30] > flops["hybrid", 60] / flops["hybrid", 30] + 0.1
 
 
+@pytest.mark.parametrize("kind", ["hybrid", "full"])
+def test_operations_by_configuration_are_those_that_a_processor_counts(kind):
+    run = Run(kind, latent_frames=25, **SMALL | {"height": 128, "width": 128})
+    model = random_transformer("kairos-tiny", full=kind == "full").eval()
+    inputs = torch.randn(1, 16, 25, 16, 16), torch.tensor([500.0]), torch.randn(1, 512, model.config.text_dim)
+    with torch.no_grad():
+        counted = counted_flops(lambda: model(*inputs)) / 1e12
+    assert measure_here(run)["tflop"] == pytest.approx(counted, rel=0.02)
+
+
+def test_a_gpu_is_measured_after_its_first_call_and_against_a_large_product(monkeypatch):
+    sizes: list[int] = []
+    for name in ("synchronize", "reset_peak_memory_stats", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    monkeypatch.setattr(bench, "matmul_flops", lambda *_, size, clock: sizes.append(size) or 1.0)
+    ones, products = torch.ones(100, 100), iter([9, *[1] * 9])  # the first call tries routes
+    found = bench._measured(
+        lambda: [ones @ ones for _ in range(next(products))],
+        Run("hybrid", latent_frames=1, **SMALL, device="cuda"),
+        torch.float32,
+    )
+    assert found["tflop"] == 2e-6 and sizes == [8192]
+
+
+def test_a_gpu_that_is_named_is_the_current_one_before_anything_is_made(monkeypatch):
+    class Chosen(Exception):
+        pass
+
+    def choose(device):
+        raise Chosen(device)
+
+    monkeypatch.setattr(torch.cuda, "set_device", choose)
+    for kind in ("hybrid", "stages"):
+        with pytest.raises(Chosen, match="cuda:1"):
+            measure_here(Run(kind, latent_frames=1, **SMALL, device="cuda:1"))
+    with pytest.raises(Chosen, match="cuda:1"):
+        calibrate_step_cache("kairos-tiny", [0.1], device="cuda:1", dtype="float32")
+
+
 def test_a_shorter_text_takes_fewer_operations():
     texts: list[dict[str, int]] = [{"text_tokens": 8}, {"text_tokens": 512}, {}]
     runs = [measure_here(Run("hybrid", latent_frames=3, **SMALL, **text)) for text in texts]
@@ -183,6 +224,41 @@ def test_results_and_their_plot_are_written(tmp_path: Path, capsys: Any):
     assert [row["latent_frames"] for row in results["runs"]] == [1, 2]
     assert ElementTree.fromstring((tmp_path / "out.svg").read_text()).tag.endswith("svg")
     assert "random weights" in capsys.readouterr().out
+
+
+def lengths(monkeypatch, fails, *arguments: Any) -> int:
+    """The exit status of a curve over 1, 2 and 3 latent frames whose runs fail where `fails(run)`."""
+
+    def measured(run: Run) -> dict[str, Any]:
+        if fails(run):
+            raise MachineError(f"{run.kind} at {run.latent_frames} latent frames failed: out of memory")
+        found = {"seconds": 1.0, "parameters": 1e6, "tflop": 1.0, "share_of_peak": 0.5, "peak_gb": 1.0}
+        return asdict(run) | found
+
+    monkeypatch.setattr(bench, "measure", measured)
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "--lengths", "1,2,3", "--against", "full", *map(str, arguments)])
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.parametrize("failing", ["hybrid", "full"])
+def test_a_length_that_fails_leaves_the_others_and_is_told(failing, monkeypatch, tmp_path, capsys):
+    output = tmp_path / "out.json"
+    status = lengths(monkeypatch, lambda run: run.kind == failing and run.latent_frames > 1, "-o", output)
+    said = capsys.readouterr()
+    assert status == 1
+    assert said.err.count("out of memory") == 1 and f"{failing} at 2 latent frames failed" in said.err
+    assert "2 of 6 runs failed or were left out" in said.err and "random weights" in said.out
+    rows = [(row["kind"], row["latent_frames"]) for row in json.loads(output.read_text())["runs"]]
+    other = "full" if failing == "hybrid" else "hybrid"
+    assert sorted(rows) == sorted([("hybrid", 1), ("full", 1), (other, 2), (other, 3)])
+    assert output.with_suffix(".svg").exists()
+
+
+def test_where_every_length_fails_nothing_is_written(monkeypatch, tmp_path, capsys):
+    assert lengths(monkeypatch, lambda run: True, "-o", tmp_path / "out.json") == 1
+    assert "6 of 6 runs failed or were left out" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

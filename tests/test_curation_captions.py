@@ -85,6 +85,11 @@ def test_an_answer_counts_what_it_says_and_is_taken_as_it_is_where_it_is_plain(a
     assert ask(answer("A cat\nsleeps.", None)) == {"scores": {"caption": "A cat sleeps."}, "tokens": 0}
 
 
+@pytest.mark.parametrize("said", ["A ball \ud83d", '{"caption": "A ball \\ud83d"}'])
+def test_an_answer_loses_half_a_character_which_no_file_can_hold(ask, said) -> None:
+    assert ask(answer(said))["scores"] == {"caption": "A ball ?"}
+
+
 @pytest.mark.parametrize("broken", ["", '{"choices": [{"mess'])
 def test_a_connection_that_ends_early_is_tried_again(ask, broken) -> None:
     assert ask(broken, answer("A cat.")) == {"scores": {"caption": "A cat."}, "tokens": 7}

@@ -383,6 +383,20 @@ def test_a_manifest_names_the_videos_and_labels_them(folder, tmp_path) -> None:
     assert "failure" in clip["events"]
 
 
+def test_a_manifest_may_lie_beside_the_output(folder) -> None:
+    (folder / "list.jsonl").write_text('{"path": "one.mp4"}\n')
+    summary = curate(folder / "list.jsonl", folder / "out", Settings.from_dict(QUICK), workers=1)
+    assert (summary.sources, summary.clips) == ({"ok": 1}, 1)
+
+
+def test_half_a_character_in_a_manifest_ends_no_run(folder, tmp_path) -> None:
+    lines = [{"path": "one.mp4", "caption": "A red ball rolls \ud83d"}, {"path": "t\ud83dwo.mp4"}]
+    (folder / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    curate(folder / "list.jsonl", tmp_path / "out", Settings.from_dict(QUICK), workers=1)
+    (clip,) = map(json.loads, (tmp_path / "out" / "clips.jsonl").read_text().splitlines())
+    assert clip["caption"] == "A red ball rolls ?"
+
+
 def test_manifests_and_texts_may_begin_with_a_byte_order_mark(folder) -> None:
     from kairos.curation.intake import take_in
     from kairos.curation.settings import Limits
@@ -427,6 +441,10 @@ def test_input_that_cannot_be_is_refused(folder, tmp_path) -> None:
     (folder / "list.csv").write_text("name\none.mp4\n")
     with pytest.raises(UserError, match="the key 'path' is missing"):
         curate(folder / "list.csv", tmp_path / "out")
+    (folder / "list.jsonl").write_text('{"path": "one.mp4"}\n')
+    for output in (folder, folder.parent):
+        with pytest.raises(UserError, match=r"one\.mp4 of the input .* lies in the output"):
+            curate(folder / "list.jsonl", output)
 
 
 def test_the_command_runs_selects_and_explains(folder, tmp_path, capfd) -> None:

@@ -75,6 +75,17 @@ def test_a_source_that_is_refused_at_its_end_leaves_no_clip(tmp_path) -> None:
     assert not list((tmp_path / "clips").iterdir())
 
 
+def test_a_cut_in_a_long_black_that_is_told_late_hides_no_later_one(tmp_path) -> None:
+    black = np.zeros((160, 96, 96, 3), np.uint8)  # ten seconds, whose middle is told at their end
+    shots = [shot("collision", 1), black, shot("bounce", 2), shot("uniform", 3)]
+    write(tmp_path / "black.mkv", np.concatenate(shots))
+    settings = Settings.from_dict(SETTINGS | {"shots": {"detectors": ["threshold", "content"]}})
+    task = SplitTask(tmp_path / "black.mkv", tmp_path, settings.limits, settings.shots, settings.split)
+    found = split_source(task)
+    assert found["shots"] == 5  # the black is two: it ends where the first cut is told
+    assert places(found["clips"])[-2:] == [(209, 49), (258, 49)]
+
+
 def places(clips: list[dict]) -> list[tuple[int, int]]:
     """The first frame and the number of frames of clips."""
     return [(round(clip["start_s"] * FPS), clip["frames"]) for clip in clips]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -9,8 +10,8 @@ import pytest
 
 from kairos.evaluation.reading import blob_sizes, read
 from kairos.evaluation.scores import agreement, score, visible
-from kairos.evaluation.suite import Case
-from kairos.evaluation.summary import average, ratio
+from kairos.evaluation.suite import Case, dump
+from kairos.evaluation.summary import average, ratio, summarise
 from kairos.worlds import COLORS, SCENES, WORLD, simulate
 
 GIVEN, FRAMES = 5, 33
@@ -229,3 +230,15 @@ def test_a_mean_has_an_interval_that_holds_it_and_is_a_function_of_the_seed():
     assert entry == average([0.0, 1.0, 2.0, math.nan], seed=1)
     motion = ratio(np.array([1.0, 2.0, math.nan]), np.array([2.0, 2.0, 1.0]), seed=1)
     assert motion["value"] == 0.75 and motion["ci"] == [0.5, 1.0]
+
+
+def test_a_loss_that_is_no_number_counts_for_neither_clip_also_after_it_was_stored():
+    pairs = [("stops", 1.0, 2.0), ("stops", 2.0, 1.0), ("stops", math.nan, 1.0), ("hovers", 1.0, math.inf)]
+    records = [
+        {"expectation": {"violation": kind, "possible": good, "impossible": bad}} for kind, good, bad in pairs
+    ]
+    found = summarise(records, 0)["expectation"]
+    assert (found["value"], found["clips"]) == (0.5, 2)
+    assert found["violations"] == {"hovers": None, "stops": 0.5}
+    assert summarise(json.loads(dump(records)), 0)["expectation"] == found
+    assert "expectation" not in summarise(records[2:], 0)

@@ -324,6 +324,12 @@ def test_records_of_another_model_or_precision_are_not_taken(tmp_path):
     kept = [results["scenes"]["uniform"]["conserved"]["value"] for results in (frozen, black)]
     assert kept == [1, 0]
 
+    def checkpoint(shade):
+        return lambda prompt, first, n: first[-1:].repeat(n, 0) * np.uint8(shade)
+
+    both = [evaluate(checkpoint(shade), ONE_CLIP, output=tmp_path) for shade in (1, 0)]
+    assert [results["scenes"]["uniform"]["conserved"]["value"] for results in both] == [1, 0]
+
     pipeline = presets.load_pipeline("kairos-tiny", dtype=torch.float32)
     identity = KairosModel(pipeline).identity
     others = presets.load_pipeline("kairos-tiny", dtype=torch.float32)

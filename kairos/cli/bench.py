@@ -2,14 +2,16 @@
 
 import json
 import sys
+from collections.abc import Callable
 from datetime import date
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from kairos.cli.console import err, out, show_log, waiting
-from kairos.errors import UserError
+from kairos.cli.console import err, out, say, show_log, waiting
+from kairos.errors import MachineError, UserError
 from kairos.request import did_you_mean
 
 
@@ -125,6 +127,7 @@ def bench(
                 )
             )
 
+    missing = 0
     if thresholds:
         import_libraries()
         with waiting("making videos"):
@@ -140,12 +143,14 @@ def bench(
         print_step_cache(results, model)
     elif sizes or against:
         kinds = ["hybrid", *(against or [])]
-        results = [run(kind, length) for length in sizes or [latent_frames] for kind in kinds]
-        print_curve(results)
+        results = curve(run, kinds, sizes or [latent_frames])
+        missing = len(kinds) * len(sizes or [latent_frames]) - len(results)
+        if results:
+            print_curve(results)
     else:
         results = [run("stages", latent_frames)]
         print_stages(results[0])
-    if output is not None:
+    if output is not None and results:
         said = {"date": date.today().isoformat(), "command": " ".join(["kairos", *sys.argv[1:]])}
         text = (
             json.dumps(said | {"hardware": hardware(str(chosen), threads), "runs": results}, indent=1) + "\n"
@@ -155,6 +160,26 @@ def bench(
             plot = output.with_suffix(".svg")
             write_atomically(plot, curve_svg(results).encode())
             err.print(f"{output} and {plot}")
+    if missing:
+        raise MachineError(f"{missing} of {missing + len(results)} runs failed or were left out")
+
+
+def curve(
+    run: Callable[[str, int], dict[str, Any]], kinds: list[str], lengths: list[int]
+) -> list[dict[str, Any]]:
+    """A row of each kind at each length. Where the machine fails, that is told and the row left out, as are
+    others of its kind that are no shorter."""
+    rows = []
+    failed: dict[str, int] = {}
+    for length, kind in product(lengths, kinds):
+        if length >= failed.get(kind, length + 1):
+            continue
+        try:
+            rows.append(run(kind, length))
+        except MachineError as error:
+            failed[kind] = length
+            say("warning", "bold yellow", str(error))
+    return rows
 
 
 def length_of(text: str) -> int:
@@ -221,7 +246,7 @@ def print_curve(results: list[dict[str, Any]]) -> None:
             row["kind"].removeprefix("diffusers:"),
             f"{row['parameters'] / 1e6:,.0f} M",
             f"{row['seconds']:.3g}",
-            f"{row['seconds'] / hybrid[row['latent_frames']]:.2f}",
+            f"{row['seconds'] / ours:.2f}" if (ours := hybrid.get(row["latent_frames"])) else "",
             f"{row['seconds'] / first[row['kind']]['seconds']:.2f}",
             f"{row['tflop']:.2g}",
             f"{row['share_of_peak']:.0%}",

@@ -70,8 +70,7 @@ def take_in(source: Path, limits: Limits) -> tuple[Path, list[Source]]:
 
 def printable(path: str | os.PathLike[str]) -> str:
     """A path as text: control characters and bytes that are no text are written as escapes."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in os.fspath(path))
 
 
 def _walk(root: Path) -> Iterator[Path]:
@@ -93,7 +92,7 @@ def _listed(root: Path, manifest: Path, limits: Limits) -> Iterator[Source]:
         if entry.path in seen:
             continue
         seen.add(entry.path)
-        labels = {key: row[key] for key in ("caption", "domain", "events") if row.get(key)}
+        labels = {key: _clean(row[key]) for key in ("caption", "domain", "events") if row.get(key)}
         yield Source(entry.path, entry.file, entry.status, entry.reason, labels)
 
 
@@ -114,6 +113,11 @@ def _rows(manifest: Path) -> Iterator[Any]:
         raise UserError(
             f"cannot read the manifest {manifest}: {reason}; give JSON lines, CSV or Parquet with a 'path'"
         ) from None
+
+
+def _clean(label: Any) -> Any:
+    """A label without halves of characters, which JSON can name and no file can hold."""
+    return label.encode(errors="replace").decode() if isinstance(label, str) else label
 
 
 def _examined(root: Path, file: Path, limits: Limits) -> Source:

@@ -67,8 +67,10 @@ def curate(
     settings = settings or Settings()
     source, output = Path(source), Path(output)
     root, found = take_in(source, settings.limits)
-    if output.resolve() == root or output.resolve().is_relative_to(root):
+    if source.is_dir() and output.resolve().is_relative_to(root):
         raise UserError(f"the output {output} lies in the input {source}; choose a folder beside it")
+    if inside := [entry for entry in found if entry.file.is_relative_to(output.resolve())]:
+        raise UserError(f"{inside[0].path} of the input {source} lies in the output {output}; choose another")
     prepare_folder(output)
     limits = settings.limits
     with Ledger(output / "work") as ledger:

@@ -192,9 +192,10 @@ def _clips(
         waiting.append((index, repeats, picture))
         while waiting and waiting[0][0] < detector.settled:
             source_frame, repeats, picture = waiting.popleft()
-            cut = bool(cuts) and cuts[0] == source_frame
-            if cut:
+            cut = False
+            while cuts and cuts[0] <= source_frame:  # one in a long black may be told when it has gone by
                 cuts.popleft()
+                cut = True
             if cut or gap or (picture is not None and shot.size not in (None, picture.shape)):
                 yield from shot.end(split.margin_frames)
                 number += 1

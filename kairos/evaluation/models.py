@@ -6,9 +6,10 @@ takes a caption, the first k frames (k, H, W, 3) uint8 (k = 0: from the caption 
 frames in all, and returns (num_frames, H, W, 3) uint8 that begin with the given ones. It draws its noise from
 torch's own generator, or from one seeded with `torch.initial_seed()`: the suite seeds it before each call.
 
-A model may have more: `identity`, a name for its weights and settings; `from_text`, True where it can do
-without any frame (else it is not asked to); `batch`, for many videos at once; `reconstruct`, for the floor of
-its VAE; `surprise`, for violation of expectation; `rolls` and `rollout`, for drift.
+A model may have more: `identity`, a name for its weights and settings, without which it is measured anew in
+every run; `from_text`, True where it can do without any frame (else it is not asked to); `batch`, for many
+videos at once; `reconstruct`, for the floor of its VAE; `surprise`, for violation of expectation; `rolls` and
+`rollout`, for drift.
 """
 
 from __future__ import annotations

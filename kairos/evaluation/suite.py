@@ -2,7 +2,8 @@
 
 Every number stands beside two floors: the same measure on the simulator's own frames, and on their
 reconstruction by the model's VAE. A run is a function of (model, settings). Each clip's scores are a file in
-the output folder, so a run that was stopped goes on, and one with more clips keeps what there is.
+the output folder, so a run that was stopped goes on, and one with more clips keeps what there is; but for a
+model without an identity, which nothing tells from another.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import logging
 import math
+import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -127,6 +129,8 @@ def evaluate(
     if not settings.given and not getattr(model, "from_text", False):
         raise UserError("without given frames only a model with from_text can be measured")
     records = Records(output, record_key(model, settings, name))
+    if not hasattr(model, "identity"):
+        records.forget()
     videos = None if output is None else output / "videos" / records.key
     taught = None if teacher is None else Records.of_results(teacher, settings)
     every = range(settings.clips)
@@ -330,6 +334,15 @@ class Records:
         if place not in self.known and self.folder is not None and (path := self.path(*place)).exists():
             self.known[place] = json.loads(path.read_text(encoding="utf-8"))
         return self.known.get(place)
+
+    def forget(self) -> None:
+        """Remove those of earlier runs, and their videos: nothing tells whether they are this model's."""
+        if self.folder is not None and (self.folder / "clips" / self.key).exists():
+            logger.warning(
+                "a model without an identity is measured anew; give it one, which changes with its weights"
+            )
+            for part in ("clips", "videos"):
+                shutil.rmtree(self.folder / part / self.key, ignore_errors=True)
 
     def put(self, split: str, scene: str, index: int, record: Record) -> None:
         self.known[split, scene, index] = record

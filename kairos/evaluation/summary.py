@@ -80,15 +80,25 @@ def summarise(
                 add(name, ratio(column("model", "displacement"), taught, seed))
         elif name == "expectation":
             pairs = [row["expectation"] for row in records if row.get("expectation")]
-            add(name, average([float(pair["possible"] < pair["impossible"]) for pair in pairs], seed))
-            for violation in sorted({pair["violation"] for pair in pairs}):
-                right = [p["possible"] < p["impossible"] for p in pairs if p["violation"] == violation]
-                result[name].setdefault("violations", {})[violation] = sum(right) / len(right)
+            right = np.array([preferred(pair["possible"], pair["impossible"]) for pair in pairs], np.float64)
+            kinds = np.array([pair["violation"] for pair in pairs])
+            add(name, average(right, seed))
+            if name in result:
+                result[name]["violations"] = {
+                    str(kind): finite_mean(right[kinds == kind]) for kind in np.unique(kinds)
+                }
         else:
             kind = "text" if name in TEXT else "vae" if name == "psnr" else "model"
             floors = [finite_mean(column(floor, name)) for floor in ("truth", "vae")]
             add(name, average(column(kind, name), seed), *floors)
     return result
+
+
+def preferred(possible: float | None, impossible: float | None) -> float:
+    """1 where the possible clip has the lower loss, else 0; nan where one has none that is finite."""
+    if possible is None or impossible is None or not math.isfinite(possible - impossible):
+        return math.nan
+    return float(possible < impossible)
 
 
 def average(values: Any, seed: int) -> Record:

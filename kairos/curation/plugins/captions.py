@@ -236,10 +236,10 @@ def _pictures(strip: str, aspect: float) -> list[bytes]:
 
 
 def _text(said: Any) -> str:
-    """A text without its line breaks. Raises ValueError for what is none."""
+    """A text without line breaks and halves of characters. Raises ValueError for what is none."""
     if not isinstance(said, str) or not said.strip():
         raise ValueError(f"the answer is no text: {said!r}")
-    return " ".join(said.split())
+    return " ".join(said.split()).encode(errors="replace").decode()
 
 
 def _read(said: Any) -> dict[str, Any]:
