@@ -103,7 +103,8 @@ class Clip:
     """A video to be made: pixels, frames, and how it is sampled.
 
     `rolling`: it is rolled out chunk by chunk, or others follow and nothing can be offloaded: every part is
-    needed again and again. `videos`: so many are made at once.
+    needed again and again. `tileable`: the VAE can work in tiles; what decodes chunk by chunk cannot.
+    `videos`: so many are made at once.
     """
 
     height: int
@@ -112,6 +113,7 @@ class Clip:
     steps: int
     guided: bool
     rolling: bool = False
+    tileable: bool = True
     videos: int = 1
 
     def __post_init__(self) -> None:
@@ -231,11 +233,12 @@ def _ways(
             places = [place for place in places if place[0] != STREAMED]
         if clip.rolling:
             places = [place for place in places if WHOLE not in place]
+    tilings = [False] if not clip.tileable else [True] if tiled else [False, True]
     return [
         _way(replace(model, dtypes=(dtype,)), clip, budget_gb, device, quantize, place, tiles, peak_tflops)
         for dtype in model.dtypes
         for place in places
-        for tiles in ([True] if tiled else [False, True])
+        for tiles in tilings
     ]
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
 
 from kairos.conditioning import TEMPLATES, PromptTemplate, encode_prompts
+from kairos.data.media import fill_frame
 from kairos.errors import UserError
 from kairos.models import vae as video_vae
 from kairos.models.step_cache import StepCache
@@ -358,7 +359,12 @@ class KairosPipeline(DiffusionPipeline):
             return None
         pixels = np.stack([np.asarray(fill_frame(frame, height, width)) for frame in given])
         video = torch.from_numpy(pixels).permute(3, 0, 1, 2)[None].to(device, self.vae.dtype) / 127.5 - 1
-        return video_vae.encode(self.vae, video, tiled=tiled).float()
+        # This is not the VAE's turn in `model_cpu_offload_seq`, and its hook sends away the LinearDiT alone:
+        # whatever else is offloaded makes room for it, and it for what follows.
+        self.maybe_free_model_hooks()
+        latents = video_vae.encode(self.vae, video, tiled=tiled).float()
+        self.maybe_free_model_hooks()
+        return latents
 
     def _decode(self, latents: Tensor, output_type: str, tiled: bool) -> Any:
         if output_type == "latent":
@@ -512,15 +518,3 @@ def chunk_ends(transformer: KairosTransformer3DModel, frames: int, known_frames:
     """
     alone = range(1, OPENING_FRAMES + 1) if transformer.config.causal == "chunk" else ()
     return [*(end for end in alone if known_frames < end < frames), frames]
-
-
-def fill_frame(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Scale the image until it covers height x width, and cut what sticks out on both sides."""
-    if image.size == (width, height):
-        return image
-    scale = max(height / image.height, width / image.width)
-    box_width, box_height = width / scale, height / scale
-    left, top = (image.width - box_width) / 2, (image.height - box_height) / 2
-    return image.resize(
-        (width, height), Image.Resampling.LANCZOS, box=(left, top, left + box_width, top + box_height)
-    )

@@ -176,6 +176,44 @@ def test_a_transparent_image_lies_on_white(tmp_path: Path) -> None:
     assert [read.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (200, 30, 30)]
 
 
+@pytest.mark.parametrize("target", [(64, 64), (48, 80), (80, 48)])
+def test_a_picture_of_any_size_is_scaled_and_cut(target: tuple[int, int]) -> None:
+    for side in range(16, 1000):  # for some, a side over the quotient is more than itself
+        assert media.fill_frame(Image.new("L", (side, side)), *target).size == target[::-1]
+
+
+def test_a_picture_is_cut_on_both_sides_alike_and_not_stretched() -> None:
+    picture = np.zeros((100, 300, 3), np.uint8)
+    picture[25:75, 125:175] = 255  # a square of half the height
+    bright = np.asarray(media.fill_frame(Image.fromarray(picture), 64, 64))[..., 0] > 127
+    assert bright[16:48, 16:48].all() and bright.sum() == 32 * 32
+
+
+@pytest.mark.parametrize(("aspect", "width"), [("4:3", 64), ("1:1", 48), ("0:1", 48), ("100:1", 48)])
+@pytest.mark.parametrize("turn", [0, 90])
+def test_the_pixels_of_a_video_become_square(tmp_path: Path, aspect: str, width: int, turn: int) -> None:
+    path = tmp_path / "wide.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 48, 48, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(*map(int, aspect.split(":")))
+        for pixels in moving_square(2, 48, 48):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    if turn:
+        turned_a_quarter(path)
+    video = media.read_video(path)
+    assert video.shape == ((2, width, 48, 3) if turn else (2, 48, width, 3))
+
+
+def turned_a_quarter(path: Path) -> None:
+    """Write a quarter turn into the matrix of an mp4's only track."""
+    data = path.read_bytes()
+    start = data.index(b"tkhd") + 4 + 40
+    matrix = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    path.write_bytes(data[:start] + matrix + data[start + 36 :])
+
+
 def test_a_video_that_changes_its_size_gets_one_line(tmp_path: Path) -> None:
     with av.open(str(tmp_path / "two.mkv"), "w") as container:
         stream = container.add_stream("mjpeg", rate=16)

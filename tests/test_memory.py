@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import groupby
 
 import pytest
 import torch
+from accelerate.hooks import CpuOffload
+from PIL import Image
 
 from kairos import memory, placement, sizes
 from kairos.cli import batch, main, run
@@ -71,6 +74,17 @@ def test_in_a_rollout_no_part_is_ever_away_as_a_whole(released) -> None:
     tiny = for_planning(info("kairos-tiny"), "cpu")
     rolled = memory.plan(tiny, replace(CLIP, height=64, width=64, rolling=True), 8, device="cpu")
     assert places(rolled) == [RESIDENT] * 3
+
+
+def test_what_decodes_chunk_by_chunk_is_never_planned_in_tiles(released) -> None:
+    in_tiles = memory.plan(released, replace(SHORT, rolling=True), 5)
+    assert in_tiles.tiled
+    untileable = replace(SHORT, rolling=True, tileable=False)
+    with pytest.raises(UserError, match="do not fit in 5 GB") as error:
+        memory.plan(released, untileable, 5)
+    enough = float(str(error.value).rsplit(" GB", 1)[0].split()[-1])
+    whole = memory.plan(released, untileable, enough)
+    assert not whole.tiled and 5 < whole.peak_gb <= enough
 
 
 def test_videos_made_at_once_take_their_memory_and_time_each(released) -> None:
@@ -242,9 +256,9 @@ def test_on_a_cpu_a_list_is_planned_with_the_encoder_that_it_keeps(tmp_path, mon
     assert worker is not None and worker.place("text_encoder") == RESIDENT
 
 
-def frames(pipeline) -> torch.Tensor:
+def frames(pipeline, **options) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    return pipeline("a ball", generator=generator, output_type="pt").frames
+    return pipeline("a ball", generator=generator, output_type="pt", **options).frames
 
 
 def test_streaming_block_by_block_changes_no_bit(pipeline) -> None:
@@ -259,6 +273,38 @@ def test_a_plan_is_carried_out(pipeline, released) -> None:
     plan = memory.plan(released, SHORT, 5)
     assert torch.equal(frames(place(pipeline, plan, torch.device("cpu"))), resident)
     assert any(hasattr(block, "_diffusers_hook") for block in pipeline.transformer.blocks)
+
+
+@pytest.mark.parametrize("given", ["image", "video"])
+def test_parts_that_are_offloaded_whole_work_alone_whatever_is_given(
+    pipeline, released, monkeypatch, given
+) -> None:
+    """On a CPU nothing moves: the hook notes where its module would be."""
+    there, seen = set(), []
+
+    class Noting(CpuOffload):
+        def pre_forward(self, module, *args, **kwargs):
+            if self.prev_module_hook is not None:
+                self.prev_module_hook.offload()
+            there.add(type(module))
+            seen.append(set(there))
+            return args, kwargs
+
+        def init_hook(self, module):
+            there.discard(type(module))
+            return module
+
+    monkeypatch.setattr("accelerate.big_modeling.CpuOffload", Noting)
+    picture = Image.new("RGB", (32, 32), "red")
+    options = {"image": picture} if given == "image" else {"video": [picture] * 5}
+    plan = memory.plan(released, CLIP, 80)
+    plan = replace(plan, parts=tuple(replace(part, place=WHOLE) for part in plan.parts))
+    made = frames(place(pipeline, plan, torch.device("cpu")), **options)
+    vae, encoder, transformer = map(type, (pipeline.vae, pipeline.text_encoder, pipeline.transformer))
+    assert [parts for parts, _ in groupby(seen)] == [{encoder}, {vae}, {transformer}, {vae}]
+    assert not there
+    pipeline.remove_all_hooks()
+    assert torch.equal(frames(pipeline, **options), made)
 
 
 @pytest.mark.parametrize(("kind", "bound"), [("int8", 0.02), ("fp8", 0.1)])

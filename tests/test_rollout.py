@@ -20,7 +20,7 @@ import torch
 from conftest import random_pipeline
 from PIL import Image
 
-from kairos import UserError, presets
+from kairos import UserError, presets, streaming
 from kairos.cli import main, roll
 from kairos.data import files, growing_video
 from kairos.data.growing_video import GrowingVideo
@@ -515,6 +515,21 @@ def test_futures_are_planned_for_as_videos_made_at_once(rollout: Any, monkeypatc
     assert told == [1, 3]
 
 
+def test_a_chunk_causal_rollout_is_never_planned_in_tiles(rollout: Any, monkeypatch: Any) -> None:
+    plans = []
+
+    def load(options: Any, device: Any, dtype: Any, plan: Any) -> Any:
+        plans.append(plan)
+        raise UserError("that is enough")
+
+    monkeypatch.setattr(roll, "load", load)
+    options = ("a ball", "--seconds", 1, "--height", 1024, "--width", 1024, "-o", "out.mp4")
+    for model in ("whole", "causal"):
+        assert "that is enough" in rollout(*options, "--memory", 1.6, model=model)[2]
+    assert [(plan.tiled, plan.dtype) for plan in plans] == [(True, "float32"), (False, "bfloat16")]
+    assert "do not fit in 1 GB" in rollout(*options, "--memory", 1)[2]
+
+
 def test_an_overlapping_rollout_refuses_what_it_cannot_do(pipeline: Any) -> None:
     for options, message in (
         ({"overlap": 4}, "overlap must be 4n \\+ 1, got 4"),
@@ -541,10 +556,31 @@ def test_no_more_of_a_video_is_kept_than_is_gone_on_from(tmp_path: Path, pipelin
     video = np.repeat(np.arange(12, dtype=np.uint8)[:, None, None, None] * 20, 3, axis=3)
     write_video(tmp_path / "given.mp4", np.tile(video, (1, 32, 32, 1)), fps=16)
     request = Request(input_video=str(tmp_path / "given.mp4"))
-    every = roll.end_of_video(request, pipeline)
-    assert len(every) == 9 and np.array_equal(every, read_video(tmp_path / "given.mp4")[3:])
+    every = read_video(tmp_path / "given.mp4")[3:]
     assert np.array_equal(roll.end_of_video(request, pipeline, most=5), every[-5:])
     assert np.array_equal(roll.end_of_video(request, pipeline, most=13), every)
+
+
+def test_a_long_videos_frames_are_kept_in_the_size_that_is_made(
+    rollout: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (12, 7, 9, 3), np.uint8)
+    write_video("given.mp4", noise.repeat(10, axis=1).repeat(10, axis=2), fps=16, scale=1)
+    begun, kept = streaming.stream, []
+
+    def stream(*arguments: Any, video: Any, **options: Any) -> Any:
+        kept.append([image.size for image in video])
+        world = begun(*arguments, video=video, **options)
+        plain = begun(*arguments, video=read_video("given.mp4")[3:], **options)
+        assert torch.equal(world.state.given, plain.state.given)
+        assert all(map(torch.equal, world.state.prompt, plain.state.prompt))
+        return world
+
+    monkeypatch.setattr(streaming, "stream", stream)
+    status, _, complaint = rollout("--video", "given.mp4", "--height", 20, *SHORT, "-o", "out.mp4")
+    assert status == 0
+    assert kept == [[(90, 70)] + [(32, 32)] * 8]
+    assert complaint.count("20 x 32 is rounded up to 32 x 32") == 1
 
 
 # Drift

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 from rich.text import Text
 
 from kairos.cli.console import err, out, waiting
@@ -30,7 +31,7 @@ from kairos.cli.run import (
 )
 from kairos.data.files import prepare_file
 from kairos.data.growing_video import GrowingFile, GrowingVideo
-from kairos.data.media import read_image, shown_size, video_frames
+from kairos.data.media import fill_frame, read_image, shown_size, video_frames
 from kairos.errors import UserError
 from kairos.model_info import info
 from kairos.request import Request, check_text
@@ -119,7 +120,8 @@ def roll(plan: Plan, options: RunOptions) -> None:
     device, dtype = device_and_dtype(options)
     memory = None
     if options.memory is not None:
-        memory = planned([size], options, device, rolling=True, videos=videos)
+        tileable = model.causal != "chunk"
+        memory = planned([size], options, device, rolling=True, tileable=tileable, videos=videos)
         dtype = dtype_named(memory.dtype)
     with explained_memory("a smaller size, fewer --futures or --memory GB"):
         with waiting(f"loading {options.model}"):
@@ -155,25 +157,28 @@ def begin(
             world = world.fork(plan.futures)
         new_noise = plan.seed is not None or plan.futures is not None
         return resume(pipeline, world, generator=generators(plan.seed, world.batch) if new_noise else None)
-    request = plan.request
+    request, defaults = plan.request, pipeline.config.defaults
     assert request is not None
+    height, width = pipeline._rounded_size(
+        request.height or defaults["height"], request.width or defaults["width"]
+    )
     options: dict[str, Any] = {
         "image": read_image(request.input_image) if request.input_image else None,
         "negative_prompt": request.negative_prompt,
-        "height": request.height,
-        "width": request.width,
+        "height": height,
+        "width": width,
         "num_inference_steps": request.num_inference_steps,
         "guidance_scale": request.guidance_scale,
         "generator": generators(request.seed, 1)[0],
     }
     if pipeline.transformer.config.causal == "chunk":
-        given = end_of_video(request, pipeline) if request.input_video else None
+        given = whole_video(request, pipeline, height, width) if request.input_video else None
         return stream(pipeline, request.prompt, video=given, chunk_frames=plan.chunk_frames or 3, **options)
     overlapping = OverlappingRollout(
         pipeline, request.prompt, chunk_frames=plan.chunk_frames, tiled=tiled, **options
     )
     if request.input_video:
-        overlapping.begin_with(end_of_video(request, pipeline, most=overlapping.overlap))
+        overlapping.begin_with(end_of_video(request, pipeline, overlapping.overlap))
     logger.warning(
         "%s sees whole clips, so this is an approximation: each clip goes on from the last %d frames and "
         "forgets what was before",
@@ -301,7 +306,18 @@ def grid_size(count: int, height: int, width: int) -> tuple[int, int]:
     return rows * (height + GRID_GAP) - GRID_GAP, columns * (width + GRID_GAP) - GRID_GAP
 
 
-def end_of_video(request: Request, pipeline: "KairosPipeline", most: int | None = None) -> np.ndarray:
+def whole_video(request: Request, pipeline: "KairosPipeline", height: int, width: int) -> list[Image.Image]:
+    """The frames of the given video but for up to three at its start, 4n + 1, at the model's rate.
+
+    Scaled as they are read, for at their own size they might not fit in memory; but not the first, which
+    may become a part of the prompt.
+    """
+    images = map(Image.fromarray, video_frames(request.input_video, pipeline.config.defaults["fps"]))
+    frames = [image if index < 4 else fill_frame(image, height, width) for index, image in enumerate(images)]
+    return frames[(len(frames) - 1) % 4 :]
+
+
+def end_of_video(request: Request, pipeline: "KairosPipeline", most: int) -> np.ndarray:
     """The last frames of the given video, at most so many, (k, H, W, 3) uint8, k = 4n + 1, at the model's
     rate."""
     fps = pipeline.config.defaults["fps"]

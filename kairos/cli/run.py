@@ -172,7 +172,13 @@ def vae_precision(options: RunOptions, device: Any) -> Any:
 
 
 def planned(
-    requests: Sequence[Request], options: RunOptions, device: Any, *, rolling: bool = False, videos: int = 1
+    requests: Sequence[Request],
+    options: RunOptions,
+    device: Any,
+    *,
+    rolling: bool = False,
+    tileable: bool = True,
+    videos: int = 1,
 ) -> "Plan":
     """The plan in which every request fits, `videos` of each at once. `kairos plan` prints the same."""
     from kairos import memory
@@ -195,7 +201,7 @@ def planned(
     ]
     model = for_planning(about, kind, options.dtype)
     tiled = all(request.tiled for request in requests)
-    clips = [replace(clip, rolling=rolling, videos=videos) for clip in clips]
+    clips = [replace(clip, rolling=rolling, tileable=tileable, videos=videos) for clip in clips]
     plan = memory.plan(model, clips, budget_gb, device=kind, quantize=options.quantize, tiled=tiled)
     logger.log(logging.WARNING if kind == "cpu" else logging.INFO, "memory: %s", plan.line())
     return plan

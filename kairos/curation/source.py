@@ -29,7 +29,7 @@ from kairos.curation.settings import Limits, Shots, Split
 from kairos.curation.shots import LOOK_SIZE, ShotDetector
 from kairos.curation.workers import still_working
 from kairos.data.files import write_atomically
-from kairos.data.media import on_screen
+from kairos.data.media import on_screen, pixel_aspect
 
 Picture = NDArray[np.uint8]  # (H, W, 3)
 
@@ -165,7 +165,7 @@ def _clips(
     split = task.split
     detector = ShotDetector(task.shots, facts["source_fps"])
     stream = container.streams.video[0]
-    normalise, look = _Normaliser(split, stream.sample_aspect_ratio), VideoReformatter()
+    normalise, look = _Normaliser(split, pixel_aspect(stream)), VideoReformatter()
     stream.codec_context.thread_count = 1
     waiting: deque[tuple[int, int, Picture | None]] = deque()  # (source frame, repeats, normalised)
     shot, gap = _Shot(split, 0, 0), False
@@ -355,10 +355,8 @@ def _joined(pieces: list[bytes], count: int, fps: int) -> bytes:
 class _Normaliser:
     """Pictures upright, their pixels square, the short side as asked, both sides cropped to a multiple."""
 
-    def __init__(self, split: Split, pixel_aspect: Fraction | None) -> None:
-        self._split = split
-        # Of a pixel, width to height; what no camera writes is a broken header.
-        self._aspect = float(pixel_aspect) if pixel_aspect and 0.2 < pixel_aspect < 5 else 1.0
+    def __init__(self, split: Split, aspect: float) -> None:
+        self._split, self._aspect = split, aspect
         self._reformatter = VideoReformatter()
 
     def __call__(self, frame: Any) -> Picture:

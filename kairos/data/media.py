@@ -77,10 +77,23 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
+def fill_frame(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Scale the image until it covers height x width, and cut what sticks out on both sides."""
+    if image.size == (width, height):
+        return image
+    scale = max(height / image.height, width / image.width)
+    # By rounding the quotient may be a little more than the side that it is.
+    box_width, box_height = min(width / scale, image.width), min(height / scale, image.height)
+    left, top = (image.width - box_width) / 2, (image.height - box_height) / 2
+    return image.resize(
+        (width, height), Image.Resampling.LANCZOS, box=(left, top, left + box_width, top + box_height)
+    )
+
+
 def read_video(
     path: str | os.PathLike[str], fps: float | None = None, max_frames: int | None = None, skip: int = 0
 ) -> Frames:
-    """The frames of a video file, (F, H, W, 3) uint8 RGB, upright.
+    """The frames of a video file, (F, H, W, 3) uint8 RGB, upright, their pixels square.
 
     With `fps` they are taken at that rate: frame k is the one on screen at k / fps seconds. At most
     `max_frames` are read, those after the first `skip`. Raises UserError where there is no such file or no
@@ -98,12 +111,13 @@ def video_frames(
         raise UserError(f"fps must be above 0, got {fps}")
     shape = None
     with _reading(path) as container:
+        aspect = pixel_aspect(container.streams.video[0])
         for frame, repeats in on_screen(container, fps):
             skipped = min(repeats, skip)
             skip, repeats = skip - skipped, repeats - skipped
             if not repeats:
                 continue
-            pixels = frame.to_ndarray(format="rgb24")
+            pixels = frame.to_ndarray(format="rgb24", width=max(1, round(frame.width * aspect)))
             turns = round(frame.rotation / 90) % 4
             pixels = np.rot90(pixels, turns) if turns else pixels
             if shape not in (None, pixels.shape):
@@ -245,6 +259,12 @@ def _enlarged(pixels: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:
     pixels = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
     height, width, _ = pixels.shape
     return np.ascontiguousarray(np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge"))
+
+
+def pixel_aspect(stream: Any) -> float:
+    """Width to height of a pixel; 1 where it is not said, or is what no camera writes: a broken header."""
+    aspect = float(stream.sample_aspect_ratio or 1)
+    return aspect if 0.2 < aspect < 5 else 1.0
 
 
 def on_screen(container: Any, fps: float | None) -> Iterator[tuple[Any, int]]:

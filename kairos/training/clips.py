@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from kairos.data.media import read_image, read_video
+from kairos.data.media import fill_frame, pixel_aspect, read_image, read_video
 from kairos.errors import KairosError, UserError, one_line
 from kairos.training.config import above_0, at_least, build
 from kairos.worlds import SCENES, simulate
@@ -356,18 +356,10 @@ def decode(path: Path, suffix: str, fps: float, frames: int, start_s: float = 0.
 
 def fit(frames: Frames, bucket: Bucket) -> Frames:
     """Scaled until it covers the bucket, aspect kept, and cut at the centre: (F, height, width, 3)."""
-    height, width = frames.shape[1:3]
-    if (height, width) == (bucket.height, bucket.width):
+    if frames.shape[1:3] == (bucket.height, bucket.width):
         return frames
-    scale = max(bucket.height / height, bucket.width / width)
-    box_height, box_width = bucket.height / scale, bucket.width / scale
-    left, top = (width - box_width) / 2, (height - box_height) / 2
-    box = (left, top, left + box_width, top + box_height)
-    size = (bucket.width, bucket.height)
-    resized = [
-        np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS, box=box)) for frame in frames
-    ]
-    return np.stack(resized)
+    images = (fill_frame(Image.fromarray(frame), bucket.height, bucket.width) for frame in frames)
+    return np.stack([np.asarray(image) for image in images])
 
 
 def probe(path: Path, fps: float) -> tuple[int, int, int]:
@@ -390,7 +382,7 @@ def probe(path: Path, fps: float) -> tuple[int, int, int]:
             first = next(container.decode(stream), None)
             if first is None:
                 raise UserError("it has no frames")
-            height, width = first.height, first.width
+            height, width = first.height, max(1, round(first.width * pixel_aspect(stream)))
             if round(first.rotation / 90) % 2:
                 height, width = width, height
             return height, width, int(duration_s * fps + 1e-3)

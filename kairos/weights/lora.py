@@ -51,7 +51,7 @@ def apply_loras(model: Any, loras: Sequence[tuple[Path, float]]) -> None:
     Raises:
         UserError: for a file that is no LoRA, or one of another model.
     """
-    updates: list[tuple[nn.Parameter, Any]] = []
+    updates: list[tuple[nn.Parameter, float, Any, Any]] = []
     for path, weight in loras:
         layers = dict(model.named_modules())
         tensors, alpha = read_lora(path)
@@ -68,10 +68,11 @@ def apply_loras(model: Any, loras: Sequence[tuple[Path, float]]) -> None:
                     f"its update {tuple(up.shape)} by {tuple(down.shape)}"
                 )
             scale = float(tensors.pop(f"{layer}.alpha", rank if alpha is None else alpha)) / rank
-            updates.append((target, weight * scale * up.float() @ down.float()))
+            updates.append((target, weight * scale, up, down))
         if tensors:
             raise UserError(f"{path} holds more than a LoRA's products: {', '.join(sorted(tensors)[:3])}")
-    for target, update in updates:
+    for target, scale, up, down in updates:  # a product has the layer's full size: one at a time
+        update = scale * up.float() @ down.float()
         target.data = (target.data.float() + update.to(target.device)).to(target.dtype)
 
 
