@@ -69,6 +69,14 @@ def test_results_that_are_not_numbers_are_wrong():
     assert quickest("product", found, (torch.zeros(3),)).isfinite().all()
 
 
+def test_results_that_are_no_numbers_go_through_and_choose_nothing():
+    found = {"safe": route("safe", slow=0.01), "other": route("other")}
+    lost = torch.full((3,), float("nan"))
+    assert quickest("product", found, (lost,)).isnan().all() and calls[-1] == "safe"
+    quickest("product", found, (torch.zeros(3),))
+    assert calls[-1] == "other"
+
+
 def test_a_route_that_does_not_run_is_left_out_with_its_reason_in_one_line(caplog):
     found = {"safe": route("safe"), "broken": route("broken", fails=True)}
     quickest("product", found, (torch.randn(3),))

@@ -11,10 +11,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from kairos import UserError
 from kairos.data.media import write_video
+from kairos.training.batches import draw_batch
 from kairos.training.cache import Encoders, build_cache, description, load_clips, shard
 from kairos.training.clips import (
     Bucket,
@@ -27,6 +29,7 @@ from kairos.training.clips import (
     decode,
     fit,
 )
+from kairos.training.stage import Stage
 from kairos.training.vae import build_vae
 
 SMALL = Bucket(9, 32, 32)
@@ -64,13 +67,20 @@ def encoders():
         def hashes(self):
             return super().hashes()[0], self.template
 
-        def embed(self, captions, device="cpu"):
+        def embed(self, captions, device="cpu", images=None):
             embedded.extend(captions)
-            return [torch.full((max(len(c), 1), 4), float(len(c)), dtype=torch.bfloat16) for c in captions]
+            words = [torch.full((max(len(c), 1), 4), float(len(c)), dtype=torch.bfloat16) for c in captions]
+            if images is None:
+                return words
+            looks = [torch.tensor(np.asarray(image)).float().mean((0, 1)) for image in images]
+            return [
+                torch.cat([F.pad(look, (0, 1))[None].to(one), one])
+                for look, one in zip(looks, words, strict=True)
+            ]
 
     embedded: list[str] = []
     torch.manual_seed(0)
-    made = Letters(build_vae(base_dim=8).eval(), torch.nn.Linear(1, 1), None, "letters")
+    made = Letters(build_vae(base_dim=8).eval(), torch.nn.Linear(1, 1), None, "tiny")
     made.text_encoder.embedded = embedded
     return made
 
@@ -330,7 +340,7 @@ def test_another_vae_invalidates_the_latents_and_not_the_prompts(tmp_path, encod
     source = SimulatorSource(("uniform",), clips=3)
     build(tmp_path, source, encoders, SMALL)
     torch.manual_seed(5)
-    other = type(encoders)(build_vae(base_dim=8).eval(), encoders.text_encoder, None, "letters")
+    other = type(encoders)(build_vae(base_dim=8).eval(), encoders.text_encoder, None, "tiny")
     what = description(source, [SMALL])
     with pytest.raises(UserError, match="made with another VAE; run: kairos train cache"):
         load_clips(tmp_path, [SMALL], other, described=what)
@@ -338,6 +348,47 @@ def test_another_vae_invalidates_the_latents_and_not_the_prompts(tmp_path, encod
     report, (clips,) = build(tmp_path, source, other, SMALL)
     assert report["made"] == 3 and len(clips) == 3
     assert len(encoders.text_encoder.embedded) == embedded
+
+
+def test_prompts_of_clips_that_go_on_hold_their_first_frame_where_the_template_wants_it(tmp_path, encoders):
+    source, pictures = SimulatorSource(("uniform", "collision"), clips=3), Bucket(1, 32, 32)
+    seeing = replace(encoders, template="2026")
+    report, sets = build(tmp_path, source, seeing, SMALL, pictures)
+    assert report["made"] == 6
+    stage = Stage(
+        name="one",
+        steps=9,
+        batch_size=3,
+        mix={"t2v": 0.5, "ti2v": 0.5},
+        buckets=(SMALL, pictures),
+        images=0.2,
+        text_dropout=0.0,
+    )
+    looks = {
+        reference.key: torch.from_numpy(reference.read()[0].copy()).float().mean((0, 1)).bfloat16().float()
+        for reference in references(source, SMALL)[0]
+    }
+    seen = set()
+    for step in range(9):
+        batch = draw_batch(sets, stage, step, causal=False)
+        seen.add(batch.cut.past)
+        for key, embeds, mask in zip(batch.keys, batch.prompt_embeds, batch.prompt_mask, strict=True):
+            words = int(mask.sum()) - (batch.cut.past > 0)
+            assert (embeds[mask][-1] == words).all()
+            if batch.cut.past:
+                assert torch.equal(embeds[0, :3], looks[key])
+    assert seen == {0, 1}
+    empty, mask = sets[0].embeddings([""], sets[0].keys[:1])
+    assert mask.sum() == 2 and torch.equal(empty[0, 0, :3], looks[sets[0].keys[0]])
+
+    # What is there is not made again; what has gone is missed.
+    embedded = len(encoders.text_encoder.embedded)
+    assert build(tmp_path, source, seeing, SMALL, pictures)[0]["made"] == 0
+    assert len(encoders.text_encoder.embedded) == embedded
+    for file in (tmp_path / "prompts").glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(UserError, match="shards are missing"):
+        load_clips(tmp_path, [SMALL], seeing, described=description(source, [SMALL, pictures]))
 
 
 def test_buckets_of_one_shape_share_their_clips(tmp_path, encoders):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from training_parts import clip_set, small_model, small_stage
@@ -304,6 +306,44 @@ def test_the_fake_score_learns_the_same_in_less_memory_where_the_stage_says_so(c
         learned.append(dict(objective.fake_score.named_parameters()) | gradients(student))
     for name, value in learned[0].items():
         torch.testing.assert_close(learned[1][name], value, msg=name)
+
+
+@pytest.mark.parametrize("patch", [(1, 1, 1), (1, 2, 2), (1, 4, 4)])
+def test_the_critic_judges_what_is_to_be_made_whatever_a_token_is(clips, patch):
+    options = Distillation(adversarial=1.0)
+    stage = small_stage(distillation=options, mix={"ti2v": 1.0})
+    student = stirred(patch_size=patch)
+    objective = DistillationObjective(student, [clips], stage, options)
+    batch = objective.batch(student, 0, 0)
+    verdict = objective.judge(batch, batch.sample, torch.Generator().manual_seed(0))
+    tokens = objective.critic.verdict().unflatten(1, (batch.sample.shape[2], -1))
+    torch.testing.assert_close(verdict, tokens[:, 1:].flatten(1).mean(1))
+
+
+def test_a_clip_under_its_own_caption_is_never_mismatched(clips, monkeypatch):
+    options = Distillation(adversarial=1.0)
+    stage = small_stage(distillation=options, mix={"t2v": 1.0}, text_dropout=0.0)
+    student = stirred()
+    objective = DistillationObjective(student, [clips], stage, options)
+    batch = objective.batch(student, 0, 0)
+    told = torch.tensor([5.0] + [0.0] * (len(batch) - 1))
+    batch.prompt_embeds.copy_(torch.arange(len(batch))[:, None, None].expand_as(batch.prompt_embeds))
+
+    def judge(batch, latents, generator, *, mismatched=False):
+        return told if mismatched else torch.zeros(len(batch))
+
+    monkeypatch.setattr(objective, "judge", judge)
+
+    def mismatched():
+        loss = objective.critic_loss(batch, batch.sample, torch.Generator())
+        return 2 * (loss.item() - 1.5 * math.log(2))
+
+    assert mismatched() == pytest.approx(F.softplus(told).mean().item(), rel=1e-4)
+    for part in (batch.prompt_embeds, batch.prompt_mask):
+        part.copy_(part[:1].clone().expand_as(part))
+    assert mismatched() == pytest.approx(0.0, abs=1e-5)
+    batch.prompt_embeds[0] += 1  # unlike the last one, before it, and the second, behind it
+    assert mismatched() == pytest.approx(F.softplus(told[:2]).mean().item(), rel=1e-4)
 
 
 def gradients(model):
@@ -762,11 +802,12 @@ def test_pairs_are_made_again_where_what_they_were_made_of_has_changed(tmp_path,
         def hashes(self):
             return "v", "t"
 
-        def embed(self, captions, device="cpu"):
-            return [torch.zeros(1, 4, dtype=torch.bfloat16) for _ in captions]
+        def embed(self, captions, device="cpu", images=None):
+            tokens = 1 if images is None else 1 + np.asarray(images[0]).mean().round().astype(int)
+            return [torch.zeros(tokens, 4, dtype=torch.bfloat16) for _ in captions]
 
     encoders, bucket = (
-        Counted(build_vae(base_dim=8).eval(), torch.nn.Linear(1, 1), None, "t"),
+        Counted(build_vae(base_dim=8).eval(), torch.nn.Linear(1, 1), None, "tiny"),
         Bucket(5, 32, 32),
     )
     manifest, read = tmp_path / "m.jsonl", []
@@ -781,6 +822,12 @@ def test_pairs_are_made_again_where_what_they_were_made_of_has_changed(tmp_path,
         assert len(preference.load_pairs(tmp_path / "pairs", bucket, encoders)) == 1
         read.append("|")
     assert "".join(read).replace(".mp4", "") == "01||10|10|"
+    # Where the template holds pictures, the first frame is before the words: here of some 40 tokens.
+    manifest.write_text(json.dumps({"better": "1.mp4", "worse": "0.mp4", "given_frames": 1}))
+    seeing = replace(encoders, template="2026")
+    preference.manifest_pairs(tmp_path / "seen", manifest, bucket, seeing, fps=16)
+    better = preference.load_pairs(tmp_path / "seen", bucket, seeing).better
+    assert better.embeddings([""], better.keys)[0].shape[1] > 30 and better.embeddings([""])[0].shape[1] == 1
 
 
 def test_exports_come_back_in_both_layouts(clips, tmp_path):

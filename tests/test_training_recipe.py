@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from conftest import random_pipeline
+from PIL import Image
 from safetensors.torch import save_file
+from transformers import Qwen2VLImageProcessorPil
 
 from kairos import KairosTransformer3DModel, MachineError, UserError
+from kairos.presets import ASSETS
 from kairos.training import run as stage_run
 from kairos.training.loop import build_optimizer
 from kairos.training.parallel import ALONE
@@ -70,8 +75,6 @@ def test_every_recipe_can_be_read_and_planned(file):
 
 
 def test_the_recipe_of_kairos_tiny_makes_the_model_that_ships():
-    from kairos.presets import ASSETS
-
     recipe = read_recipe(next(file for file in RECIPES if file.stem == "kairos-tiny-teacher"))
     shipped = json.loads((ASSETS / "kairos-tiny" / "transformer" / "config.json").read_text())
     made = KairosTransformer3DModel(**recipe.model)
@@ -460,6 +463,36 @@ def test_a_model_keeps_its_sampler_when_it_learns_preferences():
     assert samplers == ["FlowMatchScheduler", "FewStepScheduler", "FewStepScheduler"]
 
 
+def test_a_base_with_pictures_in_its_prompts_learns_from_them_and_takes_images_afterwards(tmp_path):
+    from kairos.presets import load_pipeline
+
+    base = random_pipeline()
+    base.register_modules(processor=Qwen2VLImageProcessorPil())
+    base.register_to_config(prompt_template="2026")
+    for mark, token in (("image_token_id", "image_pad"), ("vision_start_token_id", "vision_start")):
+        setattr(base.text_encoder.config, mark, base.tokenizer.convert_tokens_to_ids(f"<|{token}|>"))
+    base.save_pretrained(tmp_path / "base")
+    stage = {
+        "name": "more",
+        "buckets": [{"frames": 9, "height": 32, "width": 32}],
+        "steps": 4,
+        "batch_size": 2,
+    }
+    content = {
+        "name": "mine",
+        "output": str(tmp_path / "runs"),
+        "base": str(tmp_path / "base"),
+        "data": {"source": "simulator", "scenes": ["uniform"], "clips": 2},
+        "stages": [stage | {"mix": {"t2v": 0.5, "i2v": 0.5}}],
+    }
+    run_recipe(build_recipe(content, "recipe"))
+    mine = load_pipeline(tmp_path / "runs" / "mine", dtype=torch.float32)
+    mine.set_progress_bar_config(disable=True)
+    assert mine.config.prompt_template == "2026"
+    first = Image.new("RGB", (32, 32), "red")
+    assert mine("a ball", image=first, num_frames=5, num_inference_steps=1).frames.shape == (1, 5, 32, 32, 3)
+
+
 def test_weights_alone_are_of_the_bases_kind_and_a_teacher_stays_what_it_is(tmp_path):
     def read(source, **options):
         return load_start(recipe, str(source), **options).config
@@ -477,6 +510,23 @@ def test_weights_alone_are_of_the_bases_kind_and_a_teacher_stays_what_it_is(tmp_
     assert (read(larger, teaches=True)["num_layers"], read(larger, teaches=True)["causal"]) == (8, "none")
     with pytest.raises(UserError, match="does not fit"):
         read(larger)
+
+
+def test_a_few_step_base_keeps_its_sampler_for_preferences_and_loses_it_to_flow_matching(tmp_path):
+    def sampler(objective, base="kairos-tiny"):
+        stage = TINY["stages"][0] | {"objective": objective}
+        content = changed(base=base, vae="absent", conditioner="absent", defaults={}, stages=[stage])
+        recipe = build_recipe(content, "recipe")
+        scheduler, defaults = sampler_of(recipe, recipe.stages[0])
+        steps, guidance = defaults["num_inference_steps"], defaults["guidance_scale"]
+        return type(scheduler).__name__, steps, guidance, scheduler.config.get("shift")
+
+    own = json.loads((ASSETS / "kairos-tiny" / "scheduler" / "scheduler_config.json").read_text())["shift"]
+    assert sampler("preference") == ("FewStepScheduler", 4, 1.0, own)
+    shutil.copytree(ASSETS / "kairos-tiny", tmp_path / "saved")
+    assert sampler("preference", str(tmp_path / "saved")) == ("FewStepScheduler", 4, 1.0, own)
+    assert sampler("flow")[:3] == ("FlowMatchScheduler", 50, 5.0)
+    assert sampler("preference", "kairos-tiny-teacher")[:2] == ("FlowMatchScheduler", 20)
 
 
 def test_lora_needs_a_small_part_of_the_memory():

@@ -76,6 +76,15 @@ def test_the_state_is_learnt_and_training_goes_on_to_the_bit(tmp_path):
     assert not any("head." in name and "head.head" not in name and "head.mod" not in name for name in whole)
 
 
+def test_maps_have_a_place_for_each_token_whatever_its_size(tmp_path):
+    clips, stage = simulated(tmp_path), small_stage(state=StateMaps(block=2), mix={"continuation": 1.0})
+    for patch in ((1, 1, 1), (1, 4, 4)):
+        model = small_model(patch_size=patch)
+        task = objective(model, clips, stage)
+        loss, _ = task.loss(model, 0, 0)
+        assert loss.isfinite() and task.report(model, 0)["state_error"] > 0
+
+
 def test_states_are_asked_of_the_simulator_alone(tmp_path):
     stage = small_stage(state=StateMaps(), data={"source": "manifest", "file": "clips.jsonl"})
     recipe = Recipe("r", tmp_path, stages=(stage,))

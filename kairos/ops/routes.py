@@ -29,6 +29,7 @@ def quickest(name: str, routes: Mapping[str, Callable[..., Tensor]], inputs: tup
 
     The first route is trusted and always runs. Another is taken only where it runs and its results are the
     first one's, to the precision of their dtype; what is left out, and why, is logged, and so are the times.
+    By results that are no numbers nothing can be chosen: then the first is taken, this time.
 
     Args:
         name: of the operation, with all besides the inputs that decides what is quick.
@@ -39,15 +40,22 @@ def quickest(name: str, routes: Mapping[str, Callable[..., Tensor]], inputs: tup
     key = (name, *routes, like.dtype, like.device, grad, *(tensor.shape for tensor in inputs))
     if key not in _CHOSEN:
         with torch.no_grad():
-            _CHOSEN[key] = _measure(name, routes, inputs)
+            chosen = _measure(name, routes, inputs)
+        if chosen is None:
+            return next(iter(routes.values()))(*inputs)
+        _CHOSEN[key] = chosen
     return routes[_CHOSEN[key]](*inputs)
 
 
-def _measure(name: str, routes: Mapping[str, Callable[..., Tensor]], inputs: tuple[Tensor, ...]) -> str:
+def _measure(
+    name: str, routes: Mapping[str, Callable[..., Tensor]], inputs: tuple[Tensor, ...]
+) -> str | None:
     device = inputs[0].device
     wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     first, *_ = routes
     expected = routes[first](*inputs)
+    if not expected.isfinite().all():
+        return None
     tolerance = 8 * torch.finfo(expected.dtype).eps * expected.abs().max().item()
     seconds: dict[str, float] = {}
     for route, function in routes.items():

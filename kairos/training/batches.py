@@ -117,9 +117,19 @@ class Batch:
 
 
 def draw_batch(
-    sets: Sequence[ClipSet], stage: Stage, step: int, *, causal: bool, part: int = 0, parts: int = 1
+    sets: Sequence[ClipSet],
+    stage: Stage,
+    step: int,
+    *,
+    causal: bool,
+    patch: int = 4,
+    part: int = 0,
+    parts: int = 1,
 ) -> Batch:
-    """Part `part` of `parts` of the batch of `step`; the parts together are the whole."""
+    """Part `part` of `parts` of the batch of `step`; the parts together are the whole.
+
+    causal, patch: of the model: whether it sees chunks, and the latents of a token.
+    """
     rng = np.random.default_rng((stage.seed, step))
     clips = choose_set(rng, sets, stage)
     mix = clips.bucket.mix or stage.mix
@@ -136,7 +146,7 @@ def draw_batch(
     sample = clips.latents(rows)[:, :, :frames]
 
     height, width = sample.shape[-2:]
-    shift = shift_for(frames if opening else clips.latent_frames, height * width // 4)
+    shift = shift_for(frames if opening else clips.latent_frames, height * width // patch)
     sigma, noise = torch.zeros(len(rows), frames), torch.empty_like(sample)
     captions = []
     for number, (i, row) in enumerate(zip(range(part, batch_size, parts), rows, strict=True)):
@@ -148,10 +158,11 @@ def draw_batch(
         sigma[number, : cut.past] = past_noise * chance[0]
         dropped = cut.task == "i2v" or chance[1] < stage.text_dropout
         captions.append("" if dropped else clips.captions[row])
-    embeds, mask = clips.embeddings(captions)
+    keys = [clips.keys[row] for row in rows]
+    embeds, mask = clips.embeddings(captions, keys if cut.past else None)
     if cut.task == "unconditional":
         embeds, mask = torch.zeros_like(embeds[:, :1]), torch.ones_like(mask[:, :1])
-    return Batch(sample, noise, sigma, embeds, mask, cut, [clips.keys[row] for row in rows])
+    return Batch(sample, noise, sigma, embeds, mask, cut, keys)
 
 
 def choose_set(rng: np.random.Generator, sets: Sequence[ClipSet], stage: Stage) -> ClipSet:

@@ -1,8 +1,10 @@
 """Latents and prompt embeddings, computed once and kept in safetensors shards.
 
 A clip's latents are known by its content and the VAE, a prompt's embedding by its words and the text encoder;
-what another VAE or encoder made is made anew. Clips of one bucket lie in one folder. Building can stop at any
-time and go on. `clips-*.json` lists what a data set has, so that training reads no video.
+what another VAE or encoder made is made anew. Where the given image stands in the prompt, a clip's first
+frame has embeddings of its own, with its caption and without words. Clips of one bucket lie in one folder.
+Building can stop at any time and go on. `clips-*.json` lists what a data set has, so that training reads no
+video.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -35,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 SHARD_CLIPS = 240
 SHARD_BYTES = 1 << 28
-PROMPTS_AT_ONCE = 256
+PROMPTS_AT_ONCE, PICTURES_AT_ONCE = 256, 8
 
 
 @dataclass(frozen=True)
@@ -46,16 +49,32 @@ class Encoders:
     text_encoder: Any
     tokenizer: Any
     template: str
+    processor: Any = None
+
+    @property
+    def pictured(self) -> bool:
+        """Whether the image that a video begins with stands in its prompt."""
+        return TEMPLATES[self.template].image_in_prompt
 
     def hashes(self) -> tuple[str, str]:
         """Of the VAE, and of the text encoder with its template."""
         return fingerprint({"vae": self.vae}), f"{fingerprint({'text': self.text_encoder})}-{self.template}"
 
-    def embed(self, captions: Sequence[str], device: torch.device | str = "cpu") -> list[Tensor]:
-        """The embedding (T, C) of each caption, bfloat16 on the CPU."""
-        template = TEMPLATES[self.template]
+    def embed(
+        self,
+        captions: Sequence[str],
+        device: torch.device | str = "cpu",
+        images: Sequence[Image.Image] | None = None,
+    ) -> list[Tensor]:
+        """The embedding (T, C) of each caption, behind its image where there are any, bfloat16 on the CPU."""
         embeds, mask = encode_prompts(
-            self.text_encoder, self.tokenizer, captions, template=template, device=device
+            self.text_encoder,
+            self.tokenizer,
+            captions,
+            template=TEMPLATES[self.template],
+            processor=self.processor,
+            images=images,
+            device=device,
         )
         return [row[real].to("cpu", torch.bfloat16) for row, real in zip(embeds, mask, strict=True)]
 
@@ -82,6 +101,8 @@ class ClipSet:
     captions: list[str]
     prompts: dict[str, CachedTensor]
     keys: list[str]
+    pictured: bool = False
+    """Whether prompts of clips that go on from their first frame hold it."""
 
     def __len__(self) -> int:
         return len(self.places)
@@ -94,12 +115,21 @@ class ClipSet:
         """(B, 16, F, h, w), float32."""
         return torch.cat([self.places[row].read() for row in rows]).float()
 
-    def embeddings(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(B, T, C), float32, padded with zeros, and the mask (B, T)."""
-        parts = [self.prompts[caption].read() for caption in captions]
+    def embeddings(self, captions: Sequence[str], keys: Sequence[str] | None = None) -> tuple[Tensor, Tensor]:
+        """(B, T, C), float32, padded with zeros, and the mask (B, T). keys: of the clips whose first frame is
+        given, None where nothing is."""
+        names = captions
+        if self.pictured and keys is not None:
+            names = [prompt_name(caption, key) for caption, key in zip(captions, keys, strict=True)]
+        parts = [self.prompts[name].read() for name in names]
         embeds = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).float()
         lengths = torch.tensor([len(part) for part in parts])
         return embeds, torch.arange(embeds.shape[1]) < lengths[:, None]
+
+
+def prompt_name(caption: str, key: str = "") -> str:
+    """What the embedding of a caption is called, with the first frame of the clip `key` before it."""
+    return f"{caption}\0{key}" if key else caption
 
 
 @lru_cache(maxsize=512)
@@ -139,6 +169,7 @@ def build_cache(
     }
     listed: list[dict[str, str]] = []
     references: list[ClipReference] = []
+    moving: list[ClipReference] = []
     ahead: Ahead[int, Any] = Ahead(lambda number: _read(references[number]), workers_for(device))
     writers = {
         bucket.name: ShardWriter(folder / bucket.name, "latents", {"vae": vae_hash}) for bucket in buckets
@@ -146,6 +177,8 @@ def build_cache(
     begun: set[tuple[str, str]] = set()
     for reference in source.references(buckets, skipped):
         name = reference.bucket.name
+        if encoders.pictured and reference.bucket.frames > 1:
+            moving.append(reference)
         if reference.key in known[name] or (name, reference.key) in begun:
             listed.append(entry_of(reference))
         else:
@@ -181,6 +214,9 @@ def build_cache(
     ]
     captions = {"", *(entry["caption"] for entry in listed)}
     embed_captions(folder / "prompts", captions, encoders, text_hash, device)
+    there = {(entry["bucket"], entry["key"]) for entry in listed}
+    moving = [one for one in moving if (one.bucket.name, one.key) in there]
+    embed_pictures(folder / "prompts", moving, encoders, text_hash, device)
     listed.sort(key=lambda entry: (entry["bucket"], entry["key"], entry["caption"]))
     made = sum(len(writer.written) for writer in writers.values())
     report = {"made": made, "kept": len(listed) - made, "skipped": skipped.clips}
@@ -229,6 +265,32 @@ def embed_captions(
     writer.close()
 
 
+def embed_pictures(
+    folder: Path,
+    clips: Sequence[ClipReference],
+    encoders: Encoders,
+    text_hash: str,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Embed the clips' first frames that `folder` lacks, each with its caption and without words."""
+    known = set(stored_rows(folder, "text", text_hash))
+    missing = []
+    for clip in clips:
+        for caption in sorted({"", clip.caption}):
+            if (name := prompt_name(caption, clip.key)) not in known:
+                known.add(name)
+                missing.append((name, caption, clip))
+    writer = ShardWriter(folder, "embeds", {"text": text_hash})
+    for first in range(0, len(missing), PICTURES_AT_ONCE):
+        names, captions, group = zip(*missing[first : first + PICTURES_AT_ONCE], strict=True)
+        read = {clip.key: clip.read for clip in group}
+        pictures = {key: Image.fromarray(frames()[0]) for key, frames in read.items()}
+        images = [pictures[clip.key] for clip in group]
+        for name, embedding in zip(names, encoders.embed(captions, device, images), strict=True):
+            writer.add(name, embedding)
+    writer.close()
+
+
 def load_clips(
     folder: Path, buckets: Sequence[Bucket], encoders: Encoders, *, described: Any
 ) -> list[ClipSet]:
@@ -258,7 +320,11 @@ def load_clips(
             logger.warning("no clips for the bucket %s", bucket.name)
             continue
         places = stored_rows(folder / bucket.name, "vae", vae_hash)
-        if any(entry["key"] not in places or entry["caption"] not in prompts for entry in entries):
+        wanted = {entry["caption"] for entry in entries}
+        if encoders.pictured and bucket.frames > 1:
+            pictured = [(entry["caption"], entry["key"]) for entry in entries]
+            wanted |= {prompt_name(words, key) for caption, key in pictured for words in ("", caption)}
+        if any(entry["key"] not in places for entry in entries) or wanted - prompts.keys():
             raise UserError(f"shards are missing in {folder}; run: kairos train cache RECIPE")
         sets.append(
             ClipSet(
@@ -267,6 +333,7 @@ def load_clips(
                 [entry["caption"] for entry in entries],
                 prompts,
                 [entry["key"] for entry in entries],
+                encoders.pictured,
             )
         )
     if not sets:

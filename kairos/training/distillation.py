@@ -241,8 +241,8 @@ class DistillationObjective(FlowMatching):
         if mismatched:
             prompt = prompt[0].roll(1, 0), prompt[1].roll(1, 0)
         self.velocity(self.fake_score, batch, noisy, sigma, prompt=prompt)
-        past = batch.cut.past * noisy.shape[-1] * noisy.shape[-2] // 4
-        return self.critic.verdict()[:, past:].mean(1)
+        verdict = self.critic.verdict().unflatten(1, (noisy.shape[2], -1))
+        return verdict[:, batch.cut.past :].mean((1, 2))
 
     def update_fake_score(self, student: nn.Module, step: int, update: int) -> None:
         """One step of flow matching on what the student makes, of other batches than its own."""
@@ -287,7 +287,10 @@ class DistillationObjective(FlowMatching):
         """Clips under their captions pass; the student's, and clips under another's caption, do not."""
         real = F.softplus(-self.judge(batch, batch.sample, generator)).mean()
         false = F.softplus(self.judge(batch, made, generator)).mean()
-        mismatched = F.softplus(self.judge(batch, batch.sample, generator, mismatched=True)).mean()
+        mismatched = F.softplus(self.judge(batch, batch.sample, generator, mismatched=True))
+        embeds, mask = batch.prompt_embeds, batch.prompt_mask
+        others = (embeds != embeds.roll(1, 0)).any(2).any(1) | (mask != mask.roll(1, 0)).any(1)
+        mismatched = (mismatched * others).sum() / others.sum().clamp(min=1)
         return real + 0.5 * (false + mismatched)
 
     def make(

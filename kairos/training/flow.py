@@ -46,6 +46,12 @@ def is_causal(model: Any) -> bool:
     return model.config.causal == "chunk"
 
 
+def latents_a_token(model: Any) -> int:
+    """Latents of a frame that make one token."""
+    _, height, width = model.config.patch_size
+    return int(height * width)
+
+
 @dataclass
 class FlowMatching:
     """The objective of pretraining, post-training and LoRA."""
@@ -63,11 +69,12 @@ class FlowMatching:
     def batch(self, model: nn.Module, step: int, part: int) -> Batch:
         """This process's share of part `part` of the batch of `step`."""
         if self._ahead is None:
-            world, rank, causal = self.processes.world, self.processes.rank, is_causal(model)
+            world, rank = self.processes.world, self.processes.rank
+            kind: dict[str, Any] = {"causal": is_causal(model), "patch": latents_a_token(model)}
 
             def draw(key: tuple[int, int]) -> Batch:
                 part, parts = key[1] * world + rank, self.stage.accumulate * world
-                return draw_batch(self.sets, self.stage, key[0], causal=causal, part=part, parts=parts)
+                return draw_batch(self.sets, self.stage, key[0], part=part, parts=parts, **kind)
 
             self._ahead = Ahead(draw, workers_for(self.processes.device))
         now = self.step_of(step)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kairos.distributed.ranks import leave
+from kairos.models.compiled import compile_blocks
 from kairos.training.precision import has_bfloat16
 
 PATIENCE = timedelta(days=30)
@@ -92,8 +93,7 @@ def prepare(model: Any, here: Processes, *, checkpointing: bool, compiled: bool)
     if checkpointing:
         model.enable_gradient_checkpointing()
     if compiled:
-        for block in model.blocks:
-            block.compile()
+        compile_blocks(model)
     shard(model, here)
 
 

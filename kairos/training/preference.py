@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
 from kairos.data.files import write_atomically
@@ -33,13 +35,21 @@ from kairos.evaluation.scores import velocity_error
 from kairos.models.vae import decode, encode
 from kairos.schedulers import shift_for
 from kairos.training.batches import row_at, seed_of
-from kairos.training.cache import ClipSet, Encoders, ShardWriter, digest, embed_captions, stored_rows
+from kairos.training.cache import (
+    ClipSet,
+    Encoders,
+    ShardWriter,
+    digest,
+    embed_captions,
+    prompt_name,
+    stored_rows,
+)
 from kairos.training.clips import Bucket, SimulatorSource, content_hash, fit, inside, read_lines
-from kairos.training.flow import is_causal
+from kairos.training.flow import is_causal, latents_a_token
 from kairos.training.parallel import ALONE, Processes, shard
 from kairos.training.stage import Preference, Stage
 from kairos.weights.fingerprint import fingerprint
-from kairos.worlds import simulate
+from kairos.worlds import scenery, simulate
 
 logger = logging.getLogger(__name__)
 
@@ -74,24 +84,22 @@ def rollout_pairs(
     A pair is left out where an error cannot be measured or they differ by less than the margin. Returns the
     mean errors of the better and the worse ones and how many pairs there are.
     """
+    if bucket.height != bucket.width:
+        raise UserError(f"the simulator's pictures are square, bucket {bucket.name} is not")
     encoders = encoders_of(pipeline)
     asked = asdict(replace(options, beta=1.0))  # which has no part in the making
     model = fingerprint({"model": pipeline.transformer})
-    of = digest([asked, asdict(source), bucket.name, seed, model, encoders.hashes()])
+    sampler = [dict(pipeline.scheduler.config), dict(pipeline.config.defaults)]
+    of = digest([asked, asdict(source), bucket.name, seed, model, sampler, encoders.hashes()])
     if (kept := read_list(folder)).get("of") == of:
         return kept["said"]
     writer = PairWriter(folder, encoders, of)
     errors: list[tuple[float, float]] = []
     for index in range(options.pairs):
         scene = source.scenes[index % len(source.scenes)]
-        clip = simulate(
-            scene,
-            split=source.split,
-            seed=source.seed,
-            index=index,
-            num_frames=bucket.frames,
-            size=bucket.height,
-        )
+        drawn: dict[str, Any] = {"split": source.split, "seed": source.seed, "index": index}
+        drawn |= {"num_frames": bucket.frames, "size": bucket.height}
+        clip, behind = simulate(scene, **drawn), scenery(scene, **drawn)
         made = []
         for attempt in range(2):
             generator = torch.Generator().manual_seed(seed_of(seed, index, attempt))
@@ -106,14 +114,16 @@ def rollout_pairs(
                 generator=generator,
                 output_type="latent",
             ).frames
-            error = velocity_error(read(frames_of(encoders, latents)), clip, options.given_frames)
+            found = read(frames_of(encoders, latents), behind)
+            error = velocity_error(found, clip, options.given_frames)
             made.append((error, latents))
         (best, better), (worst, worse) = sorted(made, key=lambda pair: pair[0])
         if not math.isfinite(worst - best) or worst - best <= options.margin:
             continue
         errors.append((best, worst))
         past = (options.given_frames - 1) // 4 + 1
-        writer.add(f"{scene}/{source.split}/{source.seed}/{index}", clip.caption, past, better, worse)
+        key = f"{scene}/{source.split}/{source.seed}/{index}"
+        writer.add(key, clip.caption, past, better, worse, clip.frames[0])
     if not errors:
         raise UserError("no two rollouts differ by more than the margin; lower preference.margin")
     best, worst = np.mean(errors, axis=0)
@@ -140,7 +150,7 @@ def manifest_pairs(folder: Path, manifest: Path, bucket: Bucket, encoders: Encod
         given = entry.get("given_frames", 0)
         if not isinstance(given, int) or (given and given % 4 != 1) or not 0 <= given < bucket.frames:
             raise UserError(f"{where}: given_frames must be 0 or 4n + 1 below {bucket.frames}, got {given!r}")
-        latents = []
+        latents, firsts = [], []
         for side in ("better", "worse"):
             if not isinstance(entry.get(side), str):
                 raise UserError(f'{where}: "{side}" must be the path of a clip, got {entry.get(side)!r}')
@@ -149,11 +159,13 @@ def manifest_pairs(folder: Path, manifest: Path, bucket: Bucket, encoders: Encod
                 raise UserError(
                     f"{where}: {entry[side]} has {len(frames)} frames, {bucket.frames} are needed"
                 )
-            pixels = torch.from_numpy(fit(frames, bucket).copy()).permute(3, 0, 1, 2)[None]
+            firsts.append((frames := fit(frames, bucket))[0])
+            pixels = torch.from_numpy(frames.copy()).permute(3, 0, 1, 2)[None]
             with torch.no_grad():
                 latents.append(encode(vae, pixels.to(vae.device, vae.dtype) / 127.5 - 1))
         past = (given - 1) // 4 + 1 if given else 0
-        writer.add(f"{manifest.name}/{line}", str(entry.get("caption", "")), past, latents[0], latents[1])
+        caption = str(entry.get("caption", ""))
+        writer.add(f"{manifest.name}/{line}", caption, past, latents[0], latents[1], firsts[0])
     writer.close({})
 
 
@@ -170,16 +182,24 @@ class PairWriter:
         for file in (folder / "latents").glob("*.safetensors"):
             file.unlink()
         self.shards = ShardWriter(folder / "latents", "latents", {"vae": self.hashes[0]})
+        self.prompts = ShardWriter(folder / "prompts", "embeds", {"text": self.hashes[1]})
         self.pairs: list[dict[str, Any]] = []
 
-    def add(self, key: str, caption: str, past: int, better: Tensor, worse: Tensor) -> None:
+    def add(
+        self, key: str, caption: str, past: int, better: Tensor, worse: Tensor, first: NDArray[np.uint8]
+    ) -> None:
+        """`first`: the frame (H, W, 3) that both begin with, where any is given."""
         self.pairs.append({"key": key, "caption": caption, "past": past})
+        if self.encoders.pictured and past:
+            (embedding,) = self.encoders.embed([caption], images=[Image.fromarray(first)])
+            self.prompts.add(prompt_name(caption, f"{key}/better"), embedding)
         for side, latents in (("better", better), ("worse", worse)):
             self.shards.add(f"{key}/{side}", latents.to("cpu", torch.bfloat16))
 
     def close(self, said: dict[str, float]) -> None:
         """`said` is kept beside the pairs."""
         self.shards.close()
+        self.prompts.close()
         captions = {"", *(pair["caption"] for pair in self.pairs)}
         embed_captions(self.folder / "prompts", captions, self.encoders, self.hashes[1])
         content = {"of": self.of, "said": said, "pairs": self.pairs}
@@ -200,12 +220,18 @@ def load_pairs(folder: Path, bucket: Bucket, encoders: Encoders) -> PairSet:
     vae_hash, text_hash = encoders.hashes()
     places = stored_rows(folder / "latents", "vae", vae_hash)
     prompts = stored_rows(folder / "prompts", "text", text_hash)
-    if not pairs or any(f"{pair['key']}/worse" not in places for pair in pairs):
+    names = [
+        prompt_name(pair["caption"], f"{pair['key']}/better" if encoders.pictured and pair["past"] else "")
+        for pair in pairs or ()
+    ]
+    latents = {f"{pair['key']}/worse" for pair in pairs or ()}
+    if not pairs or set(names) - prompts.keys() or latents - places.keys():
         raise UserError(f"there are no pairs in {folder}, or shards are missing; delete it to make them anew")
     captions = [pair["caption"] for pair in pairs]
     keys = {side: [f"{pair['key']}/{side}" for pair in pairs] for side in ("better", "worse")}
     sides = [
-        ClipSet(bucket, [places[key] for key in named], captions, prompts, named) for named in keys.values()
+        ClipSet(bucket, [places[key] for key in named], captions, prompts, named, encoders.pictured)
+        for named in keys.values()
     ]
     return PairSet(sides[0], sides[1], [pair["past"] for pair in pairs])
 
@@ -246,7 +272,7 @@ class PreferenceObjective:
         worse = self.pairs.worse.latents(rows).to(device)
         worse[:, :, :past] = better[:, :, :past]
         frames = better.shape[2]
-        shift = shift_for(frames, better.shape[3] * better.shape[4] // 4)
+        shift = shift_for(frames, better.shape[3] * better.shape[4] // latents_a_token(model))
         sigma, noise = torch.zeros(len(rows), frames), torch.empty(better.shape)
         for number, seed in enumerate(seeds):
             own = torch.Generator().manual_seed(seed)
@@ -255,7 +281,9 @@ class PreferenceObjective:
             sigma[number, past:] = shift * u / (1 + (shift - 1) * u)
         sigma, noise = sigma.to(device), noise.to(device)
         sample, noise = torch.cat([better, worse]), torch.cat([noise, noise])
-        embeds, mask = self.pairs.better.embeddings([self.pairs.better.captions[row] for row in rows])
+        begun = self.pairs.better
+        keys = [begun.keys[row] for row in rows] if past else None
+        embeds, mask = begun.embeddings([begun.captions[row] for row in rows], keys)
         embeds, mask = torch.cat([embeds, embeds]).to(device), torch.cat([mask, mask]).to(device)
         spread = torch.cat([sigma, sigma])[:, None, :, None, None]
         noisy = (1 - spread) * sample + spread * noise
@@ -297,7 +325,13 @@ class PreferenceObjective:
 
 
 def encoders_of(pipeline: Any) -> Encoders:
-    return Encoders(pipeline.vae, pipeline.text_encoder, pipeline.tokenizer, pipeline.config.prompt_template)
+    return Encoders(
+        pipeline.vae,
+        pipeline.text_encoder,
+        pipeline.tokenizer,
+        pipeline.config.prompt_template,
+        pipeline.processor,
+    )
 
 
 @torch.no_grad()

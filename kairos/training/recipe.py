@@ -21,6 +21,7 @@ from kairos.training.vae import VAEStage
 from kairos.worlds import SCENES
 
 if TYPE_CHECKING:
+    from kairos.schedulers import FewStepScheduler
     from kairos.training.cache import ClipSet, Encoders
     from kairos.training.clips import ClipReference, ClipSource
     from kairos.training.parallel import Processes
@@ -347,13 +348,12 @@ def load_encoders(recipe: Recipe) -> Encoders:
         vae_file = made_before(recipe, "vae")
     if recipe.conditioner is not None:
         text_folder, template = made_before(recipe, "conditioner"), "tiny"
-    if TEMPLATES[template].image_in_prompt:
+    encoder, tokenizer, processor = load_text_encoder(text_folder, dtype=encoder_dtype(text_folder))
+    if TEMPLATES[template].image_in_prompt and processor is None:
         raise UserError(
-            f"the prompts of {recipe.base} hold pictures (template {template}), which training "
-            "does not cache; choose a base whose template is words alone"
+            f"the prompts of {recipe.base} hold pictures, and {text_folder} has no image processor"
         )
-    encoder, tokenizer, _ = load_text_encoder(text_folder, dtype=encoder_dtype(text_folder))
-    return Encoders(load_vae_file(vae_file, dtype=vae_dtype()), encoder, tokenizer, template)
+    return Encoders(load_vae_file(vae_file, dtype=vae_dtype()), encoder, tokenizer, template, processor)
 
 
 def made_before(recipe: Recipe, part: str) -> Path:
@@ -484,21 +484,43 @@ def read_again(recipe: Recipe, stage: Stage, sets: Sequence[ClipSet]) -> dict[st
 def sampler_of(recipe: Recipe, stage: Stage) -> tuple[Any, dict[str, float | bool]]:
     """The sampler of what a stage has trained, and the defaults of its pipeline.
 
-    Preferences leave a model the sampler that it had.
+    Preferences leave a model the sampler that it had. Flow matching makes one of many steps of any.
     """
-    from kairos.model_info import info
+    from kairos import presets, sizes
     from kairos.schedulers import FewStepScheduler, FlowMatchScheduler
 
-    defaults = {**(info(recipe.base).defaults if recipe.base else {}), **recipe.defaults}
+    base = dict(presets.defaults_of(recipe.base)) if recipe.base else {}
     named = {one.name: one for one in recipe.stages}
     while stage.objective == "preference" and recipe.start_of(stage) in named:
         stage = named[recipe.start_of(stage)]
-    if stage.objective != "distillation":
-        return FlowMatchScheduler(), defaults
-    options = stage.distillation or Distillation()
-    few = {"num_inference_steps": len(options.sampling_times), "guidance_scale": 1.0}
-    scheduler = FewStepScheduler(sampling_times=options.sampling_times, shift=options.shift)
-    return scheduler, defaults | few
+    if stage.objective == "preference":
+        few_step = few_step_of(recipe.start_of(stage)) or few_step_of(recipe.base)
+        return few_step or FlowMatchScheduler(), base | recipe.defaults
+    if stage.objective == "distillation":
+        options = stage.distillation or Distillation()
+        few = {"num_inference_steps": len(options.sampling_times), "guidance_scale": 1.0}
+        scheduler = FewStepScheduler(sampling_times=options.sampling_times, shift=options.shift)
+        return scheduler, base | recipe.defaults | few
+    if few_step_of(recipe.base) is not None:
+        base |= {name: sizes.RELEASED_DEFAULTS[name] for name in ("num_inference_steps", "guidance_scale")}
+    return FlowMatchScheduler(), base | recipe.defaults
+
+
+def few_step_of(source: str) -> FewStepScheduler | None:
+    """The sampler of a model by name or folder, where it is one of few steps."""
+    from kairos import presets
+    from kairos.schedulers import FewStepScheduler
+
+    marks = (presets.MARK, "model_index.json")
+    if not source or not (presets.is_name(source) or any((Path(source) / mark).exists() for mark in marks)):
+        return None  # weights alone, or nothing
+    preset, folder = presets.locate(source)
+    if preset is not None and preset.kind == "released":
+        return FewStepScheduler() if preset.scheduler == "few_step" else None
+    assert folder is not None
+    config = presets.read_json(folder / "scheduler" / "scheduler_config.json")
+    few_step = config.get("_class_name") == FewStepScheduler.__name__
+    return FewStepScheduler.from_config(config) if few_step else None
 
 
 def assemble(recipe: Recipe, here: Processes) -> None:
@@ -523,6 +545,7 @@ def assemble(recipe: Recipe, here: Processes) -> None:
         vae=vae.to(torch.bfloat16),
         text_encoder=encoders.text_encoder.to(torch.bfloat16),
         tokenizer=encoders.tokenizer,
+        processor=encoders.processor,
         scheduler=scheduler,
         prompt_template=encoders.template,
         defaults=defaults,

@@ -171,7 +171,7 @@ def preference(
                     f"stage {stage.name}: rollouts can be measured in the simulator's scenes alone; give "
                     "data.source simulator, or preference.manifest"
                 )
-            scheduler = sampler_of(recipe, stage)[0]
+            scheduler, defaults = sampler_of(recipe, stage)
             if isinstance(scheduler, FewStepScheduler):
                 options = replace(options, guidance_scale=1.0)  # it was distilled to do without
             pipeline = KairosPipeline(
@@ -179,8 +179,10 @@ def preference(
                 vae=encoders.vae,
                 text_encoder=encoders.text_encoder,
                 tokenizer=encoders.tokenizer,
+                processor=encoders.processor,
                 scheduler=scheduler,
                 prompt_template=encoders.template,
+                defaults=defaults,
             )
             pipeline.set_progress_bar_config(disable=True)
             rollout_pairs(folder, pipeline, source, bucket, options, seed=stage.seed)

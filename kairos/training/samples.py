@@ -16,6 +16,7 @@ from kairos.models.vae import decode
 from kairos.pipeline import chunk_ends, denoise, draw_noise
 from kairos.schedulers import FewStepScheduler, FlowMatchScheduler
 from kairos.training.cache import ClipSet, Encoders
+from kairos.training.flow import latents_a_token
 from kairos.training.parallel import Processes
 
 
@@ -41,7 +42,8 @@ def sample_latents(
     """
     truth = clips.latents(rows)
     scheduler = few_step or FlowMatchScheduler()
-    embeds, mask = clips.embeddings([clips.captions[row] for row in rows])
+    keys = [clips.keys[row] for row in rows] if known_frames else None
+    embeds, mask = clips.embeddings([clips.captions[row] for row in rows], keys)
     empty = clips.embeddings([""] * len(rows))
     positive = embeds.to(device), mask.to(device)
     negative = None
@@ -50,7 +52,7 @@ def sample_latents(
     known = truth[:, :, :known_frames].to(device) if known_frames else None
     generator = torch.Generator().manual_seed(seed)
     latents = draw_noise(tuple(truth.shape), generator).to(device)
-    tokens = truth.shape[3] * truth.shape[4] // 4
+    tokens = truth.shape[3] * truth.shape[4] // latents_a_token(model)
     training = model.training
     model.eval()
     for end in chunk_ends(model, truth.shape[2], known_frames):

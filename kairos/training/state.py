@@ -47,6 +47,7 @@ class StateObjective(FlowMatching):
     ) -> None:
         super().__init__(sets, stage, here, root)
         self.options, self.source = options, source
+        self.patch: Sequence[int] = model.config.patch_size[1:]
         self.head = nn.Linear(model.config.hidden_size, len(COLORS) * TEMPORAL, device=here.device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -62,7 +63,8 @@ class StateObjective(FlowMatching):
         with self.processes.autocast(self.stage.precision):
             flow = flow_loss(model, batch, self.root)
         frames, height, width = batch.sample.shape[2:]
-        target = state_maps(self.source, batch.keys, frames, height // 2, width // 2).to(flow.device)
+        rows, columns = height // self.patch[0], width // self.patch[1]
+        target = state_maps(self.source, batch.keys, frames, rows, columns).to(flow.device)
         hidden = F.layer_norm(self.hidden.float(), self.hidden.shape[-1:])
         self.update_head(hidden.detach(), target)
         error = map_error(F.linear(hidden, self.head.weight.detach(), self.head.bias.detach()), target)
