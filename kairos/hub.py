@@ -32,7 +32,7 @@ def fetch(source: Source, folder: Path | None = None) -> Path:
 
     Raises:
         UserError: where the repository is not there, or not for this user.
-        MachineError: where the network or the disk fails.
+        MachineError: where the network or the disk fails, and where files are still missing.
     """
     import huggingface_hub
 
@@ -50,6 +50,9 @@ def fetch(source: Source, folder: Path | None = None) -> Path:
         found = huggingface_hub.snapshot_download(
             source.repo, allow_patterns=list(patterns), local_dir=folder
         )
+    # Where it cannot reach the network, the hub takes a folder as it is.
+    if find(source, Path(found)) is None:
+        raise MachineError(f"{source.repo} is not whole yet; run the command again")
     return weights_folder(source, Path(found))
 
 

@@ -20,7 +20,7 @@ class ModelInfo:
     """A model in numbers.
 
     Attributes:
-        path: where its LinearDiT lies, or None where it is not downloaded.
+        path: where its LinearDiT lies, or None where the model is not downloaded, or not all of it.
         repositories: part -> where it is downloaded from.
         config: of the LinearDiT.
         defaults: height, width, num_frames, fps, num_inference_steps and guidance_scale that it was made for.
@@ -52,8 +52,7 @@ def info(name_or_path: str | os.PathLike[str]) -> ModelInfo:
     preset, folder = locate(name_or_path)
     config = dict(sizes.RELEASED_TRANSFORMER)
     if preset is not None and preset.kind == "released":
-        here = is_downloaded(preset) if folder is None else True
-        path = local_files(preset, folder)["transformer"] if here else None
+        path = local_files(preset, folder)["transformer"] if is_downloaded(preset, folder) else None
         template, scheduler = preset.template, preset.scheduler
         parameters = {
             "transformer": sizes.transformer_parameters(config),

@@ -277,10 +277,10 @@ def defaults_of(name_or_path: str | os.PathLike[str]) -> dict[str, float]:
     return _all_defaults(read_json(folder / "model_index.json").get("defaults") or {}, name_or_path)
 
 
-def is_downloaded(preset: Preset) -> bool:
-    """Whether all its files are here. No network is used."""
+def is_downloaded(preset: Preset, folder: Path | None = None) -> bool:
+    """Whether all its files are here, in the cache or in `folder`. No network is used."""
     try:
-        local_files(preset)
+        local_files(preset, folder)
     except UserError:
         return False
     return preset.kind == "released" or (ASSETS / preset.name / "model_index.json").exists()

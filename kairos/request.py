@@ -157,10 +157,15 @@ def read_requests(path: str | os.PathLike[str], defaults: Mapping[str, Any] | No
 
 
 def read_each_request(
-    path: str | os.PathLike[str], defaults: Mapping[str, Any] | None = None
+    path: str | os.PathLike[str],
+    defaults: Mapping[str, Any] | None = None,
+    instead: Mapping[str, Any] | None = None,
 ) -> list[Request | UserError]:
-    """As `read_requests`, with the error of each bad request in its place."""
-    path = Path(path)
+    """As `read_requests`, with the error of each bad request in its place.
+
+    instead: what is not None counts instead of what a request says.
+    """
+    path, said = Path(path), field_values(instead or {})
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_repeats)
     except FileNotFoundError:
@@ -189,17 +194,16 @@ def read_each_request(
         try:
             if not isinstance(dictionary, dict):
                 raise UserError(f"a request must be a dictionary, got {_shown(dictionary)}")
-            request = Request.from_dict(dictionary, defaults)
+            request = Request.from_dict(field_values(dictionary) | said, defaults)
         except UserError as error:
             requests.append(UserError(f"{where}{error}"))
             continue
-        requests.append(
-            replace(
-                request,
-                input_image=_beside(path, request.input_image),
-                input_video=_beside(path, request.input_video),
-            )
-        )
+        files: dict[str, Any] = {
+            name: _beside(path, getattr(request, name))
+            for name in ("input_image", "input_video")
+            if name not in said
+        }
+        requests.append(replace(request, **files))
     return requests
 
 

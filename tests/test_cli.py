@@ -315,6 +315,16 @@ def test_the_command_wins_over_the_file_and_the_file_over_the_configuration(
     assert (call["num_inference_steps"], call["num_frames"], call["height"]) == (11, 13, 80)
 
 
+def test_options_complete_a_request_that_could_not_be_without_them(kairos: Any, fake: FakePipeline) -> None:
+    Image.new("RGB", (32, 32)).save("first.png")
+    Path("one.json").write_text('{"seed": 3, "num_frames": 80}')
+    status, _, _ = kairos("generate", "--request", "one.json", "--image", "first.png", "--frames", 5)
+    (call,) = fake.calls
+    assert (status, call["num_frames"], call["image"].size) == (0, 5, (32, 32))
+    status, said, complaint = kairos("generate", "--request", "one.json", "--frames", 6)
+    assert (status, said, complaint.count("\n")) == (2, "", 1)
+
+
 @pytest.mark.parametrize(
     ("second", "message"),
     [

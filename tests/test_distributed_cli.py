@@ -135,24 +135,32 @@ def test_another_model_or_request_is_not_taken_for_one_that_is_made(tmp_path: Pa
 
     job = Job(Request("a ball", height=30), tmp_path / "a.mp4")
     options = RunOptions(model="one")
-    assert not is_finished(job, options)
-    said = {"model": {"name": "one"}, **with_remark(job).remarks}
-    write_video(job.path, np.zeros((1, 32, 32, 3), np.uint8), 16, said)
-    assert is_finished(job, options)
-    assert not is_finished(job, RunOptions(model="other"))
-    assert not is_finished(Job(Request("a ball", height=30, seed=1), job.path), options)
+    about: dict[str, Any] = {
+        "model": {"name": "one", "hash": "5c"},
+        "dtype": "float32",
+        "vae_dtype": "float32",
+    }
+    assert not is_finished(job, options, about)
+    write_video(job.path, np.zeros((1, 32, 32, 3), np.uint8), 16, about | with_remark(job).remarks)
+    assert is_finished(job, options, about)
+    assert not is_finished(Job(Request("a ball", height=30, seed=1), job.path), options, about)
+    for loaded in (
+        {"model": {"name": "other", "hash": "5c"}},
+        {"model": {"name": "one", "hash": "9d"}},  # its weights have changed since
+        {"dtype": "bfloat16"},
+        {"vae_dtype": "bfloat16"},
+    ):
+        assert not is_finished(job, options, about | loaded), loaded
     for other in (
         {"loras": ("one.safetensors:0.5",)},
         {"scale": 2},
         {"quantize": "int8"},
         {"step_cache": 0.1},
-        {"dtype": "bfloat16"},
-        {"vae_dtype": "bfloat16"},
         {"rewrite": "someone"},
     ):
-        assert not is_finished(job, RunOptions(model="one", **other)), other
+        assert not is_finished(job, RunOptions(model="one", **other), about), other
     job.path.write_bytes(b"half a video")
-    assert not is_finished(job, options)
+    assert not is_finished(job, options, about)
 
 
 def test_a_rewritten_video_is_finished_for_the_words_that_it_came_from(
@@ -170,41 +178,71 @@ def test_a_rewritten_video_is_finished_for_the_words_that_it_came_from(
     monkeypatch.setattr(rewrite.Rewriter, "__call__", lambda _, prompt, **__: f"{prompt}, written out")
     asked = with_remark(Job(Request("a ball"), tmp_path / "a.mp4"))
     made = rewritten(asked, rewrite.Rewriter("someone"))
-    about = {"model": {"name": "one"}} | made.remarks
-    write_video(made.path, np.zeros((1, 32, 32, 3), np.uint8), 16, about)
+    about = {"model": {"name": "one", "hash": "5c"}, "dtype": "float32", "vae_dtype": "float32"}
+    write_video(made.path, np.zeros((1, 32, 32, 3), np.uint8), 16, about | made.remarks)
     options = RunOptions(model="one", rewrite="someone")
-    assert is_finished(asked, options) and is_finished(made, options)
-    assert not is_finished(asked, RunOptions(model="one"))
-    assert not is_finished(asked, RunOptions(model="one", rewrite="another"))
+    assert is_finished(asked, options, about) and is_finished(made, options, about)
+    assert not is_finished(asked, RunOptions(model="one"), about)
+    assert not is_finished(asked, RunOptions(model="one", rewrite="another"), about)
 
 
-@pytest.mark.parametrize(("listed", "prompts"), [(False, ["a ball, written out"]), (True, ["a ball"])])
-def test_a_video_that_is_made_anew_is_made_of_the_rewritten_prompt_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: bool, prompts: list[str]
+@pytest.mark.parametrize(
+    ("listed", "by", "seed", "prompt"),
+    [
+        (False, "someone", 0, "a ball, written out anew"),
+        (True, "someone", 0, "a ball, written out"),
+        (True, "another", 0, "a ball, written out anew"),
+        (True, "someone", 1, "a ball, written out anew"),
+    ],
+)
+def test_the_prompt_of_a_lists_video_is_written_out_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: bool, by: str, seed: int, prompt: str
 ) -> None:
-    """A finished video of a list is left as it is, and its prompt needs no second writing."""
+    """Whether the ranks leave the video as it is or, with other weights, make it anew. What is made anew is
+    always made of a rewritten prompt."""
+    import numpy as np
+
     from kairos.cli import gpus
     from kairos.cli.generate import Job
-    from kairos.cli.run import RunOptions
+    from kairos.cli.run import RunOptions, rewritten
     from kairos.conditioning import rewrite
+    from kairos.data.media import write_video
     from kairos.distributed import launch
     from kairos.request import Request
 
-    launched: list[str] = []
+    launched: list[Job] = []
     monkeypatch.setattr(rewrite.Rewriter, "__call__", lambda _, prompt, **__: f"{prompt}, written out")
-    monkeypatch.setattr(gpus, "is_finished", lambda job, options: True)
-    monkeypatch.setattr(
-        launch, "launch", lambda _, given, size: launched.extend(job.request.prompt for job in given[0])
-    )
+    made = rewritten(gpus.with_remark(Job(Request("a ball"), tmp_path / "a.mp4")), rewrite.Rewriter(by))
+    said = {"request": made.request.to_dict()} | made.remarks
+    write_video(made.path, np.zeros((1, 32, 32, 3), np.uint8), 16, said)
+    monkeypatch.setattr(rewrite.Rewriter, "__call__", lambda _, prompt, **__: f"{prompt}, written out anew")
+    monkeypatch.setattr(launch, "launch", lambda _, given, size: launched.extend(given[0]))
     gpus.run_on_gpus(
-        [Job(Request("a ball"), tmp_path / "a.mp4")],
+        [Job(Request("a ball", seed=seed), made.path)],
         [],
         RunOptions(device="cpu", rewrite="someone"),
         gpus="2",
         split=None,
         report=tmp_path / "report.json" if listed else None,
     )
-    assert launched == prompts
+    (job,) = launched
+    assert job.request.prompt == prompt
+    assert job.remarks["rewritten"] == {"from": "a ball", "by": "someone"}
+
+
+def test_a_list_without_a_good_request_starts_no_ranks(
+    kairos: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kairos.distributed import launch
+
+    monkeypatch.setattr(launch, "launch", lambda *_, **__: pytest.fail("ranks are started"))
+    (tmp_path / "bad.json").write_text(json.dumps([{"num_frames": 4}, {"prompt": "a", "seed": -1}]))
+    arguments = ("generate", "--request", tmp_path / "bad.json", "-o", tmp_path / "out")
+    status, _, errors = kairos(*arguments, "--gpus", 2, "--device", "cpu")
+    assert (status, errors.count("error: ")) == (2, 3)
+    assert "2 of 2 requests failed: 1, 2; see" in errors
+    report = json.loads((tmp_path / "out" / "bad.report.json").read_text())
+    assert [entry["status"] for entry in report] == ["failed", "failed"]
 
 
 @pytest.mark.parametrize("split", [("--gpus", 2), ("--gpus", 3, "--split", "context")])

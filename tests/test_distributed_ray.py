@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -13,10 +14,12 @@ from typing import Any
 import pytest
 from conftest import random_pipeline
 
-from kairos.cli import main
-from kairos.cli.batch import _received
+from kairos.cli import batch, main
+from kairos.cli.batch import VideoWorker, _received
 from kairos.cli.generate import Job
-from kairos.distributed.fleet import run_tasks
+from kairos.cli.gpus import Outcome
+from kairos.cli.run import RunOptions
+from kairos.distributed.fleet import cluster, run_tasks
 from kairos.errors import MachineError
 from kairos.request import Request
 
@@ -30,16 +33,23 @@ class RayActorError(RayError):
 
 
 class PlayedRay:
-    """Actors in this process. `act(task)` answers or raises; what raises RayActorError has died."""
+    """Actors in this process. `act(task)` answers or raises; what raises RayActorError has died.
+
+    Those of the numbers `loading`, counted from 1, are never ready.
+    """
 
     exceptions = SimpleNamespace(RayError=RayError, RayActorError=RayActorError)
 
-    def __init__(self, act: Callable[[Any], Any], starts: bool = True) -> None:
+    def __init__(
+        self, act: Callable[[Any], Any], starts: bool = True, loading: set[int] | None = None
+    ) -> None:
         self.act, self.starts, self.started = act, starts, 0
+        self.loading, self.unready = loading or set(), set[Any]()
 
     def start(self) -> Any:
         self.started += 1
         ready = self._later(lambda: True if self.starts else self._fail())
+        self.unready |= {ready} if self.started in self.loading else set()
         return SimpleNamespace(
             ready=SimpleNamespace(remote=lambda: ready),
             run=SimpleNamespace(remote=lambda task: self._later(lambda: self.act(task))),
@@ -49,7 +59,8 @@ class PlayedRay:
         return reference()
 
     def wait(self, references: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
-        return references[-1:], references[:-1]
+        done = next(reference for reference in reversed(references) if reference not in self.unready)
+        return [done], [reference for reference in references if reference is not done]
 
     @staticmethod
     def _fail() -> None:
@@ -85,7 +96,69 @@ def test_a_task_whose_worker_died_goes_to_a_new_one_and_is_given_up_after_its_re
     assert answers[2] == answers[5] == "made"
     assert isinstance(answers[7], RayActorError)
     assert tries == {"good": 1, "once": 2, "always": 3}
-    assert ray.started == 2 + 1 + 3
+    assert ray.started == 2 + 1 + 2  # nothing waits for another after the last
+
+
+def test_a_task_goes_to_the_first_worker_that_is_ready_and_none_waits_for_the_slow() -> None:
+    ray = PlayedRay(lambda task: task * 10, loading={1, 3})
+    answers = dict(run_tasks(ray, ray.start, dict(enumerate(range(5))), workers=3, retries=0))
+    assert answers == {number: number * 10 for number in range(5)}
+    assert ray.started == 3
+
+
+def test_the_others_go_on_while_a_replacement_loads() -> None:
+    died: list[str] = []
+
+    def act(task: str) -> str:
+        if task == "once" and not died:
+            died.append(task)
+            raise RayActorError("the worker died")
+        return "made"
+
+    ray = PlayedRay(act, loading={3})
+    answers = dict(run_tasks(ray, ray.start, dict(enumerate(["a", "b", "once"])), workers=2, retries=1))
+    assert (answers, died, ray.started) == (dict.fromkeys(range(3), "made"), ["once"], 3)
+
+
+def test_a_worker_that_dies_is_replaced_only_where_a_task_waits() -> None:
+    def act(task: str) -> None:
+        raise RayActorError("the worker died")
+
+    ray = PlayedRay(act)
+    ((number, answer),) = run_tasks(ray, ray.start, {4: "one"}, workers=3, retries=0)
+    assert (number, str(answer), ray.started) == (4, "the worker died", 1)
+
+
+def test_a_cluster_that_others_use_is_waited_for_with_a_word(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    there = SimpleNamespace(init=lambda **_: None, shutdown=lambda: None)
+    there.cluster_resources = lambda: {"GPU": 4.0}
+    monkeypatch.setitem(sys.modules, "ray", there)
+    for free, said in (({"GPU": 4.0}, 0), ({"GPU": 1.0}, 1), ({}, 2)):
+        there.available_resources = lambda free=free: free
+        with caplog.at_level("WARNING", "kairos"), cluster("auto", workers=3, on_gpus=True) as (_, room):
+            assert (room, len(caplog.messages)) == (3, said)
+    assert caplog.messages[0] == "of 3 GPUs 1 are free; the others are used once they are"
+
+
+@pytest.mark.parametrize(("weights", "status"), [("5c", "skipped"), ("9d", "made")])
+def test_a_worker_skips_what_its_own_weights_have_made(
+    monkeypatch: pytest.MonkeyPatch, weights: str, status: str
+) -> None:
+    def attempt(job: Job, *_: Any) -> Outcome:
+        job.path.write_bytes(b"a video")
+        return Outcome(job.number, "", "made")
+
+    monkeypatch.setattr(batch, "attempt", attempt)
+    worker = VideoWorker.__new__(VideoWorker)
+    about: dict[str, Any] = {"model": {"name": "m", "hash": "5c"}, "dtype": "float32", "vae_dtype": "float32"}
+    worker.options, worker.tiled, worker.pipeline, worker.about = RunOptions(model="m"), True, None, about
+    asked = {"asked": {"prompt": "a ball", "seed": 0}}
+    before = about | asked | {"model": {"name": "m", "hash": weights}}
+    task = {"request": {"prompt": "a ball"}, "remarks": asked, "number": 3, "made_before": before}
+    outcome, video = worker.run(task)
+    assert (outcome["request"], outcome["status"], bool(video)) == (3, status, status == "made")
 
 
 def test_an_answer_that_is_to_be_had_again_is_asked_for_again() -> None:

@@ -11,7 +11,7 @@ import torch
 from accelerate.hooks import CpuOffload
 from PIL import Image
 
-from kairos import memory, placement, sizes
+from kairos import memory, placement, presets, sizes
 from kairos.cli import batch, main, run
 from kairos.cli.generate import Job
 from kairos.data.media import read_video
@@ -360,6 +360,18 @@ def quantized_names(state: dict[str, torch.Tensor]) -> set[str]:
         for name, value in state.items()
         if name.endswith(".weight") and value.ndim == 2 and not any(gate in name for gate in gates)
     }
+
+
+def test_other_weights_are_planned_for_without_the_models_own(tmp_path, capsys) -> None:
+    (tmp_path / presets.MARK).write_text('{"preset": "kairos-4b-480p"}')
+    options = run.RunOptions(model=str(tmp_path), weights="mine.safetensors", memory="80")
+    cuda = torch.device("cuda")
+    named = run.planned([Request("a ball")], replace(options, model="kairos-4b-480p"), cuda)
+    assert run.planned([Request("a ball")], options, cuda) == named
+    with pytest.raises(SystemExit, match="0"):
+        main(["models", "info", str(tmp_path)])
+    missing = f"not downloaded; run: kairos models download kairos-4b-480p --dir {tmp_path}\n"
+    assert missing in capsys.readouterr().out
 
 
 def test_without_torchao_one_line_names_the_extra(pipeline, monkeypatch) -> None:

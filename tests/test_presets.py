@@ -293,6 +293,15 @@ def test_an_interrupted_download_of_shards_is_not_taken_for_a_model(huggingface,
     assert hub.find(source) is None
 
 
+def test_a_folder_that_cannot_be_completed_is_no_download(huggingface, monkeypatch, tmp_path):
+    """The hub returns a folder that is there when it cannot be reached, and only warns."""
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, local_dir, **__: str(local_dir))
+    message = refusal(hub.fetch, presets.WAN_VAE, tmp_path, error=MachineError)
+    assert message == f"{presets.WAN_VAE.repo} is not whole yet; run the command again"
+    (tmp_path / presets.WAN_VAE.patterns[0]).touch()
+    assert hub.fetch(presets.WAN_VAE, tmp_path) == tmp_path
+
+
 def test_other_weights_can_take_the_place_of_a_models_own(published, pipeline, tmp_path):
     download("kairos-4b-480p")
     with torch.no_grad():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kairos.errors import UserError
-from kairos.request import Request, read_requests, shell_command
+from kairos.request import Request, read_each_request, read_requests, shell_command
 
 REFERENCE = {
     "prompt": "your prompt here",
@@ -166,6 +166,22 @@ def test_inputs_are_looked_for_in_the_working_folder_then_beside_the_file(
     assert read_requests(path)[0].input_image == str(beside / "a.png")
     (tmp_path / "a.png").touch()
     assert read_requests(path)[0].input_image == "a.png"
+
+
+def test_what_counts_instead_is_taken_before_a_request_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "a.png").touch()
+    path = write(
+        tmp_path / "list" / "a.json", [{"seed": 3, "frames": 80}, {"sed": 3}, {"input_image": "a.png"}]
+    )
+    completed, unknown, other = read_each_request(path, None, {"image": "a.png", "frames": 5, "seed": None})
+    # What the command names is where it says, not beside the file.
+    assert completed == Request(input_image="a.png", seed=3, num_frames=5)
+    assert "request 2: unknown key 'sed'" in str(unknown)
+    assert other == Request(input_image="a.png", num_frames=5)
 
 
 def test_a_request_survives_its_dictionary() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -220,6 +221,16 @@ def test_a_local_model_writes_the_same_text_each_time_and_is_loaded_once(local_m
     assert text == Rewriter(str(local_model))("a ball")
     (local_model / "model.safetensors").unlink()
     assert rewriter("a ball") == text
+
+
+def test_a_local_model_and_its_memory_on_a_gpu_are_let_go(local_model, monkeypatch):
+    left = []
+    with Rewriter(str(local_model)) as rewriter:
+        rewriter("a ball")
+        model = weakref.ref(rewriter._loaded[0])
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: left.append(model()))
+    assert left == [None]
 
 
 def test_a_local_answer_that_was_cut_is_no_prompt(local_model):

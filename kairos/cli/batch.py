@@ -14,7 +14,18 @@ from kairos.cli.clock import Clock
 from kairos.cli.config import Config, read_config
 from kairos.cli.console import out, show_log, waiting
 from kairos.cli.generate import Job, file_jobs
-from kairos.cli.gpus import Outcome, attempt, conclude, failed, is_finished, say_failure, with_remark
+from kairos.cli.gpus import (
+    Outcome,
+    attempt,
+    conclude,
+    failed,
+    is_as_asked,
+    refusals,
+    said_in,
+    say_failure,
+    skipped,
+    with_remark,
+)
 from kairos.cli.run import RunOptions
 from kairos.data.files import prepare_file, write_atomically
 from kairos.errors import KairosError, MachineError, UserError, one_line
@@ -76,21 +87,13 @@ def batch(
 
         probe(ray)
     single.check_model(options)
-    outcomes = [Outcome(bad.number, "", "failed", one_line(bad.error)) for bad in refused]
-    for outcome in outcomes:
-        say_failure(outcome)
-    todo = []
+    outcomes = refusals(refused)
     for job in jobs:
-        if is_finished(job, options):
-            out.print(f"{job.path}: made before")
-            outcomes.append(Outcome(job.number, str(job.path), "skipped"))
-        else:
-            prepare_file(job.path)
-            todo.append(with_remark(job))
-    if todo:
-        plan = _planned(todo, options)
+        prepare_file(job.path)
+    if jobs:
+        plan = _planned(jobs, options)
         workers = gpus or (None if options.device == "cuda" else 1)
-        outcomes += on_ray(ray, todo, options, plan, workers=workers, retries=retries)
+        outcomes += on_ray(ray, jobs, options, plan, workers=workers, retries=retries)
     conclude(outcomes, Path(output) / f"{request.stem}.report.json")
 
 
@@ -103,7 +106,10 @@ def on_ray(
     workers: int | None,
     retries: int,
 ) -> list[Outcome]:
-    """What became of the jobs on the cluster; their videos are written as they come."""
+    """What became of the jobs on the cluster; their videos are written as they come.
+
+    A worker is told what the file of a job says, and skips what is made: it alone knows its model's weights.
+    """
     from kairos.distributed.fleet import cluster, run_tasks
 
     on_gpus = options.device != "cpu"
@@ -112,7 +118,11 @@ def on_ray(
     with cluster(address, workers=workers, on_gpus=on_gpus) as (ray, room):
         actor = ray.remote(**needs)(VideoWorker)
         # Absolute, as far as they are paths here: a worker has a working folder of its own.
-        tasks = {job.number: asdict(replace(job, request=_absolute(job))) for job in jobs}
+        tasks = {
+            job.number: asdict(replace(with_remark(job), request=_absolute(job)))
+            | {"made_before": said_in(job.path)}
+            for job in jobs
+        }
         by_number = {job.number: job for job in jobs}
         with waiting(f"{len(jobs)} requests on {room} workers"):
             for number, answer in run_tasks(
@@ -149,6 +159,8 @@ class VideoWorker:
             request = Request(**task["request"])
             request = replace(request, tiled=request.tiled or self.tiled)
             job = Job(request, path, task["remarks"], task["number"])
+            if is_as_asked(task["made_before"], job, self.options, self.about):
+                return asdict(Outcome(job.number, "", "skipped")), b""
             outcome = attempt(job, self.pipeline, self.about, self.options, Clock())
             return asdict(outcome), path.read_bytes() if outcome.status == "made" else b""
 
@@ -169,6 +181,8 @@ def _received(job: Job, answer: Any) -> Outcome:
     if isinstance(answer, BaseException):
         return failed(job, MachineError(f"its worker died: {one_line(answer)}"))
     outcome = replace(Outcome(**answer[0]), output=str(job.path))
+    if outcome.status == "skipped":
+        return skipped(job)
     if outcome.status == "made":
         try:
             write_atomically(job.path, answer[1])

@@ -27,7 +27,7 @@ from kairos.cli.options import (
 )
 from kairos.distributed import is_rank
 from kairos.errors import UserError
-from kairos.request import Request, field_values, read_each_request
+from kairos.request import Request, read_each_request
 
 
 @dataclass(frozen=True)
@@ -293,17 +293,13 @@ def file_jobs(
 ) -> tuple[list[Job], list[Refused]]:
     """The jobs of a request file, and what is no job: the command wins over the file, the file over the
     configuration."""
-    requests = read_each_request(path, defaults)
+    requests = read_each_request(path, defaults, said)
     jobs, refused = [], []
     for number, request in enumerate(requests, start=1):
-        name = path.stem if len(requests) == 1 else f"{path.stem}-{number:0{len(str(len(requests)))}}"
-        try:
-            if isinstance(request, UserError):
-                raise request
-            request = replace(request, **field_values(said))
-        except UserError as error:
-            refused.append(Refused(number, error))
+        if isinstance(request, UserError):
+            refused.append(Refused(number, request))
             continue
+        name = path.stem if len(requests) == 1 else f"{path.stem}-{number:0{len(str(len(requests)))}}"
         target = Path(output or "output") / (request.output or f"{name}.mp4")
         jobs.append(Job(request, target, number=number))
     if output is not None and output.lower().endswith(".mp4") and not Path(output).is_dir():

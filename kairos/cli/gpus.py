@@ -74,6 +74,9 @@ def run_on_gpus(
         raise UserError(f"--split {split} says what several GPUs share; add --gpus N")
     size = count_gpus(gpus, kind)
     single.check_model(options)
+    if not jobs:  # nothing to load a model for
+        conclude(refusals(refused), report)
+        return
     if not report:
         defaults = presets.defaults_of(options.model)
         for job in jobs:
@@ -82,13 +85,12 @@ def run_on_gpus(
     if options.rewrite is not None:
         from kairos.conditioning.rewrite import Rewriter
 
-        rewriter = Rewriter(options.rewrite)
-        with waiting("rewriting prompts"):
+        with waiting("rewriting prompts"), Rewriter(options.rewrite) as rewriter:
             jobs = [
-                job if report and is_finished(job, options) else single.rewritten(job, rewriter)
+                (rewritten_before(job, rewriter.source) if report else None)
+                or single.rewritten(job, rewriter)
                 for job in jobs
             ]
-        del rewriter  # and with it a local model
     from kairos.distributed.launch import launch
 
     launch(make_on_rank, (jobs, refused, options, kind, split, report), size=size)
@@ -170,9 +172,7 @@ def _make(
     split = split or choose_split(len(jobs), world.size, guided, heads)
     if first:
         logger.info("%d ranks on %s share by %s", world.size, world.device.type, split)
-    outcomes = [Outcome(bad.number, "", "failed", one_line(bad.error)) for bad in refused] if first else []
-    for outcome in outcomes:
-        say_failure(outcome)
+    outcomes = refusals(refused) if first else []
     if split == "list":
         outcomes += _take_jobs(world, jobs, pipeline, about, options, clock)
     else:
@@ -210,8 +210,8 @@ def attempt(
     job: Job, pipeline: "KairosPipeline", about: dict[str, Any], options: RunOptions, clock: Clock
 ) -> Outcome:
     """Make one job of a list, unless it is made; its failure is an outcome too."""
-    if is_finished(job, options):
-        return _skipped(job)
+    if is_finished(job, options, about):
+        return skipped(job)
     try:
         _check(job, pipeline, options)
         with single.explained_memory():
@@ -249,7 +249,7 @@ def _make_together(
     first = world.rank == 0
     for job in jobs:
         error: KairosError | None = None
-        finished = is_finished(job, options)
+        finished = is_finished(job, options, about)
         try:
             _check(job, pipeline, options)
         except KairosError as caught:
@@ -257,7 +257,7 @@ def _make_together(
         said = [str(error) if error else "", isinstance(error, UserError), finished]
         told = world.share(f"request {job.number}", said)
         if listed and told[0][2]:
-            outcomes.append(_skipped(job) if first else None)
+            outcomes.append(skipped(job) if first else None)
             continue
         if wrong := next((one for one in told if one[0]), None):
             problem = (UserError if wrong[1] else MachineError)(wrong[0])
@@ -284,31 +284,55 @@ def with_remark(job: Job) -> Job:
     return replace(job, remarks={"asked": asked} | job.remarks)
 
 
-def is_finished(job: Job, options: RunOptions) -> bool:
-    """Whether the job's file is there, and is what this job asks of this model with these options."""
-    from kairos.data.media import read_metadata
+def is_finished(job: Job, options: RunOptions, about: dict[str, Any]) -> bool:
+    """Whether the job's file is there, and is what this job asks of this model with these options.
 
-    if not job.path.is_file():
-        return False
-    try:
-        metadata = read_metadata(job.path)
-    except KairosError:
-        return False
+    about: what the model's videos say of it, see `kairos.cli.run.load`.
+    """
+    return is_as_asked(said_in(job.path), job, options, about)
+
+
+def is_as_asked(metadata: dict[str, Any], job: Job, options: RunOptions, about: dict[str, Any]) -> bool:
+    """`is_finished` for a file that says this."""
     said = single.said_of(options) | {"asked": with_remark(job).remarks["asked"]}
-    for name in ("dtype", "vae_dtype"):  # "auto" is whatever it came to
-        if (precision := getattr(options, name)) != "auto":
-            said[name] = precision
-    model, rewritten = (metadata.get(name) or {} for name in ("model", "rewritten"))
-    return (
-        model.get("name") == options.model
-        and rewritten.get("by") == options.rewrite
-        and all(metadata.get(name) == value for name, value in said.items())
+    said |= {name: about[name] for name in ("model", "dtype", "vae_dtype")}
+    rewritten = metadata.get("rewritten") or {}
+    return rewritten.get("by") == options.rewrite and all(
+        metadata.get(name) == value for name, value in said.items()
     )
 
 
-def _skipped(job: Job) -> Outcome:
+def rewritten_before(job: Job, rewriter: str) -> Job | None:
+    """The job with the prompt that its file was made of, where this rewriter wrote it for the same job."""
+    metadata = said_in(job.path)
+    rewritten = metadata.get("rewritten") or {}
+    if metadata.get("asked") != with_remark(job).remarks["asked"] or rewritten.get("by") != rewriter:
+        return None
+    request = replace(job.request, prompt=metadata["request"].get("prompt", ""))
+    return replace(job, request=request, remarks=job.remarks | {"rewritten": rewritten})
+
+
+def said_in(path: Path) -> dict[str, Any]:
+    """The metadata of a video; nothing where there is none."""
+    from kairos.data.media import read_metadata
+
+    try:
+        return read_metadata(path)
+    except KairosError:
+        return {}
+
+
+def skipped(job: Job) -> Outcome:
     out.print(f"{job.path}: made before")
     return Outcome(job.number, str(job.path), "skipped")
+
+
+def refusals(refused: Sequence[Refused]) -> list[Outcome]:
+    """The outcomes of what is no job, said on stderr."""
+    outcomes = [Outcome(bad.number, "", "failed", one_line(bad.error)) for bad in refused]
+    for outcome in outcomes:
+        say_failure(outcome)
+    return outcomes
 
 
 def say_failure(outcome: Outcome) -> None:

@@ -29,15 +29,17 @@ def info(
     ],
 ) -> None:
     """Say what a model was made for and what it needs. Nothing is loaded."""
+    from kairos import presets
     from kairos.model_info import info as describe
     from kairos.sizes import PROCESS_GB
 
     about = describe(name)
+    where = "" if presets.is_name(name) else f" --dir {name}"
     made_for = about.defaults
     guided = "" if made_for.get("guide_continuation", True) else ", of the first frame alone"
     rows: list[tuple[str, Any]] = [
         ("model", f"{about.name}: {about.description}"),
-        ("where", about.path or f"not downloaded; run: kairos models download {about.name}"),
+        ("where", about.path or f"not downloaded; run: kairos models download {about.name}{where}"),
         *((f"{part} from", repository) for part, repository in about.repositories.items()),
         ("made for", "{width} x {height}, {num_frames} frames at {fps} fps".format(**made_for)),
         ("sampling", f"{about.scheduler}, {made_for['num_inference_steps']} steps"),

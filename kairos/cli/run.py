@@ -100,9 +100,8 @@ def run(jobs: Sequence["Job"], options: RunOptions) -> None:
         with clock.stage("rewrite"), waiting("rewriting prompts"):
             from kairos.conditioning.rewrite import Rewriter
 
-            rewriter = Rewriter(options.rewrite)
-            jobs = [rewritten(job, rewriter) for job in jobs]
-            del rewriter  # and with it a local model
+            with Rewriter(options.rewrite) as rewriter:
+                jobs = [rewritten(job, rewriter) for job in jobs]
     with explained_memory("a smaller size, fewer frames, --memory GB, --tiled or --free-encoder"):
         with clock.stage("load"), waiting(f"loading {options.model}"):
             pipeline, about = load(options, device, dtype, plan)

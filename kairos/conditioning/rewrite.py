@@ -37,7 +37,7 @@ WITH_IMAGE = (
 
 
 class Rewriter:
-    """A second model. A local one is loaded with the first prompt and kept as long as this object is."""
+    """A second model. A local one is loaded with the first prompt and kept until the end of a `with`."""
 
     def __init__(self, source: str, timeout_s: float = 120.0) -> None:
         """
@@ -50,6 +50,18 @@ class Rewriter:
         """
         self.source, self.timeout_s = source, timeout_s
         self._loaded: tuple[Any, Any] | None = None
+
+    def __enter__(self) -> Rewriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let a local model go, and what it held of a GPU: other processes may want it."""
+        if self._loaded is not None:
+            import torch
+
+            self._loaded = None
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def __call__(self, prompt: str, *, with_image: bool = False) -> str:
         """The prompt, written out.

@@ -51,6 +51,9 @@ def cluster(address: str, *, workers: int | None, on_gpus: bool) -> Iterator[tup
         if not 1 <= wanted <= there:
             fix = "take --gpus " + str(there) if there else "--device cpu --gpus N runs on CPUs"
             raise UserError(f"{workers or 'all'} {kind}s are asked for and Ray has {there or 'none'}; {fix}")
+        free = wanted if address == "local" else int(ray.available_resources().get(kind, 0))
+        if free < wanted:
+            logger.warning("of %d %ss %d are free; the others are used once they are", wanted, kind, free)
         yield ray, wanted
     finally:
         ray.shutdown()
@@ -81,8 +84,9 @@ def run_tasks(
 ) -> Iterator[tuple[int, Any]]:
     """The number of each task, its key in `tasks`, and its answer, `worker.run.remote(task)`, as they come.
 
-    A task whose worker dies goes to another, up to `retries` times, and so does one whose answer is to be had
-    `again`. What fails to the end has its exception as answer.
+    Workers load side by side, and each is given a task when it is ready. A task whose worker dies goes to
+    another, up to `retries` times, and so does one whose answer is to be had `again`. What fails to the end
+    has its exception as answer.
 
     Raises:
         MachineError: when a worker cannot start.
@@ -90,13 +94,20 @@ def run_tasks(
     waiting = deque(tasks)
     failures = dict.fromkeys(tasks, 0)
     running: dict[Any, tuple[int, Any]] = {}
-    starting = [start_worker() for _ in range(min(workers, len(tasks)))]  # they load side by side
-    idle = [_started(ray, worker) for worker in starting]
+    starting: dict[Any, Any] = {}
+    idle: list[Any] = []
     while waiting or running:
         while waiting and idle:
             number, worker = waiting.popleft(), idle.pop()
             running[worker.run.remote(tasks[number])] = number, worker
-        (done, *_), _ = ray.wait(list(running), num_returns=1)
+        while len(starting) < min(len(waiting), workers - len(running)):
+            worker = start_worker()
+            starting[worker.ready.remote()] = worker
+        (done, *_), _ = ray.wait([*running, *starting], num_returns=1)
+        if done in starting:
+            _check_started(ray, done)
+            idle.append(starting.pop(done))
+            continue
         number, worker = running.pop(done)
         try:
             answer = ray.get(done)
@@ -104,9 +115,7 @@ def run_tasks(
             idle.append(worker)
         except ray.exceptions.RayError as error:
             answer, failed_here = error, True
-            if isinstance(error, ray.exceptions.RayActorError):
-                idle.append(_started(ray, start_worker()))
-            else:
+            if not isinstance(error, ray.exceptions.RayActorError):
                 idle.append(worker)
         failures[number] += failed_here
         if failed_here and failures[number] <= retries:
@@ -116,11 +125,10 @@ def run_tasks(
             yield number, answer
 
 
-def _started(ray: Any, worker: Any) -> Any:
-    """The worker, once it has its model."""
+def _check_started(ray: Any, ready: Any) -> None:
+    """Refuse to go on with a worker that has no model."""
     try:
-        ray.get(worker.ready.remote())
+        ray.get(ready)
     except ray.exceptions.RayError as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1][:200]
         raise MachineError(f"a worker cannot start: {reason}") from error
-    return worker
