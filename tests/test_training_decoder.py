@@ -23,7 +23,7 @@ SAMPLING = {"steps": 3, "guidance_scale": 1.0, "guide_continuation": True, "few_
 class Wrong:
     """A model that knows the clips, and is off by the same in every one."""
 
-    config = SimpleNamespace(causal="chunk")
+    config = SimpleNamespace(causal="chunk", patch_size=(1, 2, 2))
     dtype = torch.float32
     training = False
 
