@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from training_parts import MIX, clip_set, small_model, small_stage
 
 from kairos import MachineError, UserError
 from kairos.models.vae_layers import computed_in
+from kairos.training import ahead as ahead_module
 from kairos.training import checkpoint, loop, muon
 from kairos.training.ahead import Ahead
 from kairos.training.batches import draw_batch, draw_cut, row_at
@@ -346,6 +348,19 @@ def test_workers_finish_what_their_parent_needs_though_all_are_told_to_end():
     os.kill(worker, signal.SIGTERM)
     assert [ahead.get(number)[0] for number in (1, 2)] == [worker, worker]
     ahead.close()
+
+
+def test_a_worker_that_dies_holds_nobody_up():
+    ahead = Ahead(lambda number: (os.getpid(), time.sleep(number)), workers=2)
+    ahead.begin([0, 0.1])
+    workers = {ahead.get(number)[0] for number in (0, 0.1)}
+    ahead.begin([5, 6])
+    os.kill(workers.pop(), signal.SIGKILL)
+    since = time.monotonic()
+    with pytest.raises(BrokenProcessPool):
+        [ahead.get(number) for number in (5, 6)]
+    ahead.close()
+    assert time.monotonic() - since < ahead_module.GRACE_S / 2
 
 
 def test_what_a_worker_cannot_do_is_said_where_it_is_asked_for():

@@ -16,6 +16,7 @@ from PIL import Image
 
 from kairos import UserError
 from kairos.data.media import write_video
+from kairos.training import cache
 from kairos.training.batches import draw_batch
 from kairos.training.cache import Encoders, build_cache, description, load_clips, shard
 from kairos.training.clips import (
@@ -350,7 +351,9 @@ def test_another_vae_invalidates_the_latents_and_not_the_prompts(tmp_path, encod
     assert len(encoders.text_encoder.embedded) == embedded
 
 
-def test_prompts_of_clips_that_go_on_hold_their_first_frame_where_the_template_wants_it(tmp_path, encoders):
+def test_prompts_of_clips_that_go_on_hold_their_first_frame_where_the_template_wants_it(
+    tmp_path, encoders, monkeypatch
+):
     source, pictures = SimulatorSource(("uniform", "collision"), clips=3), Bucket(1, 32, 32)
     seeing = replace(encoders, template="2026")
     report, sets = build(tmp_path, source, seeing, SMALL, pictures)
@@ -389,6 +392,15 @@ def test_prompts_of_clips_that_go_on_hold_their_first_frame_where_the_template_w
         file.unlink()
     with pytest.raises(UserError, match="shards are missing"):
         load_clips(tmp_path, [SMALL], seeing, described=description(source, [SMALL, pictures]))
+
+    # A clip that can be read no more is skipped and named.
+    def gone(clip):
+        return UserError("no such file") if "/0/0/" in clip.key else read(clip)
+
+    read = cache._first_frame
+    monkeypatch.setattr(cache, "_first_frame", gone)
+    report, (clips,) = build(tmp_path, source, seeing, SMALL)
+    assert len(clips) == 2 and [entry["reason"] for entry in report["skipped"]] == ["no such file"]
 
 
 def test_buckets_of_one_shape_share_their_clips(tmp_path, encoders):

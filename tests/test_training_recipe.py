@@ -435,7 +435,30 @@ def test_the_critics_three_verdicts_count():
             build_recipe(changed(stages=[stage | {"distillation": {"adversarial": adversarial}}]), "recipe")
         ]
     ]
-    assert plans[1] == pytest.approx(3 * plans[0])
+    # Two of them hold the blocks up to the middle of four: three.
+    assert plans[1] == pytest.approx((1 + 2 * 3 / 4) * plans[0])
+
+
+def test_a_teacher_and_its_fake_score_are_planned_at_their_own_size(tmp_path):
+    sizes = TINY["model"] | {"num_layers": 8, "hidden_size": 64}
+    save_original(KairosTransformer3DModel(**sizes), tmp_path / "teacher.safetensors")
+    stage = TINY["stages"][0] | {"objective": "distillation", "checkpointing": True}
+
+    def planned(teacher):
+        recipe = build_recipe(changed(stages=[stage | {"distillation": {"teacher": teacher}}]), "recipe")
+        return plan_stage(recipe, recipe.stages[0]).memory_gb
+
+    alike, larger = planned(""), planned(str(tmp_path / "teacher.safetensors"))
+    parameters = sum(p.numel() for p in KairosTransformer3DModel(**sizes).parameters())
+    assert larger["teacher"] == pytest.approx(4 * parameters / 1e9) and alike["teacher"] == alike["weights"]
+    assert larger["fake score"] == pytest.approx(16 * parameters / 1e9)
+    assert larger["activations"] > 2 * alike["activations"] and larger["weights"] == alike["weights"]
+    tiny = planned("kairos-tiny-teacher")["teacher"]
+    assert tiny == pytest.approx(4 * sum(p.numel() for p in load_tiny().parameters()) / 1e9)
+
+
+def load_tiny():
+    return KairosTransformer3DModel.from_pretrained(ASSETS / "kairos-tiny-teacher" / "transformer")
 
 
 def test_muon_keeps_one_number_of_a_matrix_and_two_of_the_rest():
@@ -513,8 +536,8 @@ def test_weights_alone_are_of_the_bases_kind_and_a_teacher_stays_what_it_is(tmp_
 
 
 def test_a_few_step_base_keeps_its_sampler_for_preferences_and_loses_it_to_flow_matching(tmp_path):
-    def sampler(objective, base="kairos-tiny"):
-        stage = TINY["stages"][0] | {"objective": objective}
+    def sampler(objective, base="kairos-tiny", start=""):
+        stage = TINY["stages"][0] | {"objective": objective, "start_from": start}
         content = changed(base=base, vae="absent", conditioner="absent", defaults={}, stages=[stage])
         recipe = build_recipe(content, "recipe")
         scheduler, defaults = sampler_of(recipe, recipe.stages[0])
@@ -527,6 +550,10 @@ def test_a_few_step_base_keeps_its_sampler_for_preferences_and_loses_it_to_flow_
     assert sampler("preference", str(tmp_path / "saved")) == ("FewStepScheduler", 4, 1.0, own)
     assert sampler("flow")[:3] == ("FlowMatchScheduler", 50, 5.0)
     assert sampler("preference", "kairos-tiny-teacher")[:2] == ("FlowMatchScheduler", 20)
+    assert sampler("preference", start="kairos-tiny-teacher")[:3] == ("FlowMatchScheduler", 20, 3.0)
+    assert sampler("preference", "kairos-tiny-teacher", "kairos-tiny")[:3] == ("FewStepScheduler", 4, 1.0)
+    weights = ASSETS / "kairos-tiny" / "transformer"
+    assert sampler("preference", start=str(weights)) == ("FewStepScheduler", 4, 1.0, own)
 
 
 def test_lora_needs_a_small_part_of_the_memory():

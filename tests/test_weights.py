@@ -241,6 +241,19 @@ def test_a_file_of_ours_says_what_shapes_do_not_tell(tmp_path, released):
     model.save_pretrained(tmp_path / "folder")
     (file,) = (tmp_path / "folder").glob("*.safetensors")  # its config.json lies beside it
     assert read(file) == other and read(released)["causal"] == "none"
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "ours.safetensors").rename(tmp_path / "bare" / "ours.safetensors")
+    assert read(tmp_path / "bare") == read([tmp_path / "bare" / "ours.safetensors"]) == other
+
+
+@pytest.mark.parametrize(
+    "beside", ['{"_class_name": "KairosTransformer3DModel", "causal": "chunk"}', "no JSON"]
+)
+def test_what_merely_lies_beside_a_file_or_in_a_foreign_header_says_nothing_of_it(model, released, beside):
+    released.with_name("config.json").write_text(beside)
+    assert load_transformer_file(released).config.causal == "none"
+    save_file(model.state_dict(), released, metadata={"config": beside.replace("Kairos", "Other")})
+    assert load_transformer_file(released).config.causal == "none"
 
 
 def test_weights_of_something_else_are_refused_as_such():

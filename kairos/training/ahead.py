@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any, Generic, TypeVar
 
@@ -57,7 +58,14 @@ class Ahead(Generic[Key, Made]):
     def get(self, key: Key) -> Made:
         """The result of a key: waited for where it was begun, else made here."""
         begun = self._begun.pop(key, None)
-        return self.make(key) if begun is None else pickle.loads(begun.result())
+        if begun is None:
+            return self.make(key)
+        try:
+            return pickle.loads(begun.result())
+        except BrokenProcessPool:  # one has died; the others would be waited for until their grace is over
+            for worker in list((getattr(self._pool, "_processes", None) or {}).values()):
+                worker.kill()
+            raise
 
     def close(self) -> None:
         """End the workers; what they have begun is lost."""

@@ -216,10 +216,14 @@ def build_cache(
     embed_captions(folder / "prompts", captions, encoders, text_hash, device)
     there = {(entry["bucket"], entry["key"]) for entry in listed}
     moving = [one for one in moving if (one.bucket.name, one.key) in there]
-    embed_pictures(folder / "prompts", moving, encoders, text_hash, device)
+    unread = embed_pictures(folder / "prompts", moving, encoders, text_hash, device)
+    for one in moving:
+        if one.key in unread:
+            skipped.add(one.name, unread[one.key])
+    listed = [entry for entry in listed if entry["key"] not in unread]
     listed.sort(key=lambda entry: (entry["bucket"], entry["key"], entry["caption"]))
     made = sum(len(writer.written) for writer in writers.values())
-    report = {"made": made, "kept": len(listed) - made, "skipped": skipped.clips}
+    report = {"made": made, "kept": max(len(listed) - made, 0), "skipped": skipped.clips}
     content = {"vae": vae_hash, "text": text_hash, "clips": listed}
     write_atomically(folder / f"clips-{digest(described)}.json", json.dumps(content).encode())
     write_atomically(folder / f"report-{digest(described)}.json", json.dumps(report, indent=1).encode())
@@ -271,24 +275,46 @@ def embed_pictures(
     encoders: Encoders,
     text_hash: str,
     device: torch.device | str = "cpu",
-) -> None:
-    """Embed the clips' first frames that `folder` lacks, each with its caption and without words."""
+) -> dict[str, KairosError | MemoryError]:
+    """Embed the clips' first frames that `folder` lacks, each with its caption and without words.
+
+    Returns why a clip could not be read, by its key.
+    """
     known = set(stored_rows(folder, "text", text_hash))
-    missing = []
+    wanted: dict[str, dict[str, None]] = {}
     for clip in clips:
-        for caption in sorted({"", clip.caption}):
-            if (name := prompt_name(caption, clip.key)) not in known:
-                known.add(name)
-                missing.append((name, caption, clip))
+        for caption in ("", clip.caption):
+            if prompt_name(caption, clip.key) not in known:
+                wanted.setdefault(clip.key, {})[caption] = None
+    first_of = {clip.key: clip for clip in clips}
+    missing = [first_of[key] for key in wanted]
+    unread: dict[str, KairosError | MemoryError] = {}
     writer = ShardWriter(folder, "embeds", {"text": text_hash})
-    for first in range(0, len(missing), PICTURES_AT_ONCE):
-        names, captions, group = zip(*missing[first : first + PICTURES_AT_ONCE], strict=True)
-        read = {clip.key: clip.read for clip in group}
-        pictures = {key: Image.fromarray(frames()[0]) for key, frames in read.items()}
-        images = [pictures[clip.key] for clip in group]
-        for name, embedding in zip(names, encoders.embed(captions, device, images), strict=True):
-            writer.add(name, embedding)
+    ahead: Ahead[int, Any] = Ahead(lambda number: _first_frame(missing[number]), workers_for(device))
+    with ahead:
+        for first in range(0, len(missing), PICTURES_AT_ONCE):
+            group = range(first, min(first + PICTURES_AT_ONCE, len(missing)))
+            ahead.begin(range(first, min(first + max(2 * PICTURES_AT_ONCE, ahead.workers), len(missing))))
+            names, captions, images = [], [], []
+            for number in group:
+                key, frame = missing[number].key, ahead.get(number)
+                if not isinstance(frame, Tensor):
+                    unread[key] = frame
+                    continue
+                for caption in wanted[key]:
+                    names.append(prompt_name(caption, key))
+                    captions.append(caption)
+                    images.append(Image.fromarray(frame.numpy()))
+            if names:
+                for name, embedding in zip(names, encoders.embed(captions, device, images), strict=True):
+                    writer.add(name, embedding)
     writer.close()
+    return unread
+
+
+def _first_frame(clip: ClipReference) -> Tensor | KairosError | MemoryError:
+    frames = _read(clip)
+    return frames[0].clone() if isinstance(frames, Tensor) else frames
 
 
 def load_clips(

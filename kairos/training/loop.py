@@ -32,7 +32,7 @@ from kairos.training.parallel import ALONE, Processes, local, whole
 from kairos.training.progress import Progress
 from kairos.training.stage import Stage
 from kairos.weights.files import CONFIG
-from kairos.weights.transformer import config_text
+from kairos.weights.transformer import DIFFUSERS_FILE, config_text
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +199,7 @@ def save_weights(folder: Path, model: Any, weights: dict[str, Tensor]) -> None:
     config = config_text(model.config)
     metadata = {"format": "pt", CONFIG: config}
     write_atomically(folder / "config.json", config.encode())
-    write_atomically(folder / "diffusion_pytorch_model.safetensors", save(weights, metadata=metadata))
+    write_atomically(folder / DIFFUSERS_FILE, save(weights, metadata=metadata))
 
 
 def is_lora(weights: Iterable[str]) -> bool:

@@ -11,19 +11,22 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from kairos import sizes
+from kairos import presets, sizes
 from kairos.errors import MachineError
 from kairos.memory import VAE_FLOP
 from kairos.training.batches import LONGEST_CHUNK
 from kairos.training.loop import build_optimizer
 from kairos.training.parallel import Processes
 from kairos.training.precision import has_bfloat16
-from kairos.training.recipe import Recipe, base_config
+from kairos.training.recipe import Recipe, base_config, config_of
 from kairos.training.stage import Distillation, Stage
+from kairos.weights import infer_transformer_config, open_weights
+from kairos.weights.transformer import transformer_config
 
 EFFICIENCY = 0.4
 """Share of a machine's speed at large matrix products that training reaches."""
@@ -61,9 +64,11 @@ def plan_stage(recipe: Recipe, stage: Stage, world: int = 1) -> StagePlan:
         "optimizer": (8 * trained - 4 * by_muon) / gb,
         "moving average": 4 * trained / gb,
     }
+    taught_by = teacher_config(recipe, stage, config)
     if stage.objective == "distillation":
-        memory["teacher"] = 4 * parameters / gb
-        memory["fake score"] = 16 * parameters / gb
+        teacher = sizes.transformer_parameters(taught_by)
+        memory["teacher"] = 4 * teacher / gb
+        memory["fake score"] = 16 * teacher / gb
     if stage.objective == "preference":
         memory["reference"] = 4 * parameters / gb
     options = stage.distillation or Distillation()
@@ -78,8 +83,9 @@ def plan_stage(recipe: Recipe, stage: Stage, world: int = 1) -> StagePlan:
         part = max(batch / (stage.accumulate * world), 1) * learned
         tokens = max(tokens, batch * shape.tokens)
         kept = activation_bytes(config, part, stage)
-        if options.adversarial and not stage.only_unrolls(bucket):
-            kept *= 3  # the fake score goes back through the critic's three verdicts at once
+        learns = stage.objective == "distillation" and (options.matching or options.adversarial)
+        if learns and not stage.only_unrolls(bucket):
+            kept = max(kept, fake_score_bytes(taught_by, part, stage))
         activations = max(activations, kept)
     memory["activations"] = activations / 1e9
     updates, critic = options.fake_score_updates, 1 if options.adversarial else 0
@@ -148,6 +154,30 @@ def activation_bytes(config: Mapping[str, Any], tokens: float, stage: Stage) -> 
     if stage.checkpointing:
         return config["num_layers"] * tokens * 4 * dim + block
     return config["num_layers"] * block
+
+
+def fake_score_bytes(config: Mapping[str, Any], tokens: float, stage: Stage) -> float:
+    """`activation_bytes` of the fake score. Of the critic's three verdicts, which it goes back through at
+    once, two hold the blocks up to the middle alone."""
+    kept = activation_bytes(config, tokens, stage)
+    if stage.distillation is None or not stage.distillation.adversarial:
+        return kept
+    layers = config["num_layers"]
+    return kept * (1 + 2 * (layers // 2 + 1) / layers)
+
+
+def teacher_config(recipe: Recipe, stage: Stage, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration of a distillation's teacher; `config` is the student's."""
+    source = stage.distillation.teacher if stage.distillation is not None else ""
+    if not source or source in [one.name for one in recipe.stages]:
+        return config
+    path = Path(source)
+    if path.exists() and not (path / presets.MARK).exists():
+        path = path / "transformer" if (path / "transformer").is_dir() else path
+        stored = open_weights(path)
+        said = transformer_config(path, stored)
+        return infer_transformer_config(stored, source=source, **said) | said
+    return sizes.RELEASED_TRANSFORMER | config_of(source)
 
 
 def check_memory(recipe: Recipe, stage: Stage, here: Processes) -> None:

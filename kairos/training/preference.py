@@ -89,7 +89,8 @@ def rollout_pairs(
     encoders = encoders_of(pipeline)
     asked = asdict(replace(options, beta=1.0))  # which has no part in the making
     model = fingerprint({"model": pipeline.transformer})
-    sampler = [dict(pipeline.scheduler.config), dict(pipeline.config.defaults)]
+    sampler = {name: value for name, value in pipeline.scheduler.config.items() if name[:1] != "_"}
+    sampler |= pipeline.config.defaults
     of = digest([asked, asdict(source), bucket.name, seed, model, sampler, encoders.hashes()])
     if (kept := read_list(folder)).get("of") == of:
         return kept["said"]

@@ -21,7 +21,7 @@ from kairos.training.vae import VAEStage
 from kairos.worlds import SCENES
 
 if TYPE_CHECKING:
-    from kairos.schedulers import FewStepScheduler
+    from kairos.schedulers import FewStepScheduler, FlowMatchScheduler
     from kairos.training.cache import ClipSet, Encoders
     from kairos.training.clips import ClipReference, ClipSource
     from kairos.training.parallel import Processes
@@ -427,9 +427,14 @@ def load_start(recipe: Recipe, source: str, dtype: str = "float32", *, teaches: 
 
 def base_config(recipe: Recipe) -> dict[str, Any]:
     """What the configuration of the base's LinearDiT says; nothing without a base."""
+    return config_of(recipe.base) if recipe.base else {}
+
+
+def config_of(model: str) -> dict[str, Any]:
+    """What the configuration of a LinearDiT says, of a model by name or folder; nothing is loaded."""
     from kairos import presets
 
-    preset, folder = presets.locate(recipe.base) if recipe.base else (None, None)
+    preset, folder = presets.locate(model)
     if preset is not None and preset.kind == "released":
         return dict(preset.transformer_config)
     file = folder / "transformer" / "config.json" if folder is not None else None
@@ -494,33 +499,35 @@ def sampler_of(recipe: Recipe, stage: Stage) -> tuple[Any, dict[str, float | boo
     while stage.objective == "preference" and recipe.start_of(stage) in named:
         stage = named[recipe.start_of(stage)]
     if stage.objective == "preference":
-        few_step = few_step_of(recipe.start_of(stage)) or few_step_of(recipe.base)
-        return few_step or FlowMatchScheduler(), base | recipe.defaults
+        for source in (recipe.start_of(stage), recipe.base):
+            if (own := own_sampler(source)) is not None:
+                return own, {**presets.defaults_of(source), **recipe.defaults}
+        return FlowMatchScheduler(), base | recipe.defaults
     if stage.objective == "distillation":
         options = stage.distillation or Distillation()
         few = {"num_inference_steps": len(options.sampling_times), "guidance_scale": 1.0}
         scheduler = FewStepScheduler(sampling_times=options.sampling_times, shift=options.shift)
         return scheduler, base | recipe.defaults | few
-    if few_step_of(recipe.base) is not None:
+    if isinstance(own_sampler(recipe.base), FewStepScheduler):
         base |= {name: sizes.RELEASED_DEFAULTS[name] for name in ("num_inference_steps", "guidance_scale")}
     return FlowMatchScheduler(), base | recipe.defaults
 
 
-def few_step_of(source: str) -> FewStepScheduler | None:
-    """The sampler of a model by name or folder, where it is one of few steps."""
+def own_sampler(source: str) -> FewStepScheduler | FlowMatchScheduler | None:
+    """The sampler of a model by name or folder; None for weights alone, which say nothing of it."""
     from kairos import presets
-    from kairos.schedulers import FewStepScheduler
+    from kairos.schedulers import FewStepScheduler, FlowMatchScheduler
 
     marks = (presets.MARK, "model_index.json")
     if not source or not (presets.is_name(source) or any((Path(source) / mark).exists() for mark in marks)):
-        return None  # weights alone, or nothing
+        return None
     preset, folder = presets.locate(source)
     if preset is not None and preset.kind == "released":
-        return FewStepScheduler() if preset.scheduler == "few_step" else None
+        return FewStepScheduler() if preset.scheduler == "few_step" else FlowMatchScheduler()
     assert folder is not None
     config = presets.read_json(folder / "scheduler" / "scheduler_config.json")
-    few_step = config.get("_class_name") == FewStepScheduler.__name__
-    return FewStepScheduler.from_config(config) if few_step else None
+    kind = FewStepScheduler if config.get("_class_name") == FewStepScheduler.__name__ else FlowMatchScheduler
+    return kind.from_config(config)
 
 
 def assemble(recipe: Recipe, here: Processes) -> None:

@@ -258,23 +258,29 @@ def _sizes(shape: tuple[int, ...]) -> str:
 
 
 def written_config(file: Path) -> tuple[str | None, dict[str, Any]]:
-    """A configuration in diffusers' layout: the class that it is of, if it says one, and its values.
-
-    `file` is a config.json, or a safetensors file that has one in its header.
+    """A config.json in diffusers' layout: the class that it is of, if it says one, and its values.
 
     Raises:
         UserError: for a file that is not one.
     """
     try:
-        if file.suffix == ".json":
-            text = file.read_text()
-        else:
-            with safe_open(file, framework="pt") as opened:
-                text = (opened.metadata() or {}).get(CONFIG, "{}")
-        config = json.loads(text)
-    except (OSError, ValueError, SafetensorError) as error:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
         raise UserError(f"{file} is not a configuration in JSON; download it again") from error
     if not isinstance(config, dict):
         raise UserError(f"{file} is not a configuration: it holds a {type(config).__name__}, no names")
-    values = {key: value for key, value in config.items() if not key.startswith("_")}
-    return config.get("_class_name"), values
+    return _class_and_values(config)
+
+
+def header_config(file: Path) -> tuple[str | None, dict[str, Any]]:
+    """The same of the header of a safetensors file; nothing where it says nothing, or another thing."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            config = json.loads((opened.metadata() or {}).get(CONFIG, "{}"))
+    except (OSError, ValueError, SafetensorError):
+        config = {}
+    return _class_and_values(config if isinstance(config, dict) else {})
+
+
+def _class_and_values(config: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    return config.get("_class_name"), {key: value for key, value in config.items() if key[:1] != "_"}

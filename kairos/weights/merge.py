@@ -98,7 +98,7 @@ def merge_files(
             change = dare(differences, density, generator)
         return (start + change).to(parts[0].dtype)
 
-    config = transformer_config(Path(models[0][0]))
+    config = transformer_config(Path(models[0][0]), opened[0])
     metadata = {CONFIG: config_text(config)} if config else {}
     write_stream(output, [(name, opened[0][name], merged) for name in sorted(opened[0])], metadata)
 

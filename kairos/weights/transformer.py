@@ -20,12 +20,13 @@ from safetensors.torch import save_file
 
 from kairos.errors import MachineError, UserError, one_line
 from kairos.models.transformer import KairosTransformer3DModel
-from kairos.weights.files import CONFIG, StoredTensor, fill, open_weights, written_config
+from kairos.weights.files import CONFIG, StoredTensor, fill, header_config, open_weights, written_config
 
 logger = logging.getLogger(__name__)
 
 RELEASED_PATTERN = "SSDG"
 RELEASED_HEAD_DIM = 128
+DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 
 
 def load_transformer_file(
@@ -51,8 +52,7 @@ def load_transformer_file(
         single = path = single / "transformer"
     stored = open_weights(path)
     source = str(single or next(iter(stored.values())).file)
-    written = transformer_config(single) if single else {}
-    known = {**(otherwise or {}), **written, **config}
+    known = {**(otherwise or {}), **transformer_config(single, stored), **config}
     try:
         values = infer_transformer_config(stored, source=source, **known) | known
         with torch.device("meta"):
@@ -65,27 +65,24 @@ def load_transformer_file(
     return model.eval()
 
 
-def transformer_config(path: Path) -> dict[str, Any]:
-    """What a LinearDiT's file or folder says of its configuration: in the file's header, or in the folder's
-    config.json. Nothing where there is neither, or where it is another model's.
+def transformer_config(path: Path | None, stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    """What a LinearDiT's weights say of its configuration: in the config.json of diffusers' layout, or in the
+    header of the one file that they are. Nothing where there is neither, or where it is another model's.
 
     Raises:
-        UserError: for a configuration that cannot be read.
+        UserError: for a config.json that cannot be read.
     """
     ours = KairosTransformer3DModel.__name__
-    if path.suffix == ".safetensors" and path.is_file():
-        kind, values = written_config(path)
-        if kind == ours:
-            return values
-    file = (path if path.is_dir() else path.parent) / "config.json"
-    if not file.exists():
-        return {}
-    kind, values = written_config(file)
-    if kind == ours:
-        return values
-    if path.is_dir():
-        logger.warning("%s is of %s and not of the LinearDiT: left aside", file, kind or "no class")
-    return {}
+    if path is not None and (path.is_dir() or path.name == DIFFUSERS_FILE):
+        file = (path if path.is_dir() else path.parent) / "config.json"
+        if file.exists():
+            kind, values = written_config(file)
+            if kind == ours:
+                return values
+            logger.warning("%s is of %s and not of the LinearDiT: left aside", file, kind or "no class")
+    files = {tensor.file for tensor in stored.values()}
+    kind, values = header_config(files.pop()) if len(files) == 1 else (None, {})
+    return values if kind == ours else {}
 
 
 def config_text(config: Mapping[str, Any]) -> str:
