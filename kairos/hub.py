@@ -52,7 +52,9 @@ def fetch(source: Source, folder: Path | None = None) -> Path:
         )
     # Where it cannot reach the network, the hub takes a folder as it is.
     if find(source, Path(found)) is None:
-        raise MachineError(f"{source.repo} is not whole yet; run the command again")
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            raise UserError(_forbidden(source.repo))
+        raise MachineError(_unreachable(source.repo, huggingface_hub.constants.ENDPOINT))
     return weights_folder(source, Path(found))
 
 

@@ -196,7 +196,7 @@ def read_each_request(
                 raise UserError(f"a request must be a dictionary, got {_shown(dictionary)}")
             request = Request.from_dict(field_values(dictionary) | said, defaults)
         except UserError as error:
-            requests.append(UserError(f"{where}{error}"))
+            requests.append(error if _is_good(dictionary, defaults) else UserError(f"{where}{error}"))
             continue
         files: dict[str, Any] = {
             name: _beside(path, getattr(request, name))
@@ -205,6 +205,14 @@ def read_each_request(
         }
         requests.append(replace(request, **files))
     return requests
+
+
+def _is_good(dictionary: Any, defaults: Mapping[str, Any] | None) -> bool:
+    """Whether it is a request by itself: then it is not what is wrong."""
+    try:
+        return isinstance(dictionary, dict) and bool(Request.from_dict(dictionary, defaults))
+    except UserError:
+        return False
 
 
 def shell_command(

@@ -323,6 +323,12 @@ def test_options_complete_a_request_that_could_not_be_without_them(kairos: Any, 
     assert (status, call["num_frames"], call["image"].size) == (0, 5, (32, 32))
     status, said, complaint = kairos("generate", "--request", "one.json", "--frames", 6)
     assert (status, said, complaint.count("\n")) == (2, "", 1)
+    Path("one.json").write_text('{"prompt": "a ball"}')
+    status, _, complaint = kairos("generate", "--request", "one.json", "--frames", 6)
+    assert status == 2 and complaint.startswith("error: num_frames must be 4n + 1, got 6")
+    Path("one.json").write_text('{"prompt": "a ball", "num_frames": 6}')
+    status, _, complaint = kairos("generate", "--request", "one.json", "--seed", 2)
+    assert status == 2 and complaint.startswith("error: one.json: num_frames must be 4n + 1, got 6")
 
 
 @pytest.mark.parametrize(

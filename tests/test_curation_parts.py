@@ -14,6 +14,7 @@ from curation_plants import SETTINGS, real_clip, shot, write
 
 from kairos.curation import Settings, curate
 from kairos.curation.duplicates import Fingerprinted, find_duplicates
+from kairos.curation.intake import printable
 from kairos.curation.selection import choose
 from kairos.curation.settings import Duplicates, Shots, Split, Threshold, read_settings
 from kairos.curation.shots import ShotDetector
@@ -441,10 +442,23 @@ def test_input_that_cannot_be_is_refused(folder, tmp_path) -> None:
     (folder / "list.csv").write_text("name\none.mp4\n")
     with pytest.raises(UserError, match="the key 'path' is missing"):
         curate(folder / "list.csv", tmp_path / "out")
-    (folder / "list.jsonl").write_text('{"path": "one.mp4"}\n')
-    for output in (folder, folder.parent):
-        with pytest.raises(UserError, match=r"one\.mp4 of the input .* lies in the output"):
-            curate(folder / "list.jsonl", output)
+    (folder / "clips").mkdir()
+    (folder / "one.mp4").rename(folder / "clips" / "one.mp4")
+    (folder / "list.jsonl").write_text('{"path": "clips/one.mp4"}\n')
+    with pytest.raises(UserError, match=r"one\.mp4 of the input .* lies in the output"):
+        curate(folder / "list.jsonl", folder)
+
+
+def test_input_may_lie_below_the_output(folder, tmp_path) -> None:
+    (tmp_path / "data").mkdir()
+    folder.rename(tmp_path / "data" / "raw")
+    summary = curate(tmp_path / "data" / "raw", tmp_path / "data", Settings.from_dict(QUICK), workers=1)
+    assert summary.sources["ok"] >= 1 and list((tmp_path / "data" / "raw").glob("one.mp4"))
+
+
+def test_names_are_told_by_their_characters_and_bytes() -> None:
+    assert printable(os.fsdecode(b"caf\xe9 \xc3\xa9.mp4")) == "caf\\xe9 \u00e9.mp4"
+    assert printable("a\nb\ud83d") == "a\\nb\\ud83d"
 
 
 def test_the_command_runs_selects_and_explains(folder, tmp_path, capfd) -> None:

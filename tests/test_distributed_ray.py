@@ -48,7 +48,8 @@ class PlayedRay:
 
     def start(self) -> Any:
         self.started += 1
-        ready = self._later(lambda: True if self.starts else self._fail())
+        starts = self.starts
+        ready = self._later(lambda: True if starts else self._fail())
         self.unready |= {ready} if self.started in self.loading else set()
         return SimpleNamespace(
             ready=SimpleNamespace(remote=lambda: ready),
@@ -174,6 +175,22 @@ def test_a_worker_that_cannot_start_ends_the_run_with_its_reason() -> None:
     ray = PlayedRay(lambda task: task, starts=False)
     with pytest.raises(MachineError, match="a worker cannot start: no such model"):
         list(run_tasks(ray, ray.start, {0: "one"}, workers=1, retries=5))
+
+
+def test_a_worker_that_cannot_start_late_leaves_the_list_to_the_others(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ray = PlayedRay(lambda task: task * 10)
+    start = ray.start
+
+    def only_the_first_starts() -> Any:
+        ray.starts = ray.started == 0
+        return start()
+
+    with caplog.at_level("WARNING", "kairos"):
+        answers = dict(run_tasks(ray, only_the_first_starts, {0: 1, 1: 2, 2: 3}, workers=2, retries=0))
+    assert answers == {0: 10, 1: 20, 2: 30} and ray.started == 2
+    assert caplog.messages == ["a worker cannot start, the others go on: no such model"]
 
 
 def test_workers_load_side_by_side() -> None:

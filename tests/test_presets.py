@@ -296,8 +296,12 @@ def test_an_interrupted_download_of_shards_is_not_taken_for_a_model(huggingface,
 def test_a_folder_that_cannot_be_completed_is_no_download(huggingface, monkeypatch, tmp_path):
     """The hub returns a folder that is there when it cannot be reached, and only warns."""
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, local_dir, **__: str(local_dir))
-    message = refusal(hub.fetch, presets.WAN_VAE, tmp_path, error=MachineError)
-    assert message == f"{presets.WAN_VAE.repo} is not whole yet; run the command again"
+    repo = presets.WAN_VAE.repo
+    assert f"to download {repo}; check the network" in refusal(
+        hub.fetch, presets.WAN_VAE, tmp_path, error=MachineError
+    )
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert f"forbids downloading {repo}" in refusal(hub.fetch, presets.WAN_VAE, tmp_path)
     (tmp_path / presets.WAN_VAE.patterns[0]).touch()
     assert hub.fetch(presets.WAN_VAE, tmp_path) == tmp_path
 

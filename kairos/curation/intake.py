@@ -70,7 +70,12 @@ def take_in(source: Path, limits: Limits) -> tuple[Path, list[Source]]:
 
 def printable(path: str | os.PathLike[str]) -> str:
     """A path as text: control characters and bytes that are no text are written as escapes."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in os.fspath(path))
+
+    def escaped(c: str) -> str:
+        is_byte = "\udc80" <= c <= "\udcff"  # how Python keeps one that is no text
+        return f"\\x{ord(c) - 0xDC00:02x}" if is_byte else ascii(c)[1:-1]
+
+    return "".join(c if c.isprintable() else escaped(c) for c in os.fspath(path))
 
 
 def _walk(root: Path) -> Iterator[Path]:

@@ -69,8 +69,9 @@ def curate(
     root, found = take_in(source, settings.limits)
     if source.is_dir() and output.resolve().is_relative_to(root):
         raise UserError(f"the output {output} lies in the input {source}; choose a folder beside it")
-    if inside := [entry for entry in found if entry.file.is_relative_to(output.resolve())]:
-        raise UserError(f"{inside[0].path} of the input {source} lies in the output {output}; choose another")
+    own = [output.resolve() / folder for folder in ("clips", "shards", "work")]
+    if mixed := [entry for entry in found if any(entry.file.is_relative_to(folder) for folder in own)]:
+        raise UserError(f"{mixed[0].path} of the input {source} lies in the output {output}; choose another")
     prepare_folder(output)
     limits = settings.limits
     with Ledger(output / "work") as ledger:

@@ -84,12 +84,12 @@ def run_tasks(
 ) -> Iterator[tuple[int, Any]]:
     """The number of each task, its key in `tasks`, and its answer, `worker.run.remote(task)`, as they come.
 
-    Workers load side by side, and each is given a task when it is ready. A task whose worker dies goes to
-    another, up to `retries` times, and so does one whose answer is to be had `again`. What fails to the end
-    has its exception as answer.
+    Workers load side by side, and each is given a task when it is ready. One that cannot start is done
+    without where there are others. A task whose worker dies goes to another, up to `retries` times, and so
+    does one whose answer is to be had `again`. What fails to the end has its exception as answer.
 
     Raises:
-        MachineError: when a worker cannot start.
+        MachineError: when no worker can start.
     """
     waiting = deque(tasks)
     failures = dict.fromkeys(tasks, 0)
@@ -105,8 +105,16 @@ def run_tasks(
             starting[worker.ready.remote()] = worker
         (done, *_), _ = ray.wait([*running, *starting], num_returns=1)
         if done in starting:
-            _check_started(ray, done)
-            idle.append(starting.pop(done))
+            worker = starting.pop(done)
+            try:
+                ray.get(done)
+                idle.append(worker)
+            except ray.exceptions.RayError as error:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[-1][:200]
+                if not (running or starting):
+                    raise MachineError(f"a worker cannot start: {reason}") from error
+                logger.warning("a worker cannot start, the others go on: %s", reason)
+                workers -= 1
             continue
         number, worker = running.pop(done)
         try:
@@ -123,12 +131,3 @@ def run_tasks(
             waiting.append(number)
         else:
             yield number, answer
-
-
-def _check_started(ray: Any, ready: Any) -> None:
-    """Refuse to go on with a worker that has no model."""
-    try:
-        ray.get(ready)
-    except ray.exceptions.RayError as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1][:200]
-        raise MachineError(f"a worker cannot start: {reason}") from error
