@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -121,3 +122,55 @@ def chunk_causal_pipeline():
     pipe = random_pipeline(causal="chunk", pad_dilated=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+class Hub:
+    """Hugging Face, as far as it is used: repositories of small files, a cache in a folder."""
+
+    def __init__(self, cache: Path) -> None:
+        self.cache = cache
+        self.repositories: dict[str, dict[str, bytes]] = {}
+        self.asked: list[str] = []
+        self.failure: Exception | None = None
+
+    def model_info(self, repo: str) -> SimpleNamespace:
+        self.asked.append(repo)
+        if self.failure:
+            raise self.failure
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in self.repositories[repo]])
+
+    def snapshot_download(
+        self,
+        repo: str,
+        *,
+        allow_patterns: list[str],
+        local_dir: Path | None = None,
+        local_files_only: bool = False,
+    ) -> str:
+        from fnmatch import fnmatch
+
+        from huggingface_hub import errors
+
+        folder = local_dir or self.cache / repo.replace("/", "--")
+        if local_files_only:
+            if not folder.exists():
+                raise errors.LocalEntryNotFoundError("not there")
+            return str(folder)
+        self.asked.append(repo)
+        if self.failure:
+            raise self.failure
+        for name, content in self.repositories[repo].items():
+            if any(fnmatch(name, pattern) for pattern in allow_patterns):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes(content)
+        return str(folder)
+
+
+@pytest.fixture
+def huggingface(monkeypatch, tmp_path) -> Hub:
+    import huggingface_hub
+
+    fake = Hub(tmp_path / "cache")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake.snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: fake)
+    return fake
