@@ -174,3 +174,35 @@ def huggingface(monkeypatch, tmp_path) -> Hub:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fake.snapshot_download)
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: fake)
     return fake
+
+
+def publish(fake: Hub, pipeline: Any, folder: Path) -> None:
+    """The parts of `pipeline`, and a small VAE, under the names of the released models' repositories."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from kairos.presets import PRESETS
+
+    for part in filter(None, (pipeline.text_encoder, pipeline.tokenizer, pipeline.processor)):
+        part.save_pretrained(folder / "encoder")
+    (folder / "encoder" / "merges.txt").write_text("#version: 0.2\n")
+    save_file(pipeline.transformer.state_dict(), folder / "dit.safetensors")
+    torch.save(load_file(Path(__file__).parent / "golden" / "vae_weights.safetensors"), folder / "vae.pth")
+    encoder = {file.name: file.read_bytes() for file in (folder / "encoder").iterdir()}
+    for preset in PRESETS.values():
+        if preset.kind == "released":
+            fake.repositories[preset.transformer.repo] = {
+                "README.md": b"",
+                "kairos.safetensors": (folder / "dit.safetensors").read_bytes(),
+                "assets/other.safetensors": b"not wanted",
+            }
+    fake.repositories["Wan-AI/Wan2.1-T2V-14B"] = {
+        "Wan2.1_VAE.pth": (folder / "vae.pth").read_bytes(),
+        "diffusion_pytorch_model.safetensors": b"not wanted",
+    }
+    fake.repositories["Qwen/Qwen2.5-VL-7B-Instruct"] = encoder
+    fake.repositories["Qwen/Qwen-Image"] = {
+        f"{part}/{name}": content
+        for part in ("text_encoder", "tokenizer")
+        for name, content in encoder.items()
+    }

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
-from conftest import Hub
+from conftest import Hub, publish
 from huggingface_hub import errors
 
 from kairos import (
@@ -45,34 +45,8 @@ def refusal(function, *args, error: type[Exception] = UserError, **kwargs) -> st
 
 @pytest.fixture
 def published(huggingface, pipeline, tmp_path) -> Hub:
-    """The parts of `pipeline` under the names of kairos-4b-480p's repositories."""
-    from safetensors.torch import load_file
-
-    original = tmp_path / "original"
-    pipeline.text_encoder.save_pretrained(original / "encoder")
-    pipeline.tokenizer.save_pretrained(original / "encoder")
-    (original / "encoder" / "merges.txt").write_text("#version: 0.2\n")
-    save_original(pipeline.transformer, original / "dit.safetensors")
-    golden = load_file(Path(__file__).parent / "golden" / "vae_weights.safetensors")
-    torch.save(golden, original / "vae.pth")
-    transformer = (original / "dit.safetensors").read_bytes()
-    encoder = {file.name: file.read_bytes() for file in (original / "encoder").iterdir()}
-    for preset in RELEASED:
-        huggingface.repositories[preset.transformer.repo] = {
-            "README.md": b"",
-            "kairos.safetensors": transformer,
-            "assets/other.safetensors": b"not wanted",
-        }
-    huggingface.repositories["Wan-AI/Wan2.1-T2V-14B"] = {
-        "Wan2.1_VAE.pth": (original / "vae.pth").read_bytes(),
-        "diffusion_pytorch_model.safetensors": b"not wanted",
-    }
-    huggingface.repositories["Qwen/Qwen2.5-VL-7B-Instruct"] = encoder
-    huggingface.repositories["Qwen/Qwen-Image"] = {
-        f"{folder}/{name}": content
-        for folder in ("text_encoder", "tokenizer")
-        for name, content in encoder.items()
-    }
+    """The parts of `pipeline` under the names of the released models' repositories."""
+    publish(huggingface, pipeline, tmp_path / "original")
     return huggingface
 
 

@@ -19,7 +19,7 @@ from kairos import KairosTransformer3DModel, UserError
 from kairos.schedulers import FewStepScheduler
 from kairos.training import run as stage_run
 from kairos.training.cache import Encoders
-from kairos.training.clips import Bucket
+from kairos.training.clips import Bucket, SimulatorSource
 from kairos.training.distillation import DistillationObjective, energy_score
 from kairos.training.flow import FlowMatching
 from kairos.training.loop import save_weights, train
@@ -773,7 +773,6 @@ def test_the_random_half_of_a_lora_is_a_function_of_the_seed():
 
 def test_the_physics_measures_make_pairs(tmp_path):
     from kairos.presets import load_pipeline
-    from kairos.training.clips import Bucket, SimulatorSource
     from kairos.training.preference import LIST, encoders_of, load_pairs, rollout_pairs
 
     pipeline = load_pipeline("kairos-tiny-teacher", dtype=torch.float32)
@@ -792,6 +791,33 @@ def test_the_physics_measures_make_pairs(tmp_path):
     assert len(pairs) == said["pairs"] and pairs.past[0] == 2
     better, worse = pairs.better.latents([0]), pairs.worse.latents([0])
     assert torch.equal(better[:, :, :2], worse[:, :, :2]) and not torch.equal(better, worse)
+
+
+def test_what_decides_about_pairs_is_the_same_in_every_process(tmp_path, monkeypatch):
+    """diffusers keeps a list in a scheduler's configuration whose order is that of a set."""
+    from conftest import random_pipeline
+
+    from kairos.training import preference
+
+    told = []
+    monkeypatch.setattr(preference, "digest", lambda what: told.append(what) or "of")
+    monkeypatch.setattr(preference, "read_list", lambda folder: {"of": "of", "said": {}})
+    pipeline = random_pipeline()
+    source, options = SimulatorSource(("uniform",)), Preference()
+    for scheduler in (FewStepScheduler(), FewStepScheduler(shift=3.0)):
+        pipeline.register_modules(scheduler=scheduler)
+        preference.rollout_pairs(tmp_path, pipeline, source, Bucket(13, 64, 64), options)
+    assert told[0] != told[1] and '"_' not in json.dumps(told)
+
+
+def test_the_simulator_draws_squares_alone(tmp_path):
+    from kairos.training.preference import rollout_pairs
+
+    source, wide = SimulatorSource(("uniform",)), Bucket(13, 64, 96)
+    with pytest.raises(UserError, match="pictures are square, bucket 13x64x96 is not"):
+        list(source.references([wide], None))
+    with pytest.raises(UserError, match="pictures are square, bucket 13x64x96 is not"):
+        rollout_pairs(tmp_path, None, source, wide, Preference())
 
 
 def test_pairs_are_made_again_where_what_they_were_made_of_has_changed(tmp_path, monkeypatch):

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from conftest import publish
 from transformers import Qwen2VLImageProcessorPil
 
 from kairos import presets
@@ -33,23 +32,11 @@ FEW = {
 
 @pytest.fixture
 def released(huggingface, pipeline, tmp_path):
-    """A small model's files in the place of the released ones."""
+    """A small model that can be shown images, in the place of the released ones."""
+    pipeline.register_modules(processor=Qwen2VLImageProcessorPil())
     for mark, token in (("image_token_id", "image_pad"), ("vision_start_token_id", "vision_start")):
         setattr(pipeline.text_encoder.config, mark, pipeline.tokenizer.convert_tokens_to_ids(f"<|{token}|>"))
-    folder = tmp_path / "encoder"
-    for part in (pipeline.text_encoder, pipeline.tokenizer, Qwen2VLImageProcessorPil()):
-        part.save_pretrained(folder)
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    save_file(pipeline.transformer.state_dict(), tmp_path / "dit.safetensors")
-    torch.save(load_file(Path(__file__).parent / "golden" / "vae_weights.safetensors"), tmp_path / "vae.pth")
-    files = {file.name: file.read_bytes() for file in folder.iterdir()}
-    repositories = huggingface.repositories
-    repositories[presets.QWEN_VL.repo] = files
-    repositories[presets.WAN_VAE.repo] = {"Wan2.1_VAE.pth": (tmp_path / "vae.pth").read_bytes()}
-    for preset in presets.PRESETS.values():
-        if preset.kind == "released":
-            weights = (tmp_path / "dit.safetensors").read_bytes()
-            repositories[preset.transformer.repo] = {"kairos.safetensors": weights}
+    publish(huggingface, pipeline, tmp_path / "original")
 
 
 def shortened(content: dict[str, Any], pipeline: Any, output: Path) -> dict[str, Any]:

@@ -115,8 +115,7 @@ class SimulatorSource:
 
     def references(self, buckets: Sequence[Bucket], skipped: Skipped) -> Iterator[ClipReference]:
         for bucket in buckets:
-            if bucket.height != bucket.width:
-                raise UserError(f"the simulator's pictures are square, bucket {bucket.name} is not")
+            check_square(bucket)
             for index in range(self.pictures or self.clips if bucket.frames == 1 else self.clips):
                 yield self._reference(bucket, index)
 
@@ -139,6 +138,12 @@ class SimulatorSource:
         # Words need no pictures: the smallest ones that may be drawn.
         caption = simulate(scene, **what, num_frames=1, size=16).caption
         return ClipReference(name, f"{name}/{bucket.name}", caption, bucket, read)
+
+
+def check_square(bucket: Bucket) -> None:
+    """Refuse a shape that the simulator cannot draw."""
+    if bucket.height != bucket.width:
+        raise UserError(f"the simulator's pictures are square, bucket {bucket.name} is not")
 
 
 @dataclass(frozen=True)

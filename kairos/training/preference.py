@@ -44,7 +44,7 @@ from kairos.training.cache import (
     prompt_name,
     stored_rows,
 )
-from kairos.training.clips import Bucket, SimulatorSource, content_hash, fit, inside, read_lines
+from kairos.training.clips import Bucket, SimulatorSource, check_square, content_hash, fit, inside, read_lines
 from kairos.training.flow import is_causal, latents_a_token
 from kairos.training.parallel import ALONE, Processes, shard
 from kairos.training.stage import Preference, Stage
@@ -84,8 +84,7 @@ def rollout_pairs(
     A pair is left out where an error cannot be measured or they differ by less than the margin. Returns the
     mean errors of the better and the worse ones and how many pairs there are.
     """
-    if bucket.height != bucket.width:
-        raise UserError(f"the simulator's pictures are square, bucket {bucket.name} is not")
+    check_square(bucket)
     encoders = encoders_of(pipeline)
     asked = asdict(replace(options, beta=1.0))  # which has no part in the making
     model = fingerprint({"model": pipeline.transformer})
