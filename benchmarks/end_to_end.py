@@ -106,7 +106,7 @@ def one_video(kind: str, threads: int, clock: str, frames_file: str) -> dict[str
         import torch
 
         from kairos import pipeline as pipeline_module
-        from kairos.data.media import write_video
+        from kairos.data.media import to_uint8, write_video
         from kairos.presets import load_pipeline
 
         torch.set_num_threads(threads)
@@ -129,7 +129,7 @@ def one_video(kind: str, threads: int, clock: str, frames_file: str) -> dict[str
         with stage("frames"):
             frames = pipeline._decode(latents, "np", False)[0]
     with stage("writing"), tempfile.TemporaryDirectory() as folder:
-        write_video(Path(folder) / "video.mp4", (frames * 255).round().astype("uint8"), 16, {})
+        write_video(Path(folder) / "video.mp4", to_uint8(frames), 16, {})
     np.save(frames_file, frames)
     return seconds
 

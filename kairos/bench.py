@@ -123,7 +123,7 @@ def check_kind(kind: str) -> None:
     """Refuse what nothing is timed against, with the nearest that is."""
     known = ["full", *(f"diffusers:{name}" for name in DIFFUSERS)]
     if kind not in known:
-        raise UserError(f"--against takes {', '.join(known)}, got {kind!r}{did_you_mean(kind, known)}")
+        raise UserError(f"nothing is timed against {kind!r}{did_you_mean(kind, known)}")
 
 
 def measure_here(run: Run) -> dict[str, Any]:
@@ -396,7 +396,7 @@ def calibrate_step_cache(
                 "device": device,
                 "dtype": dtype,
                 "threads": torch.get_num_threads(),
-                "steps": len(pipeline.scheduler.timesteps),
+                "steps": int(pipeline.config.defaults["num_inference_steps"]),
                 "runs": runs,
                 "clock": clock,
                 "threshold": threshold,

@@ -88,9 +88,6 @@ class Plan:
     def seconds(self) -> float:
         return sum(stage.seconds for stage in self.stages)
 
-    def place(self, part: str) -> str:
-        return next(one.place for one in self.parts if one.name == part)
-
     def line(self) -> str:
         """The plan in one line."""
         said = "; ".join(f"{part.name.replace('_', ' ')} {part.dtype}, {part.place}" for part in self.parts)
@@ -395,6 +392,13 @@ def _what_would_fit(
             for way in _ways(model, new, budget_gb, device, quantize, tiled, PEAK_TFLOPS)
         )
 
+    def smaller(quantize: str | None) -> str | None:
+        for tenths in range(9, 1, -1):
+            height, width = (max(side * tenths // 160, 1) * 16 for side in (clip.height, clip.width))
+            if (height, width) != (clip.height, clip.width) and fits(quantize, height=height, width=width):
+                return f"{height} x {width}"
+        return None
+
     found = []
     if quantize is None:
         less = next((kind for kind in ("int8", "int4") if fits(quantize=kind)), None)
@@ -406,17 +410,10 @@ def _what_would_fit(
         found.append(f"{counts[fitting - 1]} at once")
     if fitting := bisect_left(lengths, True, key=lambda length: not fits(num_frames=length)):
         found.append(f"{lengths[fitting - 1]} frames")
-    for tenths in range(9, 1, -1):
-        height, width = (max(side * tenths // 160, 1) * 16 for side in (clip.height, clip.width))
-        if (height, width) != (clip.height, clip.width) and fits(height=height, width=width):
-            found.append(f"{height} x {width}")
-            break
-    if not found and quantize is None:
-        for tenths in range(9, 1, -1):
-            height, width = (max(side * tenths // 160, 1) * 16 for side in (clip.height, clip.width))
-            if fits("int8", height=height, width=width):
-                found.append(f"{height} x {width} with --quantize int8")
-                break
+    if size := smaller(quantize):
+        found.append(size)
+    if not found and quantize is None and (size := smaller("int8")):
+        found.append(f"{size} with --quantize int8")
     if found:
         return f"what would fit: {' or '.join(found)} or {least.peak_gb * 1.02:.3g} GB"
     return f"it takes a device with more memory (about {least.peak_gb * 1.02:.3g} GB) or a smaller model"

@@ -9,10 +9,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from kairos import sizes
+from kairos import memory, sizes
 from kairos.errors import UserError
-from kairos.memory import Model
 from kairos.presets import PARTS, defaults_of, is_downloaded, local_files, locate, read_json
+
+PLENTY_GB = 1e6
+"""More than any model takes."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,6 @@ class ModelInfo:
         defaults: height, width, num_frames, fps, num_inference_steps and guidance_scale that it was made for.
         parameters: part -> how many.
         tokens: of a clip of the defaults' size.
-        memory_gb: precision -> an estimate of the peak for such a clip.
-        memory_freed_gb: the same where the text encoder is freed after encoding.
         state_mb: what a chunk-causal rollout of that size carries from chunk to chunk, in bfloat16.
     """
 
@@ -42,8 +42,6 @@ class ModelInfo:
     defaults: dict[str, float]
     parameters: dict[str, int]
     tokens: int
-    memory_gb: dict[str, float]
-    memory_freed_gb: dict[str, float]
     state_mb: float
 
 
@@ -70,13 +68,6 @@ def info(name_or_path: str | os.PathLike[str]) -> ModelInfo:
         parameters = {part: stored_parameters(folder / part) for part in PARTS}
     defaults = defaults_of(name_or_path)
     shape = sizes.clip_shape(config, *(int(defaults[name]) for name in ("height", "width", "num_frames")))
-
-    def memory(free_encoder: bool) -> dict[str, float]:
-        return {
-            dtype: sizes.memory_bytes(config, parameters, shape, dtype, free_encoder=free_encoder) / 1e9
-            for dtype in ("bfloat16", "float32")
-        }
-
     return ModelInfo(
         name=preset.name if preset else str(name_or_path),
         description=preset.description if preset else "a saved pipeline",
@@ -89,17 +80,24 @@ def info(name_or_path: str | os.PathLike[str]) -> ModelInfo:
         defaults=defaults,
         parameters=parameters,
         tokens=shape.tokens,
-        memory_gb=memory(False),
-        memory_freed_gb=memory(True),
         state_mb=sizes.state_bytes(config, shape.tokens_per_frame) / 1e6,
     )
 
 
-def for_planning(about: ModelInfo, device: str, dtype: str = "auto") -> Model:
+def gpu_memory_gb(about: ModelInfo, dtype: str) -> tuple[float, float]:
+    """The peak of a clip of the defaults' size on a GPU that holds all, as `kairos plan` has it; and where
+    the text encoder is freed after encoding."""
+    clip = memory.clip_of(about.defaults, about.scheduler)
+    plan = memory.plan(for_planning(about, "cuda", dtype), clip, PLENTY_GB)
+    encode, *later = plan.stages
+    return plan.peak_gb, max(encode.peak_gb, *(stage.peak_gb - plan.parts[0].gb for stage in later))
+
+
+def for_planning(about: ModelInfo, device: str, dtype: str = "auto") -> memory.Model:
     """What `kairos.memory.plan` takes of a model. On a CPU "auto" is bfloat16 where float32 is too much."""
     automatic = ("float32", "bfloat16") if device == "cpu" else ("bfloat16",)
     released = bool(about.repositories)
-    return Model(
+    return memory.Model(
         about.config,
         about.parameters,
         automatic if dtype == "auto" else (dtype,),

@@ -8,7 +8,9 @@ their components and by `defaults`.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
 
 from kairos.conditioning import TEMPLATES, PromptTemplate, encode_prompts
-from kairos.data.media import fill_frame
+from kairos.data.media import as_rgb, fill_frame, to_uint8
 from kairos.errors import UserError
 from kairos.models import vae as video_vae
 from kairos.models.step_cache import StepCache
@@ -119,7 +121,8 @@ class KairosPipeline(DiffusionPipeline):
         Args:
             prompt: what happens; "" leaves it to the image or video.
             image: the first frame, any size: scaled and cropped at the centre to height x width.
-            video: the first k frames, k = 4n + 1, as (k, H, W, 3) uint8 or PIL images.
+            video: the first k frames, k = 4n + 1, as PIL images or (k, H, W, 3): uint8, or in [0, 1] as
+                this returns them.
             negative_prompt: what guidance leads away from.
             height, width: in pixels, rounded up to multiples of 16.
             num_frames: rounded up to 4n + 1, the given frames included.
@@ -135,17 +138,16 @@ class KairosPipeline(DiffusionPipeline):
                 (dropped).
             step_cache: leave out most of a step that is like the one before, up to this change of the first
                 block (see `kairos.models.step_cache`). None, the default, computes every step in full.
-            callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}); it may return new
-                latents. `pipeline.interrupt = True` in it ends the sampling there, with the latents as they
-                are.
+            callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}). What it may answer:
+                {"latents": new ones}; {"interrupt": True} to end the sampling there, with the latents as
+                they are.
 
         Raises:
             UserError: for input that cannot be used, with the rule and the fix.
         """
         defaults = self.config.defaults
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        height, width = self._rounded_size(height or defaults["height"], width or defaults["width"])
-        num_frames = self._rounded_frames(num_frames or defaults["num_frames"])
+        height, width = self._rounded_size(height, width)
+        num_frames = self._rounded_frames(defaults["num_frames"] if num_frames is None else num_frames)
         steps = int(defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps)
         if steps < 1:
             raise UserError(f"num_inference_steps must be at least 1, got {steps}")
@@ -158,17 +160,26 @@ class KairosPipeline(DiffusionPipeline):
             raise UserError(f'after_encoding must be "keep", "cpu" or "free", got {after_encoding!r}')
         if step_cache is not None and not step_cache > 0:
             raise UserError(f"step_cache must be above 0, such as 0.1, got {step_cache}")
+        if num_videos_per_prompt < 1:
+            raise UserError(f"num_videos_per_prompt must be at least 1, got {num_videos_per_prompt}")
+        if prompt_embeds is not None and prompt:
+            raise UserError("prompt and prompt_embeds exclude each other: the embeddings are the prompt's")
+        if negative_prompt_embeds is not None and negative_prompt:
+            raise UserError("negative_prompt and negative_prompt_embeds exclude each other")
         for warning in far_from(defaults, height=height, width=width, num_frames=num_frames):
             logger.warning(warning)
         given = self._given_frames(image, video, num_frames)
         device = self._execution_device
+        self.maybe_free_model_hooks()  # a call that failed may have left a part on the device
 
         # 1. Prompts to embeddings; the image is part of the positive prompt where the template says so.
         picture = given[0] if given else None
-        positive = prompt_embeds or self.encode_prompt(prompts, image=picture)
+        positive = prompt_embeds or self.encode_prompt(prompt, image=picture)
         negative = None
         if guidance > 1 and is_guided(defaults, len(given)):
-            negative = negative_prompt_embeds or self.encode_prompt([negative_prompt] * len(positive[0]))
+            negative = negative_prompt_embeds or self.encode_prompt(negative_prompt)
+            if len(negative[0]) == 1:
+                negative = repeated(negative, len(positive[0]), device)
         self._release_text_encoder(after_encoding)
         positive = repeated(positive, num_videos_per_prompt, device)
         negative = negative and repeated(negative, num_videos_per_prompt, device)
@@ -195,30 +206,32 @@ class KairosPipeline(DiffusionPipeline):
         patch = self.transformer.config.patch_size
         tokens = shape[3] * shape[4] // (patch[1] * patch[2])
 
+        scheduler = copy(self.scheduler)  # of this call alone, whatever other threads make meanwhile
+
         def set_timesteps(latent_frames: int) -> int:
-            self.scheduler.set_timesteps(
+            scheduler.set_timesteps(
                 steps, latent_frames=latent_frames, tokens_per_frame=tokens, device=device
             )
-            return len(self.scheduler.timesteps)
+            return len(scheduler.timesteps)
 
-        self.interrupt = False
         with self.progress_bar(total=len(chunks) * set_timesteps(shape[2])) as progress:
-            taken = 0
+            taken, interrupted = 0, False
 
             def after_step(timestep: Tensor, chunk: Tensor) -> tuple[Tensor, bool]:
-                nonlocal taken
+                nonlocal taken, interrupted
                 if callback_on_step_end is not None:
                     answer = callback_on_step_end(self, taken, timestep, {"latents": chunk}) or {}
                     chunk = answer.get("latents", chunk)
+                    interrupted = answer.get("interrupt", False)
                 taken += 1
                 progress.update()
-                return chunk, self.interrupt
+                return chunk, interrupted
 
             for end in chunks:
                 set_timesteps(end)
                 latents[:, :, :end] = known = denoise(
                     self.transformer,
-                    self.scheduler,
+                    scheduler,
                     latents[:, :, :end],
                     positive=positive,
                     negative=negative if is_guided(defaults, known_frames) else None,
@@ -230,7 +243,7 @@ class KairosPipeline(DiffusionPipeline):
                     step_cache=step_cache,
                 )
                 known_frames = end
-                if self.interrupt:
+                if interrupted:
                     break
         frames = self._decode(latents, output_type, tiled)
         self.maybe_free_model_hooks()
@@ -251,8 +264,13 @@ class KairosPipeline(DiffusionPipeline):
 
         return stream(self, prompt, **options)
 
-    def encode_prompt(self, prompts: list[str], image: Image.Image | None = None) -> tuple[Tensor, Tensor]:
+    def encode_prompt(
+        self, prompts: str | list[str], image: Image.Image | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Embeddings (B, T, C) and their mask (B, T) of `prompts`, from the cache where they are known."""
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        if not (isinstance(prompts, list) and prompts and all(isinstance(text, str) for text in prompts)):
+            raise UserError(f"a prompt must be a text or a list of texts, got {prompts!r}")
         if self.text_encoder is None:
             raise UserError("the text encoder was freed; load the pipeline again or pass prompt_embeds")
         template: PromptTemplate = TEMPLATES[self.config.prompt_template]
@@ -305,11 +323,13 @@ class KairosPipeline(DiffusionPipeline):
             defaults=defaults,
         )
 
-    def _rounded_size(self, height: float, width: float) -> tuple[int, int]:
-        """Height and width rounded up to whole patches of latents, and said so."""
+    def _rounded_size(self, height: float | None, width: float | None) -> tuple[int, int]:
+        """Height and width, by default the model's, rounded up to whole patches of latents, and said so."""
+        height = self.config.defaults["height"] if height is None else height
+        width = self.config.defaults["width"] if width is None else width
         patch = self.transformer.config.patch_size
         unit_y, unit_x = SPATIAL * patch[1], SPATIAL * patch[2]
-        if min(height, width) < 1:
+        if not (1 <= height < math.inf and 1 <= width < math.inf):
             raise UserError(f"height and width must be positive, got {height} x {width}")
         rounded = int(-(-height // unit_y) * unit_y), int(-(-width // unit_x) * unit_x)
         if rounded != (height, width):
@@ -318,7 +338,7 @@ class KairosPipeline(DiffusionPipeline):
 
     def _rounded_frames(self, num_frames: float) -> int:
         """The number of frames rounded up to 4n + 1, and said so."""
-        if num_frames < 1:
+        if not 1 <= num_frames < math.inf:
             raise UserError(
                 f"num_frames must be 4n + 1, got {num_frames}; try {RELEASED_DEFAULTS['num_frames']}"
             )
@@ -335,15 +355,14 @@ class KairosPipeline(DiffusionPipeline):
         if video is None:
             if image is not None and num_frames == 1:
                 raise UserError("num_frames counts the image too, so it must be 5 or more, got 1")
-            return [] if image is None else [image.convert("RGB")]
-        given = [
-            f.convert("RGB") if isinstance(f, Image.Image) else Image.fromarray(np.asarray(f)) for f in video
-        ]
+            if not isinstance(image, Image.Image | None):
+                raise UserError(f"image must be a PIL image, got {type(image).__name__}")
+            return [] if image is None else pictures([image])
+        given = pictures(video)
         if len(given) % TEMPORAL != 1:
             fewer = (len(given) - 1) // TEMPORAL * TEMPORAL + 1
-            raise UserError(
-                f"a given video must have 4n + 1 frames, got {len(given)}; give its first {max(fewer, 1)}"
-            )
+            fix = f"; give its first {fewer}" if given else ""
+            raise UserError(f"a given video must have 4n + 1 frames, got {len(given)}{fix}")
         if len(given) >= num_frames:
             raise UserError(
                 f"the given video has {len(given)} frames, so num_frames must be larger, got {num_frames}"
@@ -377,9 +396,7 @@ class KairosPipeline(DiffusionPipeline):
         array = frames.permute(0, 1, 3, 4, 2).numpy()
         if output_type == "np":
             return array
-        return [
-            [Image.fromarray((frame * 255).round().astype(np.uint8)) for frame in video] for video in array
-        ]
+        return [[Image.fromarray(frame) for frame in to_uint8(video)] for video in array]
 
     def _release_text_encoder(self, after_encoding: str) -> None:
         if after_encoding == "cpu" and self.text_encoder is not None:
@@ -388,6 +405,29 @@ class KairosPipeline(DiffusionPipeline):
             self.register_modules(text_encoder=None)
         if after_encoding != "keep" and torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def pictures(video: Any) -> list[Image.Image]:
+    """The frames of a given video: PIL images, or (k, H, W, 3), uint8 or in [0, 1]."""
+    if isinstance(video, Sequence) and all(isinstance(frame, Image.Image) for frame in video):
+        frames = [as_rgb(frame) for frame in video]
+    else:
+        try:
+            array = np.asarray(video)
+        except (ValueError, TypeError):
+            raise UserError("a given video must be arrays of one shape, or PIL images") from None
+        is_float = np.issubdtype(array.dtype, np.floating)
+        if array.ndim != 4 or array.shape[-1] != 3 or not (is_float or array.dtype == np.uint8):
+            raise UserError(
+                "a given video must be PIL images, or (k, H, W, 3) as uint8 or in [0, 1], "
+                f"got {array.shape} {array.dtype}"
+            )
+        if is_float and not (array.min(initial=0) >= 0 and array.max(initial=0) <= 1):
+            raise UserError("a given video that is not uint8 must be in [0, 1]")
+        frames = [Image.fromarray(frame) for frame in (to_uint8(array) if is_float else array)]
+    if any(min(frame.size) < 1 for frame in frames):
+        raise UserError("a given frame has no pixels")
+    return frames
 
 
 OPENING_FRAMES = 2

@@ -176,6 +176,9 @@ def download(name: str, folder: str | os.PathLike[str] | None = None) -> dict[st
     if target is not None and preset.sources:
         from kairos.data.files import prepare_folder, write_atomically
 
+        if (target / MARK).exists() and (there := locate(target)[0]) != preset:
+            held = there.name if there else "another model"
+            raise UserError(f"{target} holds {held}; give another folder for {name}")
         prepare_folder(target)  # marked first: a download that breaks off can say what it is to be
         write_atomically(target / MARK, json.dumps({"preset": name}).encode())
     return {part: hub.fetch(source, target and target / part) for part, source in preset.sources.items()}
@@ -310,9 +313,9 @@ def _load_saved(folder: Path, dtype: torch.dtype, weights: Any) -> KairosPipelin
 
     read_json(folder / "model_index.json")
     text_encoder, tokenizer, processor = load_text_encoder(folder, dtype=dtype)
-    own = read_json(folder / "transformer" / "config.json") if weights else {}
+    own = {} if weights is None else read_json(folder / "transformer" / "config.json")
     otherwise = {name: value for name, value in own.items() if not name.startswith("_")}
-    transformer = weights or folder / "transformer"
+    transformer = folder / "transformer" if weights is None else weights
     parts = {
         "transformer": load_transformer_file(transformer, dtype=dtype, otherwise=otherwise),
         "vae": load_vae_file(folder / "vae", dtype=dtype),

@@ -141,29 +141,16 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {nearest[0]!r}?" if nearest else f"; known are {', '.join(known)}"
 
 
-def read_requests(path: str | os.PathLike[str], defaults: Mapping[str, Any] | None = None) -> list[Request]:
-    """The requests of a JSON file: a dictionary, or a list of them.
-
-    `input_image` and `input_video` are relative to the working folder, as in the reference, or else to the
-    file. Raises UserError for a file that is missing or not JSON (with line and column) and for the first bad
-    request.
-    """
-    requests = []
-    for request in read_each_request(path, defaults):
-        if isinstance(request, UserError):
-            raise request
-        requests.append(request)
-    return requests
-
-
-def read_each_request(
+def read_requests(
     path: str | os.PathLike[str],
     defaults: Mapping[str, Any] | None = None,
     instead: Mapping[str, Any] | None = None,
 ) -> list[Request | UserError]:
-    """As `read_requests`, with the error of each bad request in its place.
+    """The requests of a JSON file, a dictionary or a list of them, with the error of each bad one in its place.
 
-    instead: what is not None counts instead of what a request says.
+    `input_image` and `input_video` are relative to the working folder, as in the reference, or else to the
+    file. `instead`: what is not None counts instead of what a request says. Raises UserError for a file that
+    is missing or not JSON (with line and column).
     """
     path, said = Path(path), field_values(instead or {})
     try:

@@ -125,31 +125,6 @@ def state_bytes(config: Mapping[str, Any], tokens_per_frame: int, dtype: str = "
     return sum(sizes[kind] for kind in kinds(config))
 
 
-def memory_bytes(
-    config: Mapping[str, Any],
-    parameters: Mapping[str, int],
-    shape: Shape,
-    dtype: str = "bfloat16",
-    *,
-    free_encoder: bool = False,
-) -> int:
-    """An estimate of the memory that a video needs at its peak, in bytes.
-
-    All weights (the VAE's in float32), and the larger of what a block holds while it works and what the VAE
-    holds of the frames that it decodes together. With `free_encoder` the text encoder is gone by then.
-    """
-    block = shape.tokens * (2 * config["ffn_dim"] + 10 * config["hidden_size"]) * BYTES[dtype]
-    pixels = shape.tokens_per_frame * config["patch_size"][1] * config["patch_size"][2] * 64
-    # The decoder's last level is as wide as its parameters' root tells; about eight such maps live at once.
-    width = 96 * (parameters["vae"] / RELEASED_VAE) ** 0.5
-    together = min(frames_together(pixels // 64), shape.latent_frames)
-    decoding = int(together * 4 * pixels * width * 4 * 8)
-    encoder = parameters["text_encoder"] * BYTES[dtype]
-    models = parameters["transformer"] * BYTES[dtype] + parameters["vae"] * 4
-    working = models + max(block, decoding)
-    return max(working, models + encoder) if free_encoder else working + encoder
-
-
 def forward_flops(config: Mapping[str, Any], shape: Shape, text_tokens: int = 512) -> dict[str, float]:
     """Floating point operations of one forward by part, a multiply-add being two.
 

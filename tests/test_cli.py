@@ -166,8 +166,27 @@ def test_without_output_the_file_is_named_after_the_prompt(kairos: Any, fake: Fa
     assert [path.name for path in Path("folder").iterdir()] == ["über-etc-0.mp4"]
 
 
+def test_what_a_video_is_made_from_is_not_written_over(
+    kairos: Any, fake: FakePipeline, loading_is_an_error: None
+) -> None:
+    write_video("mine.mp4", np.zeros((5, 32, 32, 3), np.uint8), fps=16)
+    before = Path("mine.mp4").read_bytes()
+    status, _, complaint = kairos("generate", "x", "--video", "mine.mp4", "-o", "./mine.mp4")
+    assert (status, Path("mine.mp4").read_bytes()) == (2, before)
+    assert complaint == "error: mine.mp4 would be written over what it is made from; choose another name\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no full disk to print to")
+def test_a_full_disk_behind_what_is_printed_is_the_machines_failure() -> None:
+    command = [sys.executable, "-m", "kairos", "models", "list"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.stderr.startswith("error: cannot write what is printed: no space left on device\n")
+    assert "Traceback" not in done.stderr
+
+
 def test_a_configuration_may_name_the_output(kairos: Any, fake: FakePipeline) -> None:
-    Path("config.py").write_text('output = "named.mp4"\n')
+    Path("config.py").write_text('\ufeffoutput = "named.mp4"\n', encoding="utf-8")  # as Windows writes it
     assert kairos("generate", "x", "--config", "config.py")[0] == 0
     assert kairos("generate", "x", "--config", "config.py", "-o", "folder/")[0] == 0
     assert Path("named.mp4").exists() and Path("folder", "named.mp4").exists()
@@ -395,6 +414,12 @@ BAD_INPUT = {
     "a configuration that is no value": (("x", "--config", "key.py"), "line 1: model must be a plain value"),
     "a configuration that imports": (("x", "--config", "import.py"), "only lines of the form name = value"),
     "a configuration of another type": (("x", "--config", "type.py"), "line 1: model must be a text, got 5"),
+    "a scale that is a truth": (("x", "--config", "truth.py"), "line 1: scale must be a whole number"),
+    "a name said twice in a configuration": (
+        ("x", "--config", "again.py"),
+        "line 2: seed stands there twice",
+    ),
+    "two names for one thing": (("x", "--config", "two.py"), "'frames' and 'num_frames' mean the same"),
     "a configuration that cannot be": (
         ("x", "--config", "eighty.py"),
         "eighty.py: num_frames must be 4n + 1",
@@ -402,6 +427,7 @@ BAD_INPUT = {
     "an output that is a folder": (("--request", "folder.json", "-o", "."), "taken.mp4: it is a folder"),
     "an output with too long a name": (("x", "-o", "x" * 300 + ".mp4"), "too long"),
     "an image with too long a name": (("x", "--image", "x" * 300), "too long"),
+    "weights that are empty": (("x", "--weights", ""), "weights must name a file or a folder"),
     "weights that are not there": (("x", "--weights", "no.safetensors"), "weights not found: no.safetensors"),
     "weights whose name is no text": (("x", "--weights", "\udcff"), "weights holds the control character"),
     "a LoRA whose name is no text": (("x", "--lora", "\udcff"), "lora holds the control character"),
@@ -433,6 +459,9 @@ def test_bad_input_gets_one_line_and_status_2_before_a_model_is_loaded(
     Path("taken.mp4").mkdir()
     Path("type.py").write_text("model = 5\n")
     Path("eighty.py").write_text("num_frames = 80\n")
+    Path("truth.py").write_text("scale = True\n")
+    Path("again.py").write_text("seed = 1\nseed = 2\n")
+    Path("two.py").write_text("frames = 5\nnum_frames = 9\n")
 
     status, said, complaint = kairos("generate", *arguments)
     assert (status, said) == (2, "")

@@ -152,7 +152,7 @@ def test_a_model_is_described_without_being_loaded(kairos: Any) -> None:
     for fact in (
         "640 x 480, 81 frames at 16 fps",
         "transformer parameters  4,0",
-        "memory in bfloat16",
+        "GPU, in bfloat16",
         "state of a",
     ):
         assert fact in said

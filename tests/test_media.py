@@ -208,10 +208,30 @@ def test_the_pixels_of_a_video_become_square(tmp_path: Path, aspect: str, width:
 
 def turned_a_quarter(path: Path) -> None:
     """Write a quarter turn into the matrix of an mp4's only track."""
+    write_matrix(path, 0, 1, -1, 0)
+
+
+def write_matrix(path: Path, a: int, b: int, c: int, d: int) -> None:
+    """Have an mp4's only track shown at (a x + c y, b x + d y)."""
     data = path.read_bytes()
     start = data.index(b"tkhd") + 4 + 40
-    matrix = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    matrix = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
     path.write_bytes(data[:start] + matrix + data[start + 36 :])
+
+
+@pytest.mark.parametrize("matrix", [(a, 0, 0, d) for a in (1, -1) for d in (1, -1)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_video_is_mirrored_and_turned_as_its_matrix_says(
+    tmp_path: Path, matrix: tuple[int, int, int, int], transposed: bool
+) -> None:
+    picture = np.zeros((1, 32, 48, 3), np.uint8)
+    picture[:, :8, :16] = 255  # one corner of four
+    media.write_video(tmp_path / "clip.mp4", picture, fps=16, scale=1)
+    shown = media.read_video(tmp_path / "clip.mp4")[0][:: matrix[3], :: matrix[0]]
+    if transposed:
+        shown, matrix = shown.swapaxes(0, 1), (0, matrix[0], matrix[3], 0)
+    write_matrix(tmp_path / "clip.mp4", *matrix)
+    assert np.array_equal(media.read_video(tmp_path / "clip.mp4")[0], shown)
 
 
 def test_a_video_that_changes_its_size_gets_one_line(tmp_path: Path) -> None:
@@ -227,7 +247,7 @@ def test_a_video_that_changes_its_size_gets_one_line(tmp_path: Path) -> None:
             for packet in encoder.encode(frame.reformat(format="yuvj420p")):
                 packet.stream = stream
                 container.mux(packet)
-    with pytest.raises(UserError, match=r"two\.mkv: its size changes from 64 x 32 to 32 x 64; convert it"):
+    with pytest.raises(UserError, match=r"two\.mkv: its size changes from 32 x 64 to 64 x 32; convert it"):
         media.read_video(tmp_path / "two.mkv")
 
 
@@ -335,3 +355,14 @@ def test_a_contact_sheet_has_a_row_for_each_video(tmp_path: Path) -> None:
     media.write_contact_sheet(tmp_path / "sheet.png", videos, columns=4, captions=["one", "two"], scale=2)
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (4 * (128 + 4) + 4, 2 * (20 + 128 + 4) + 4)
+
+
+def test_a_long_caption_of_a_contact_sheet_is_whole(tmp_path: Path) -> None:
+    def right_margin(caption: str) -> np.ndarray:
+        media.write_contact_sheet(tmp_path / "sheet.png", [moving_square()], 4, [caption], scale=2)
+        with Image.open(tmp_path / "sheet.png") as sheet:
+            return np.asarray(sheet)[:20, -4:]
+
+    assert (
+        right_margin("a ball is thrown to the left at high speed, falls down, and lies there" * 2) == 255
+    ).all()

@@ -249,11 +249,11 @@ def test_on_a_cpu_a_list_is_planned_with_the_encoder_that_it_keeps(tmp_path, mon
         file, folder = str(tmp_path / "list.json"), str(tmp_path / "out") + "/"
         assert kairos("generate", "--request", file, "-o", folder, "--device", "cpu", "--memory", "8") == 2
     alone, listed = plans
-    assert (alone.place("text_encoder"), listed.place("text_encoder")) == (FREED, RESIDENT)
+    assert (places(alone)[0], places(listed)[0]) == (FREED, RESIDENT)
     assert listed.stages[-1].peak_gb > alone.stages[-1].peak_gb
     job = Job(Request(prompt="a ball"), tmp_path / "out.mp4")
     worker = batch._planned([job], run.RunOptions(device="cpu", memory="8"))
-    assert worker is not None and worker.place("text_encoder") == RESIDENT
+    assert worker is not None and places(worker)[0] == RESIDENT
 
 
 def frames(pipeline, **options) -> torch.Tensor:
@@ -303,6 +303,16 @@ def test_parts_that_are_offloaded_whole_work_alone_whatever_is_given(
     vae, encoder, transformer = map(type, (pipeline.vae, pipeline.text_encoder, pipeline.transformer))
     assert [parts for parts, _ in groupby(seen)] == [{encoder}, {vae}, {transformer}, {vae}]
     assert not there
+
+    def fail(*_):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        pipeline("a ball", callback_on_step_end=fail, **options)
+    assert there == {transformer}
+    seen.clear()
+    pipeline("a prompt that is not known yet", **options)
+    assert all(len(parts) == 1 for parts in seen)
     pipeline.remove_all_hooks()
     assert torch.equal(frames(pipeline, **options), made)
 
@@ -360,6 +370,17 @@ def quantized_names(state: dict[str, torch.Tensor]) -> set[str]:
         for name, value in state.items()
         if name.endswith(".weight") and value.ndim == 2 and not any(gate in name for gate in gates)
     }
+
+
+def test_the_vaes_precision_is_planned_as_it_will_be() -> None:
+    cuda = torch.device("cuda")
+    options = run.RunOptions(model="kairos-tiny", dtype="bfloat16", memory="80")
+    plans = [
+        run.planned([Request("a ball")], replace(options, vae_dtype=dtype), cuda)
+        for dtype in ("auto", "float32")
+    ]
+    assert [plan.parts[2].dtype for plan in plans] == ["bfloat16", "float32"]
+    assert plans[0].stages[2].activations_gb < plans[1].stages[2].activations_gb
 
 
 def test_other_weights_are_planned_for_without_the_models_own(tmp_path, capsys) -> None:

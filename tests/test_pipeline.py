@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -116,23 +118,37 @@ def test_several_prompts_and_videos_come_in_one_batch_that_equals_single_calls(p
     np.testing.assert_allclose(together[3], alone[0], atol=1e-4)
 
 
-def test_guidance_of_one_runs_the_model_once_a_step(pipeline, monkeypatch):
-    calls = []
+def count_forwards(pipeline, monkeypatch) -> list[int]:
+    calls: list[int] = []
     forward = type(pipeline.transformer).forward
     monkeypatch.setattr(
         type(pipeline.transformer), "forward", lambda self, *a, **k: calls.append(1) or forward(self, *a, **k)
     )
+    return calls
+
+
+def test_guidance_of_one_runs_the_model_once_a_step(pipeline, monkeypatch):
+    calls = count_forwards(pipeline, monkeypatch)
     pipeline("x", guidance_scale=1, num_inference_steps=3, generator=seeded())
     assert len(calls) == 3
     pipeline("x", guidance_scale=3, num_inference_steps=3, generator=seeded())
     assert len(calls) == 9
 
 
-def test_a_few_step_scheduler_takes_four_steps_without_guidance(pipeline):
+def test_a_few_step_scheduler_takes_four_steps_without_guidance(pipeline, monkeypatch):
     pipeline.scheduler = FewStepScheduler()
-    steps = []
-    pipeline("x", generator=seeded(), callback_on_step_end=lambda p, step, t, kw: steps.append(step))
-    assert steps == [0, 1, 2, 3]
+    calls = count_forwards(pipeline, monkeypatch)
+    pipeline("x", guidance_scale=5, num_inference_steps=7, generator=seeded())
+    assert len(calls) == 4
+
+
+def test_one_seed_gives_one_video_of_a_few_step_model_too(pipeline):
+    pipeline.scheduler = FewStepScheduler()
+    first, again = (pipeline("a ball", generator=seeded(1)).frames for _ in range(2))
+    assert np.array_equal(first, again)
+    both = pipeline(["a ball", "a ball"], generator=[seeded(2), seeded(1)]).frames
+    np.testing.assert_allclose(both[1], first[0], atol=1e-4)
+    assert not np.allclose(both[0], first[0], atol=1e-2)
 
 
 def test_a_chunk_causal_model_makes_the_first_two_frames_one_by_one(chunk_causal_pipeline):
@@ -159,8 +175,7 @@ def test_a_callback_can_stop_the_sampling_and_change_the_latents(pipeline):
 
     def stop_after_two(pipe, step, timestep, kwargs):
         steps.append(step)
-        pipe.interrupt = step == 1
-        return {"latents": torch.zeros_like(kwargs["latents"])}
+        return {"latents": torch.zeros_like(kwargs["latents"]), "interrupt": step == 1}
 
     latents = pipeline(
         "x",
@@ -171,6 +186,80 @@ def test_a_callback_can_stop_the_sampling_and_change_the_latents(pipeline):
     ).frames
     assert steps == [0, 1]
     assert not latents.any()
+
+
+def test_a_video_that_is_stopped_in_its_first_chunk_begins_no_other(chunk_causal_pipeline):
+    pipe, steps = chunk_causal_pipeline, []
+
+    def stop_at_once(pipe, step, timestep, kwargs):
+        steps.append(step)
+        return {"interrupt": True}
+
+    pipe("x", generator=seeded(), callback_on_step_end=stop_at_once)
+    assert steps == [0]
+    pipe("x", generator=seeded(), callback_on_step_end=lambda p, step, t, kw: steps.append(step))
+    assert steps == [0, 0, 1, 2, 3, 4, 5]
+
+
+def test_calls_in_several_threads_do_not_disturb_each_other(chunk_causal_pipeline):
+    """A callback of the first waits inside its first step until the second call is through."""
+    pipe = chunk_causal_pipeline
+    alone = [
+        pipe("x", num_inference_steps=n, generator=seeded(), output_type="latent").frames for n in (5, 3)
+    ]
+    begun, through = threading.Event(), threading.Event()
+
+    def wait(pipe, step, timestep, kwargs):
+        begun.set()
+        assert through.wait(60)
+
+    with ThreadPoolExecutor(1) as pool:
+        options = {"num_inference_steps": 5, "generator": seeded(), "output_type": "latent"}
+        first = pool.submit(pipe, "x", callback_on_step_end=wait, **options)
+        assert begun.wait(60)
+
+        def stop(pipe, step, timestep, kwargs):
+            return {"interrupt": True}
+
+        second = pipe("x", num_inference_steps=3, generator=seeded(), output_type="latent").frames
+        pipe("x", generator=seeded(), callback_on_step_end=stop)
+        through.set()
+        assert torch.equal(first.result().frames, alone[0])
+    assert torch.equal(second, alone[1])
+
+
+def test_the_image_is_part_of_the_prompt_where_the_template_says_so(pipeline, picture, monkeypatch):
+    seen = []
+
+    def spy(encoder, tokenizer, prompts, *, images, **options):
+        seen.append((prompts, images))
+        return torch.zeros(len(prompts), 3, pipeline.transformer.config.text_dim), torch.ones(len(prompts), 3)
+
+    monkeypatch.setattr("kairos.pipeline.encode_prompts", spy)
+    for template, expected in (("2026", [picture]), ("2025-12", None)):
+        pipeline.register_to_config(prompt_template=template)
+        seen.clear()
+        pipeline("x", image=picture, negative_prompt="y", guidance_scale=2, generator=seeded())
+        assert seen == [(["x"], expected), (["y"], None)]
+
+
+def test_what_it_made_can_be_continued(chunk_causal_pipeline):
+    pipe = chunk_causal_pipeline
+    frames = pipe("x", generator=seeded()).frames[0][:5]
+    pictures = pipe("x", generator=seeded(), output_type="pil").frames[0][:5]
+    ways = frames, (frames * 255).round().astype(np.uint8), pictures, torch.from_numpy(frames)
+    first, *others = (pipe("x", video=video, generator=seeded()).frames for video in ways)
+    for other in others:
+        assert np.array_equal(first, other)
+
+
+def test_a_picture_is_seen_on_white_and_sixteen_bits_are_scaled(pipeline):
+    clear = Image.new("RGBA", (32, 32), (200, 0, 0, 0))
+    grey = Image.fromarray(np.full((32, 32), 30000, np.uint16))
+    expected = Image.new("RGB", (32, 32), "white"), Image.new("RGB", (32, 32), (117, 117, 117))
+    for given, same in zip((clear, grey), expected, strict=True):
+        made = [pipeline("x", image=image, generator=seeded()).frames for image in (given, same)]
+        assert np.array_equal(*made)
 
 
 def test_given_latents_stay_as_they_are(pipeline):
@@ -212,6 +301,15 @@ def test_a_freed_text_encoder_is_missed_with_a_clear_line(pipeline):
     np.testing.assert_array_equal(with_text, with_embeds)
 
 
+def test_one_negative_prompt_serves_all_prompts(pipeline):
+    positive, negative = pipeline.encode_prompt(["a ball", "a cube"]), pipeline.encode_prompt("blur")
+    assert len(negative[0]) == 1
+    generators = [seeded(0), seeded(1)]
+    embedded = pipeline(prompt_embeds=positive, negative_prompt_embeds=negative, generator=generators).frames
+    texts = pipeline(["a ball", "a cube"], negative_prompt="blur", generator=(seeded(0), seeded(1))).frames
+    np.testing.assert_allclose(embedded, texts, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -223,11 +321,29 @@ def test_a_freed_text_encoder_is_missed_with_a_clear_line(pipeline):
         ({"video": np.zeros((4, 32, 32, 3), np.uint8)}, "4n \\+ 1 frames, got 4"),
         ({"video": np.zeros((9, 32, 32, 3), np.uint8)}, "num_frames must be larger"),
         ({"generator": [seeded()] * 3}, "one for each of the 1 videos"),
+        ({"height": 0}, "must be positive"),
+        ({"width": float("nan")}, "must be positive"),
+        ({"num_frames": 0}, "4n \\+ 1"),
+        ({"num_frames": float("inf")}, "4n \\+ 1"),
+        ({"prompt": None}, "a text or a list of texts, got None"),
+        ({"prompt": []}, "a text or a list of texts, got \\[\\]"),
+        ({"negative_prompt": 3}, "a text or a list of texts, got 3"),
+        ({"num_videos_per_prompt": 0}, "num_videos_per_prompt must be at least 1, got 0"),
+        ({"prompt_embeds": (torch.zeros(1, 2, 8), torch.ones(1, 2))}, "exclude each other"),
+        ({"image": "a.png"}, "must be a PIL image, got str"),
+        ({"image": Image.new("RGB", (0, 0))}, "has no pixels"),
+        ({"image": Image.new("F", (8, 8))}, "32-bit greys"),
+        ({"video": []}, "4n \\+ 1 frames, got 0$"),
+        ({"video": np.zeros((5, 32, 32), np.uint8)}, r"\(k, H, W, 3\) .* got \(5, 32, 32\) uint8"),
+        ({"video": np.zeros((5, 32, 32, 4), np.uint8)}, "got \\(5, 32, 32, 4\\)"),
+        ({"video": np.zeros((5, 32, 32, 3), np.int64)}, "int64"),
+        ({"video": np.full((5, 32, 32, 3), 2.0)}, "must be in \\[0, 1\\]"),
+        ({"video": np.full((5, 32, 32, 3), np.nan)}, "must be in \\[0, 1\\]"),
     ],
 )
 def test_input_that_cannot_be_used_is_refused_in_one_line(pipeline, arguments, message):
     with pytest.raises(UserError, match=message) as caught:
-        pipeline("x", **arguments)
+        pipeline(**{"prompt": "x"} | arguments)
     assert "\n" not in str(caught.value)
 
 

@@ -23,12 +23,13 @@ from kairos import (
     MachineError,
     UserError,
     hub,
+    memory,
     presets,
     sizes,
 )
 from kairos.conditioning import TEMPLATES
 from kairos.hub import Source
-from kairos.model_info import info
+from kairos.model_info import for_planning, gpu_memory_gb, info
 from kairos.pipeline import far_from
 from kairos.presets import PRESETS, download, get, load_pipeline, local_files
 from kairos.weights import save_original
@@ -125,9 +126,11 @@ def test_what_is_said_of_the_4b_model_follows_from_its_configuration(huggingface
     about = info("kairos-4b-480p")
     assert about.path is None and about.tokens == 21 * 30 * 40
     assert about.repositories["vae"] == "Wan-AI/Wan2.1-T2V-14B"
-    weights_gb = (about.parameters["transformer"] + about.parameters["text_encoder"]) * 2e-9
-    assert weights_gb < about.memory_gb["bfloat16"] < weights_gb + 10
-    assert about.memory_freed_gb["bfloat16"] < about.memory_gb["bfloat16"] < about.memory_gb["float32"]
+    whole_gb, freed_gb = gpu_memory_gb(about, "bfloat16")
+    plan = memory.plan(for_planning(about, "cuda"), memory.clip_of(about.defaults, about.scheduler), 80)
+    assert whole_gb == plan.peak_gb
+    assert freed_gb == plan.stages[0].peak_gb < whole_gb  # of encoding the prompt, beside all the rest
+    assert gpu_memory_gb(about, "float32")[0] > whole_gb
     assert 1000 < about.state_mb < 3000
     assert info("kairos-4b-720p").tokens == 21 * 45 * 80
     assert not huggingface.asked
@@ -187,6 +190,15 @@ def test_a_model_can_be_downloaded_to_a_folder_and_loaded_from_it(published, tmp
     message = refusal(load_pipeline, tmp_path / "model")
     assert "vae (Wan-AI/Wan2.1-T2V-14B) missing" in message
     assert message.endswith(f"--dir {tmp_path / 'model'}")
+
+
+def test_a_folder_that_holds_a_model_is_not_filled_with_another(published, tmp_path):
+    download("kairos-4b-480p", tmp_path)
+    before = (tmp_path / presets.MARK).read_text()
+    with pytest.raises(UserError, match="holds kairos-4b-480p; give another folder for kairos-4b-720p"):
+        download("kairos-4b-720p", tmp_path)
+    assert (tmp_path / presets.MARK).read_text() == before
+    download("kairos-4b-480p", tmp_path)  # the same one goes on
 
 
 def test_a_folder_that_a_download_began_to_fill_says_what_is_missing(huggingface, tmp_path):

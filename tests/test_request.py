@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kairos.errors import UserError
-from kairos.request import Request, read_each_request, read_requests, shell_command
+from kairos.request import Request, read_requests, shell_command
 
 REFERENCE = {
     "prompt": "your prompt here",
@@ -28,8 +28,18 @@ def write(path: Path, content: object) -> Path:
     return path
 
 
+def read(path: Path, defaults: dict[str, int] | None = None) -> list[Request]:
+    """The requests of a file in which none is bad."""
+    requests = []
+    for request in read_requests(path, defaults):
+        if isinstance(request, UserError):
+            raise request
+        requests.append(request)
+    return requests
+
+
 def test_the_reference_dictionary_is_understood(tmp_path: Path) -> None:
-    (request,) = read_requests(write(tmp_path / "request.json", REFERENCE))
+    (request,) = read(write(tmp_path / "request.json", REFERENCE))
     assert request == Request(
         prompt="your prompt here",
         seed=7,
@@ -130,7 +140,7 @@ def test_a_bad_request_file_is_told_in_one_line_with_the_place(
     tmp_path: Path, content: object, message: str
 ) -> None:
     with pytest.raises(UserError) as caught:
-        read_requests(write(tmp_path / "request.json", content))
+        read(write(tmp_path / "request.json", content))
     assert message in str(caught.value)
     assert "request.json" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -152,7 +162,7 @@ def test_null_leaves_a_value_to_the_model() -> None:
 
 def test_defaults_fill_in_only_what_a_request_does_not_say(tmp_path: Path) -> None:
     path = write(tmp_path / "list.json", [{"prompt": "x"}, {"prompt": "x", "frames": 5}])
-    assert [request.num_frames for request in read_requests(path, {"num_frames": 9})] == [9, 5]
+    assert [request.num_frames for request in read(path, {"num_frames": 9})] == [9, 5]
 
 
 def test_inputs_are_looked_for_in_the_working_folder_then_beside_the_file(
@@ -163,9 +173,9 @@ def test_inputs_are_looked_for_in_the_working_folder_then_beside_the_file(
     monkeypatch.chdir(tmp_path)
     path = write(beside / "request.json", {"input_image": "a.png"})
     (beside / "a.png").touch()
-    assert read_requests(path)[0].input_image == str(beside / "a.png")
+    assert read(path)[0].input_image == str(beside / "a.png")
     (tmp_path / "a.png").touch()
-    assert read_requests(path)[0].input_image == "a.png"
+    assert read(path)[0].input_image == "a.png"
 
 
 def test_what_counts_instead_is_taken_before_a_request_is_checked(
@@ -177,7 +187,7 @@ def test_what_counts_instead_is_taken_before_a_request_is_checked(
     path = write(
         tmp_path / "list" / "a.json", [{"seed": 3, "frames": 80}, {"sed": 3}, {"input_image": "a.png"}]
     )
-    completed, unknown, other = read_each_request(path, None, {"image": "a.png", "frames": 5, "seed": None})
+    completed, unknown, other = read_requests(path, None, {"image": "a.png", "frames": 5, "seed": None})
     # What the command names is where it says, not beside the file.
     assert completed == Request(input_image="a.png", seed=3, num_frames=5)
     assert "request 2: unknown key 'sed'" in str(unknown)

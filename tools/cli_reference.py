@@ -31,17 +31,29 @@ def _describe(command: Any, name: str, sections: list[str]) -> None:
     arguments = [p for p in command.params if p.param_type_name == "argument"]
     options = [p for p in command.params if p.param_type_name == "option"]
     usage = [name, *(["COMMAND"] if commands else ["[OPTIONS]"] if options else [])]
-    usage += [p.name.upper() if p.required else f"[{p.name.upper()}]" for p in arguments]
+    usage += [_syntax(p) if p.required else f"[{_syntax(p)}]" for p in arguments]
     sections.append(f"## {name}\n\n{_text(command.help)}\n\n    {' '.join(usage)}\n")
-    rows = [(f"`{p.name.upper()}`", p.help) for p in arguments]
+    rows = [(f"`{_cell(_syntax(p))}`", _help(p)) for p in arguments]
     for p in options:
         flags = ", ".join(f"`{flag}`" for flag in p.opts)
-        rows.append((flags + (f" {_cell(p.metavar)}" if p.metavar else ""), p.help))
+        rows.append((flags + (f" {_cell(p.metavar)}" if p.metavar else ""), _help(p)))
     if rows:
         lines = [f"| {what} | {_cell(text)} |" for what, text in rows]
         sections.append("\n".join(["| argument | |", "|---|---|", *lines]) + "\n")
     for inner in commands:
         _describe(commands[inner], f"{name} {inner}", sections)
+
+
+def _syntax(argument: Any) -> str:
+    return argument.metavar or argument.name.upper()
+
+
+def _help(parameter: Any) -> str:
+    """What `--help` says of it, its default too."""
+    default = parameter.default
+    if not parameter.show_default or default is None or default is False or default in ("", []):
+        return parameter.help or ""
+    return f"{parameter.help or ''} Default: {default}."
 
 
 def _text(text: str | None) -> str:

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kairos.data.media import write_contact_sheet
-from kairos.evaluation.models import to_uint8
+from kairos.data.media import to_uint8, write_contact_sheet
 from kairos.presets import load_pipeline
 from kairos.worlds import SCENES, simulate
 

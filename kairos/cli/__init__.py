@@ -18,6 +18,8 @@ REFUSED = {
     errno.EPERM: "permission denied",
 }
 """What the system says of a path that somebody gave."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+"""What it says where standard output goes to a disk that is full or fails."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -46,9 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except MemoryError:
         message, status = "not enough memory; try a smaller size, fewer frames or --tiled", 1
     except OSError as error:
-        if error.errno not in REFUSED or not error.filename:
+        if error.filename and error.errno in REFUSED:
+            message, status = f"{REFUSED[error.errno]}: {error.filename}", 2
+        elif not error.filename and error.errno in FULL:
+            message, status = f"cannot write what is printed: {(error.strerror or str(error)).lower()}", 1
+        else:
             raise
-        message, status = f"{REFUSED[error.errno]}: {error.filename}", 2
     except (KeyboardInterrupt, typer.Abort):
         message, status = "", 130
     else:

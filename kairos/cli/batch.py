@@ -27,7 +27,7 @@ from kairos.cli.gpus import (
     with_remark,
 )
 from kairos.cli.run import RunOptions
-from kairos.data.files import prepare_file, write_atomically
+from kairos.data.files import write_atomically
 from kairos.errors import KairosError, MachineError, UserError, one_line
 from kairos.memory import Plan
 from kairos.request import Request
@@ -89,7 +89,7 @@ def batch(
     single.check_model(options)
     outcomes = refusals(refused)
     for job in jobs:
-        prepare_file(job.path)
+        single.prepare_output(job)
     if jobs:
         plan = _planned(jobs, options)
         workers = gpus or (None if options.device == "cuda" else 1)

@@ -261,7 +261,7 @@ OF_PEAK = "of peak: of what this device reaches in large products of this precis
 
 def clip_of(row: dict[str, Any], length: bool = True) -> str:
     frames = f"{row['latent_frames']} latent frames of " if length else ""
-    return f"{frames}{row['width']} x {row['height']}, {row['dtype']} on {row['device']}"
+    return f"{frames}{row['height']} x {row['width']}, {row['dtype']} on {row['device']}"
 
 
 def hardware(device: str, threads: int | None) -> str:

@@ -31,7 +31,7 @@ def read_config(path: str | os.PathLike[str]) -> Config:
     """The values of a configuration file. Raises UserError for anything but known names = literals."""
     path = Path(path)
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+        tree = ast.parse(path.read_text(encoding="utf-8-sig"), filename=str(path))
     except FileNotFoundError:
         raise UserError(f"configuration not found: {path}") from None
     except OSError as error:
@@ -42,7 +42,7 @@ def read_config(path: str | os.PathLike[str]) -> Config:
         raise UserError(f"{path} is not valid Python{where}: {error.args[0]}") from None
 
     options: dict[str, Any] = {}
-    request: dict[str, Any] = {}
+    said: dict[str, Any] = {}
     for statement in tree.body:
         match statement:
             case ast.Expr(value=ast.Constant(value=str())):  # the file's docstring
@@ -53,20 +53,21 @@ def read_config(path: str | os.PathLike[str]) -> Config:
                 raise UserError(
                     f"{path}, line {statement.lineno}: only lines of the form name = value may stand here"
                 )
+        where = f"{path}, line {statement.lineno}"
+        if name in options or name in said:
+            raise UserError(f"{where}: {name} stands there twice")
         if name in OPTIONS:
-            if not isinstance(value, OPTIONS[name]):
+            if type(value) is not OPTIONS[name]:
                 kind = {str: "a text", int: "a whole number"}[OPTIONS[name]]
-                raise UserError(f"{path}, line {statement.lineno}: {name} must be {kind}, got {value!r}")
+                raise UserError(f"{where}: {name} must be {kind}, got {value!r}")
             options[name] = value
             continue
-        try:
-            request |= field_values({name: value})
-        except UserError:
-            known = [*OPTIONS, *Request.__dataclass_fields__, *ALIASES]
-            raise UserError(
-                f"{path}, line {statement.lineno}: unknown name {name!r}{did_you_mean(name, known)}"
-            ) from None
+        known = [*OPTIONS, *Request.__dataclass_fields__, *ALIASES]
+        if name not in known:
+            raise UserError(f"{where}: unknown name {name!r}{did_you_mean(name, known)}")
+        said[name] = value
     try:
+        request = field_values(said)
         Request.from_dict({"prompt": "a ball"} | request)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None

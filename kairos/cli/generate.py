@@ -27,7 +27,7 @@ from kairos.cli.options import (
 )
 from kairos.distributed import is_rank
 from kairos.errors import UserError
-from kairos.request import Request, read_each_request
+from kairos.request import Request, read_requests
 
 
 @dataclass(frozen=True)
@@ -293,7 +293,7 @@ def file_jobs(
 ) -> tuple[list[Job], list[Refused]]:
     """The jobs of a request file, and what is no job: the command wins over the file, the file over the
     configuration."""
-    requests = read_each_request(path, defaults, said)
+    requests = read_requests(path, defaults, said)
     jobs, refused = [], []
     for number, request in enumerate(requests, start=1):
         if isinstance(request, UserError):
@@ -319,4 +319,4 @@ def file_jobs(
 def _slug(text: str) -> str:
     """A file name from a prompt: its first words, in characters that every system takes."""
     words = re.sub(r"[^\w]+", "-", text.lower()).strip("-_")
-    return words[:48].rstrip("-_") or "video"
+    return words[:100].rstrip("-_") or "video"

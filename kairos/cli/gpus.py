@@ -81,7 +81,7 @@ def run_on_gpus(
         defaults = presets.defaults_of(options.model)
         for job in jobs:
             single.check_request(job.request, defaults, options.scale)
-            prepare_file(job.path)
+            single.prepare_output(job)
     if options.rewrite is not None:
         from kairos.conditioning.rewrite import Rewriter
 
@@ -275,7 +275,7 @@ def _make_together(
 def _check(job: Job, pipeline: "KairosPipeline", options: RunOptions) -> None:
     single.check_request(job.request, pipeline.config.defaults, options.scale)
     single.check_template(job.request)
-    prepare_file(job.path)
+    single.prepare_output(job)
 
 
 def with_remark(job: Job) -> Job:

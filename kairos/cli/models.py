@@ -19,7 +19,7 @@ def list_models() -> None:
         here = "downloaded" if presets.is_downloaded(preset) else "not downloaded"
         if preset.kind == "embedded":
             here = "ships with Kairos" if presets.is_downloaded(preset) else "missing"
-        _say(f"{preset.name:<32}{here:<20}{preset.description}")
+        out.print(f"{preset.name:<32}{here:<20}{preset.description}")
 
 
 @app.command()
@@ -30,6 +30,7 @@ def info(
 ) -> None:
     """Say what a model was made for and what it needs. Nothing is loaded."""
     from kairos import presets
+    from kairos.model_info import gpu_memory_gb
     from kairos.model_info import info as describe
     from kairos.sizes import PROCESS_GB
 
@@ -41,7 +42,7 @@ def info(
         ("model", f"{about.name}: {about.description}"),
         ("where", about.path or f"not downloaded; run: kairos models download {about.name}{where}"),
         *((f"{part} from", repository) for part, repository in about.repositories.items()),
-        ("made for", "{width} x {height}, {num_frames} frames at {fps} fps".format(**made_for)),
+        ("made for", "{num_frames} frames of {height} x {width}, at {fps} fps".format(**made_for)),
         ("sampling", f"{about.scheduler}, {made_for['num_inference_steps']} steps"),
         ("guidance", f"{made_for['guidance_scale']:g}{guided}"),
         ("prompt template", about.template),
@@ -49,13 +50,14 @@ def info(
         ("tokens a clip", f"{about.tokens:,}"),
         *((f"{part} parameters", f"{count:,}") for part, count in about.parameters.items()),
     ]
-    for dtype, size_gb in about.memory_gb.items():
-        freed_gb = about.memory_freed_gb[dtype]
-        rows.append((f"memory in {dtype}", f"about {size_gb:.2g} GB; {freed_gb:.2g} GB with --free-encoder"))
+    for dtype in ("bfloat16", "float32"):
+        whole_gb, freed_gb = gpu_memory_gb(about, dtype)
+        rows.append((f"GPU, in {dtype}", f"about {whole_gb:.3g} GB; {freed_gb:.3g} GB with --free-encoder"))
     rows.append(("beside that", f"about {PROCESS_GB} GB of the machine's memory for the libraries"))
-    rows.append(("state of a rollout", f"{about.state_mb:,.1f} MB in bfloat16"))
+    if about.causal == "chunk":
+        rows.append(("state of a rollout", f"{about.state_mb:,.1f} MB in bfloat16"))
     for title, value in rows:
-        _say(f"{title.replace('_', ' '):>24}  {value}")
+        out.print(f"{title.replace('_', ' '):>24}  {value}")
 
 
 @app.command()
@@ -72,11 +74,7 @@ def download(
 
     preset = presets.get(name)
     if not preset.sources:
-        _say(f"{name} ships with Kairos; there is nothing to download")
+        out.print(f"{name} ships with Kairos; there is nothing to download")
         return
     for part, path in presets.download(name, folder).items():
-        _say(f"{part.replace('_', ' ')}: {path}")
-
-
-def _say(line: str) -> None:
-    out.print(line)
+        out.print(f"{part.replace('_', ' ')}: {path}")

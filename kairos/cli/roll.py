@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import time
 from collections import deque
@@ -24,16 +25,17 @@ from kairos.cli.run import (
     dtype_named,
     explained_memory,
     import_libraries,
+    keep_inputs,
     load,
     pixels,
     planned,
     resolved,
 )
 from kairos.data.files import prepare_file
-from kairos.data.growing_video import GrowingFile, GrowingVideo
+from kairos.data.growing_video import GrowingFile, GrowingVideo, frame_count
 from kairos.data.media import fill_frame, read_image, shown_size, video_frames
 from kairos.errors import UserError
-from kairos.model_info import info
+from kairos.model_info import ModelInfo, info
 from kairos.request import Request, check_text
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GRID_GAP = 2  # pixels between the videos of a grid
+CHUNK_FRAMES = 3  # latent ones, of a chunk-causal model
 
 
 @dataclass(frozen=True)
@@ -109,11 +112,19 @@ def roll(plan: Plan, options: RunOptions) -> None:
     from kairos.streaming import WorldState
 
     world = WorldState.load(plan.from_state) if plan.from_state is not None else None
+    check_outputs(plan)
     size, videos = plan.request, plan.futures or 1
     if size is None:
         assert world is not None
         height, width = (SPATIAL * side for side in world.latent_size)
-        size, videos = Request(prompt="goes on", height=height, width=width), videos * world.batch
+        videos *= world.batch
+        size = Request(
+            prompt="goes on",
+            height=height,
+            width=width,
+            num_inference_steps=world.settings.num_inference_steps,
+            guidance_scale=world.settings.guidance_scale,
+        )
     size = resolved(size, model.defaults)
     assert size.height and size.width
     shown_size(*grid_size(videos, size.height, size.width), options.scale)
@@ -121,6 +132,7 @@ def roll(plan: Plan, options: RunOptions) -> None:
     memory = None
     if options.memory is not None:
         tileable = model.causal != "chunk"
+        size = replace(size, num_frames=longest_clip(plan, world, model))
         memory = planned([size], options, device, rolling=True, tileable=tileable, videos=videos)
         dtype = dtype_named(memory.dtype)
     with explained_memory("a smaller size, fewer --futures or --memory GB"):
@@ -136,6 +148,30 @@ def roll(plan: Plan, options: RunOptions) -> None:
         rollout = begin(plan, pipeline, world, options.model, tiled=memory is not None and memory.tiled)
         video = GrowingVideo(plan.output, fps, said, options.scale)
         write(plan, rollout, video)
+
+
+def check_outputs(plan: Plan) -> None:
+    """Refuse to write over what is read; but a state may go on in its own file."""
+    request = plan.request or Request(prompt="goes on")
+    for written in (plan.output, plan.drift_log):
+        keep_inputs(written, request.input_image, request.input_video, str(plan.from_state or ""))
+    if plan.save_state is not None:
+        keep_inputs(plan.save_state, request.input_image, request.input_video)
+
+
+def longest_clip(plan: Plan, world: "WorldState | None", model: ModelInfo) -> int:
+    """The most frames, 4n + 1, that are made or taken in at once, and no fewer than the model's own."""
+    from kairos.streaming.overlap import MOST_OVERLAP
+
+    exact, given = model.causal == "chunk", 1
+    chunk_frames = plan.chunk_frames or (CHUNK_FRAMES if exact else 0)
+    if world is not None:
+        chunk_frames = world.settings.chunk_frames
+    if exact and plan.request is not None and plan.request.input_video:
+        frames, fps = frame_count(plan.request.input_video)
+        given = math.ceil(frames / fps * model.defaults["fps"])
+    chunk = 4 * chunk_frames + (1 if exact else MOST_OVERLAP)
+    return max(int(model.defaults["num_frames"]), chunk, (given - 1) // 4 * 4 + 1)
 
 
 def check_stateless(plan: Plan, model: str) -> None:
@@ -154,14 +190,12 @@ def begin(
 
     if world is not None:
         if plan.futures is not None:
-            world = world.fork(plan.futures)
-        new_noise = plan.seed is not None or plan.futures is not None
-        return resume(pipeline, world, generator=generators(plan.seed, world.batch) if new_noise else None)
-    request, defaults = plan.request, pipeline.config.defaults
+            world = forked(world, plan.futures, plan.seed)
+        new_noise = None if plan.seed is None else generators(plan.seed, world.batch)
+        return resume(pipeline, world, generator=new_noise)
+    request = plan.request
     assert request is not None
-    height, width = pipeline._rounded_size(
-        request.height or defaults["height"], request.width or defaults["width"]
-    )
+    height, width = pipeline._rounded_size(request.height, request.width)
     options: dict[str, Any] = {
         "image": read_image(request.input_image) if request.input_image else None,
         "negative_prompt": request.negative_prompt,
@@ -173,7 +207,10 @@ def begin(
     }
     if pipeline.transformer.config.causal == "chunk":
         given = whole_video(request, pipeline, height, width) if request.input_video else None
-        return stream(pipeline, request.prompt, video=given, chunk_frames=plan.chunk_frames or 3, **options)
+        options |= {"video": given, "chunk_frames": plan.chunk_frames or CHUNK_FRAMES}
+        rollout = stream(pipeline, request.prompt, **options)
+        rollout.state = replace(rollout.state, model_name=model)
+        return rollout
     overlapping = OverlappingRollout(
         pipeline, request.prompt, chunk_frames=plan.chunk_frames, tiled=tiled, **options
     )
@@ -190,22 +227,26 @@ def begin(
 
 def write(plan: Plan, rollout: "Rollout | OverlappingRollout", video: GrowingVideo) -> None:
     """Chunk after chunk to the file, until the length is reached, the drift too large, or Ctrl-C."""
-    from kairos.streaming import Rollout, resume
+    from kairos.streaming import Rollout
 
     log = DriftLog(plan.drift_log, video.fps)
-    changes = list(plan.changes)
+    changes = plan.changes
     world = None
     began = time.perf_counter()
     try:
         with err.status("the first chunk") if err.is_terminal else nullcontext() as status:
-            while plan.seconds is None or video.frames < plan.seconds * video.fps:
-                while changes and changes[0][0] * video.fps <= video.frames:
-                    rollout.change_prompt(changes.pop(0)[1])
+            while plan.seconds is None or video.frames / video.fps < plan.seconds:
+                due = [change for change in changes if change[0] <= video.frames / video.fps]
+                changes = changes[len(due) :]
+                for second, _ in due[:-1]:
+                    missed = "--prompt-at %ss changed nothing: the next one came before the next chunk"
+                    logger.warning(missed, plain(second))
+                for _, prompt in due[-1:]:
+                    rollout.change_prompt(prompt)
                 frames = next(rollout)
                 if plan.futures and not video.frames and plan.from_state is None:
                     assert isinstance(rollout, Rollout)
-                    forked = rollout.state.fork(plan.futures)
-                    rollout = resume(rollout.pipeline, forked, generator=generators(plan.seed, plan.futures))
+                    rollout.state = forked(rollout.state, plan.futures, plan.seed)
                     frames = frames.repeat(plan.futures, axis=0)
                 video.write(pixels(grid(frames)))
                 world = rollout.state if isinstance(rollout, Rollout) else None
@@ -229,7 +270,7 @@ def write(plan: Plan, rollout: "Rollout | OverlappingRollout", video: GrowingVid
     save(world, plan.save_state)
     report(video)
     for second, _ in changes:
-        logger.warning("the video ends before --prompt-at %ss, which changed nothing", plain(second))
+        logger.warning("no chunk begins after --prompt-at %ss, which changed nothing", plain(second))
 
 
 def plain(second: float) -> str:
@@ -330,6 +371,17 @@ def generators(seed: int | None, count: int) -> "list[torch.Generator]":
     import torch
 
     return [torch.Generator("cpu").manual_seed((seed or 0) + index) for index in range(count)]
+
+
+def forked(world: "WorldState", futures: int, seed: int | None) -> "WorldState":
+    """The first future of each video goes on with its own noise; of the others, number k of all has the seed
+    `seed` + k."""
+    import torch
+
+    world = world.fork(futures)
+    fresh = torch.stack([generator.get_state() for generator in generators(seed, world.batch)])
+    first = torch.arange(world.batch) % futures == 0
+    return replace(world, generators=torch.where(first[:, None], world.generators, fresh))
 
 
 def save(world: "WorldState | None", path: Path | None) -> None:

@@ -16,7 +16,7 @@ from kairos import __version__, presets
 from kairos.cli.clock import Clock
 from kairos.cli.console import err, hush, out, waiting
 from kairos.data.files import prepare_file
-from kairos.errors import MachineError, UserError
+from kairos.errors import MachineError, UserError, one_line
 from kairos.memory import QUANTIZED
 from kairos.request import Request, check_text, did_you_mean
 
@@ -55,6 +55,8 @@ class RunOptions:
         texts = {"model": self.model, "weights": self.weights, "rewrite": self.rewrite}
         for name, text in (texts | {"lora": "".join(self.loras)}).items():
             check_text(name, text or "")  # they stand in the video's metadata
+        if self.weights == "":
+            raise UserError("weights must name a file or a folder; leave it out for the model's own")
         if self.dtype not in DTYPES:
             raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.vae_dtype not in DTYPES:
@@ -84,7 +86,7 @@ def run(jobs: Sequence["Job"], options: RunOptions) -> None:
         defaults = presets.defaults_of(options.model)
         for job in jobs:
             check_request(job.request, defaults, options.scale)
-            prepare_file(job.path)
+            prepare_output(job)
     with clock.stage("import"):
         import_libraries()
         device, dtype = device_and_dtype(options)
@@ -179,7 +181,7 @@ def planned(
     tileable: bool = True,
     videos: int = 1,
 ) -> "Plan":
-    """The plan in which every request fits, `videos` of each at once. `kairos plan` prints the same."""
+    """The plan in which every request fits, `videos` of each at once; as `kairos plan` prints it."""
     from kairos import memory
     from kairos.model_info import for_planning, info
 
@@ -199,6 +201,8 @@ def planned(
         for request in requests
     ]
     model = for_planning(about, kind, options.dtype)
+    if (precision := vae_precision(options, device)) is not None:
+        model = replace(model, vae_dtype=str(precision).removeprefix("torch."))
     tiled = all(request.tiled for request in requests)
     clips = [replace(clip, rolling=rolling, tileable=tileable, videos=videos) for clip in clips]
     plan = memory.plan(model, clips, budget_gb, device=kind, quantize=options.quantize, tiled=tiled)
@@ -305,6 +309,19 @@ def check_request(request: Request, defaults: Mapping[str, Any], scale: int | No
         check_inputs(request)
 
 
+def prepare_output(job: "Job") -> None:
+    """Try that the job's file can be written, and refuse one that the job is made from."""
+    prepare_file(job.path)
+    keep_inputs(job.path, job.request.input_image, job.request.input_video)
+
+
+def keep_inputs(output: Path, *inputs: str) -> None:
+    """Refuse to write over what is read."""
+    for name in inputs:
+        if name and output.exists() and output.samefile(name):
+            raise UserError(f"{output} would be written over what it is made from; choose another name")
+
+
 def check_template(request: Request) -> None:
     """Refuse a prompt template that there is not."""
     from kairos.conditioning import TEMPLATES
@@ -390,9 +407,11 @@ def pixels(frames: Any) -> Any:
     """Frames in [0, 1] as uint8. Raises UserError where they are no numbers."""
     import numpy as np
 
+    from kairos.data.media import to_uint8
+
     if not np.isfinite(frames).all():
         raise UserError("the frames are no finite numbers: this precision does not hold them; try bfloat16")
-    return (frames * 255).round().astype("uint8")
+    return to_uint8(frames)
 
 
 def start_of_video(request: Request) -> Any:
@@ -455,8 +474,9 @@ def device_and_dtype(options: RunOptions) -> tuple[Any, Any]:
         device = torch.device(name)
         torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {options.device!r} cannot be used: {reason}; try --device cpu") from error
+        raise UserError(
+            f"device {options.device!r} cannot be used: {one_line(error)}; try --device cpu"
+        ) from error
     if options.dtype == "auto":
         return device, torch.float32 if device.type == "cpu" else torch.bfloat16
     return device, getattr(torch, options.dtype)
@@ -525,8 +545,8 @@ def _report(path: Path, shape: tuple[int, ...], fps: float, scale: int | None) -
 
     frames, height, width, _ = shape
     shown_height, shown_width = shown_size(height, width, scale)
-    shown = f", shown at {shown_width} x {shown_height}" if shown_height > height else ""
-    out.print(f"{path}: {frames} frames of {width} x {height} at {fps:g} fps{shown}")
+    shown = f", shown at {shown_height} x {shown_width}" if shown_height > height else ""
+    out.print(f"{path}: {frames} frames of {height} x {width} at {fps:g} fps{shown}")
 
 
 @contextmanager

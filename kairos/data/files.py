@@ -16,24 +16,30 @@ _MACHINE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EM
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Write `data` to `path`: a reader sees the old file or the whole new one, never a part.
 
-    The bytes go to a hidden file beside `path`, which takes its place at the end and is removed on any
-    failure, Ctrl-C included. Raises UserError where the folder cannot be written to, MachineError where
-    the disk is full.
+    Raises UserError where the folder cannot be written to, MachineError where the disk is full.
     """
+    with whole_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A hidden file beside `path` that takes its place at the end, and is removed on any failure, Ctrl-C
+    included. Raises as `write_atomically`."""
     path = Path(path)
     with explained(path):
         _refuse_folder(path)
-        handle, temporary = tempfile.mkstemp(prefix=".kairos-", suffix=".part", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=".kairos-", suffix=".part", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
+            yield temporary
+            with temporary.open("r+b") as file:
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
+            temporary.chmod(0o666 & ~_umask())
             os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def prepare_folder(folder: str | os.PathLike[str]) -> None:
@@ -56,6 +62,22 @@ def prepare_file(path: str | os.PathLike[str]) -> None:
         _refuse_folder(path)
 
 
+@contextmanager
+def locked(folder: Path, busy: str) -> Iterator[None]:
+    """Be the one process that works in `folder`, by its file .lock. Raises UserError, `busy`, where another
+    one is. Without locks, on Windows and some network file systems, nobody is refused."""
+    with (folder / ".lock").open("a") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(busy) from None
+        except (ImportError, OSError):
+            pass
+        yield
+
+
 def _refuse_folder(path: Path) -> None:
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder; give the name of a file in it")
@@ -74,7 +96,8 @@ def explained(path: Path) -> Iterator[None]:
             ) from error
         if error.errno in _MACHINE_ERRNOS:
             raise MachineError(f"cannot write {path}: {reason}") from error
-        raise UserError(f"cannot write {path}: {reason}; choose a folder that you may write to") from error
+        fix = "a shorter name" if error.errno == errno.ENAMETOOLONG else "a folder that you may write to"
+        raise UserError(f"cannot write {path}: {reason}; choose {fix}") from error
 
 
 def _umask() -> int:

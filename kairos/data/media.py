@@ -57,24 +57,32 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
                 image.load()  # Pillow turns a TIFF itself, and says so in its EXIF
                 turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
                 upright = image if turn is None else image.transpose(turn)
-                # Pillow would clip 16-bit greys to white; those of a PGM it holds in 32 bits.
-                if upright.mode.startswith("I;16") or (upright.mode, image.format) == ("I", "PPM"):
-                    upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-                if upright.mode in ("I", "F"):
-                    raise ValueError("32-bit greys have no one white; save it with 8 or 16 bits")
-                return _on_white(upright)
+                return as_rgb(upright)
     except UnidentifiedImageError as error:
         raise UserError(f"cannot read image {path}: not a PNG, JPEG, WebP or other known image") from error
     except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read image {path}: {_one_line(error)}") from error
 
 
-def _on_white(image: Image.Image) -> Image.Image:
-    """The image as RGB; what lies under transparent pixels is nothing to be seen."""
+def as_rgb(image: Image.Image) -> Image.Image:
+    """The image as RGB, on white where it is transparent: what lies under that is nothing to be seen.
+
+    Raises UserError for greys of 32 bits, which have no one white.
+    """
+    # Pillow would clip 16-bit greys to white; those of a PGM it holds in 32 bits.
+    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise UserError("32-bit greys have no one white; save the image with 8 or 16 bits")
     if not image.has_transparency_data:
         return image.convert("RGB")
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+def to_uint8(frames: NDArray[np.floating]) -> Frames:
+    """Frames in [0, 1] as uint8."""
+    return (frames * 255).round().clip(0, 255).astype(np.uint8)
 
 
 def fill_frame(image: Image.Image, height: int, width: int) -> Image.Image:
@@ -118,10 +126,9 @@ def video_frames(
             if not repeats:
                 continue
             pixels = frame.to_ndarray(format="rgb24", width=max(1, round(frame.width * aspect)))
-            turns = round(frame.rotation / 90) % 4
-            pixels = np.rot90(pixels, turns) if turns else pixels
+            pixels = as_shown(frame, pixels)
             if shape not in (None, pixels.shape):
-                sizes = " to ".join(f"{width} x {height}" for height, width, _ in (shape, pixels.shape))
+                sizes = " to ".join(f"{height} x {width}" for height, width, _ in (shape, pixels.shape))
                 raise UserError(f"cannot read video {path}: its size changes from {sizes}; convert it to one")
             shape = pixels.shape
             yield from itertools.repeat(pixels, repeats)
@@ -178,7 +185,7 @@ def shown_size(height: int, width: int, scale: int | None) -> tuple[int, int]:
     scale = scale or automatic_scale(height, width)
     shown = height * scale + height * scale % 2, width * scale + width * scale % 2
     if max(shown) > MAX_SHOWN_SIZE:
-        enlarged = f"{width} x {height} enlarged {scale} times is {shown[1]} x {shown[0]}"
+        enlarged = f"{height} x {width} enlarged {scale} times is {shown[0]} x {shown[1]}"
         raise UserError(f"{enlarged}, and a video's side is at most {MAX_SHOWN_SIZE}; try a smaller scale")
     return shown
 
@@ -190,7 +197,8 @@ def write_contact_sheet(
     captions: Sequence[str] | None = None,
     scale: int = 2,
 ) -> None:
-    """Write a PNG with one row for each video: `columns` frames evenly spread over it, its caption above.
+    """Write a PNG with one row for each video: `columns` frames evenly spread over it, its caption above,
+    in smaller letters where it is long.
 
     All videos, (F, H, W, 3) uint8 RGB, have one height and width; scale enlarges them by a whole factor.
     """
@@ -204,7 +212,10 @@ def write_contact_sheet(
     for row, video in enumerate(videos):
         top = gap + row * row_height
         if captions is not None:
-            draw.text((gap, top), captions[row], fill="black", font=ImageFont.load_default(14))
+            caption = captions[row]
+            fonts = (ImageFont.load_default(size) for size in range(14, 5, -1))
+            font = next((font for font in fonts if draw.textlength(caption, font) < sheet.width - gap), None)
+            draw.text((gap, top), caption, fill="black", font=font or ImageFont.load_default(6))
         for column, index in enumerate(np.linspace(0, len(video) - 1, columns).round().astype(int)):
             picture = Image.fromarray(video[index]).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(picture, (gap + column * (width + gap), top + text_height))
@@ -259,6 +270,20 @@ def _enlarged(pixels: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:
     pixels = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
     height, width, _ = pixels.shape
     return np.ascontiguousarray(np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge"))
+
+
+def as_shown(frame: Any, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The pixels of a frame, (H, W, 3), mirrored and turned as its display matrix says.
+
+    FFmpeg's own `rotation` takes a mirror for a half turn.
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return pixels
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()  # x' = a x + c y, y' = b x + d y
+    if a * d < b * c:
+        pixels, a, b = pixels[:, ::-1], -a, -b
+    return np.rot90(pixels, round(-math.degrees(math.atan2(b, a)) / 90) % 4)
 
 
 def pixel_aspect(stream: Any) -> float:

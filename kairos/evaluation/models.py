@@ -29,7 +29,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from kairos.conditioning import TEMPLATES
+from kairos.data.media import Frames, to_uint8
 from kairos.errors import UserError
+from kairos.evaluation.reading import averaged
 from kairos.models import vae as video_vae
 from kairos.models.vae import SPATIAL, TEMPORAL
 from kairos.pipeline import KairosPipeline, chunk_ends, denoise, draw_noise, is_guided
@@ -40,8 +42,6 @@ from kairos.weights.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
 
-Frames = NDArray[np.uint8]
-"""(F, H, W, 3), RGB."""
 SURPRISE_SIGMAS = (0.2, 0.4, 0.6, 0.8)
 """Before the shift of the clip's shape."""
 TEMPORAL_UNITS = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
@@ -349,11 +349,7 @@ def resized(frames: Frames, height: int, width: int) -> Frames:
     """Frames at another size: averaged where they shrink, cubic where they grow."""
     if frames.shape[1:3] == (height, width):
         return frames
-    shrink = height < frames.shape[1]
-    filter_ = Image.Resampling.BOX if shrink else Image.Resampling.BICUBIC
-    return np.stack([np.asarray(Image.fromarray(frame).resize((width, height), filter_)) for frame in frames])
-
-
-def to_uint8(frames: NDArray[np.floating]) -> Frames:
-    """From [0, 1] to 0..255."""
-    return (frames * 255).round().clip(0, 255).astype(np.uint8)
+    if height < frames.shape[1]:
+        return averaged(frames, height, width)
+    cubic = Image.Resampling.BICUBIC
+    return np.stack([np.asarray(Image.fromarray(frame).resize((width, height), cubic)) for frame in frames])

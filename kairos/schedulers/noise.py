@@ -18,6 +18,8 @@ def draw_noise(shape: Sequence[int], generator: Generators) -> Tensor:
     Raises:
         UserError: for a generator on another device, and a list of another length than the first axis.
     """
+    if isinstance(generator, tuple):
+        generator = list(generator)
     generators = generator if isinstance(generator, list) else [generator]
     if any(g is not None and g.device.type != "cpu" for g in generators):
         raise UserError('the generator must be on the CPU (torch.Generator("cpu")): noise is drawn there')

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from kairos.data.media import to_uint8
 from kairos.errors import UserError
 from kairos.pipeline import KairosPipeline
 from kairos.placement import quiet
@@ -79,7 +80,7 @@ class OverlappingRollout(Iterator[np.ndarray]):
                 **self.options,
             )
         known = 0 if self._last is None else self.overlap
-        self._last = (made.frames[0, -self.overlap :] * 255).round().astype(np.uint8)
+        self._last = to_uint8(made.frames[0, -self.overlap :])
         return made.frames[:, known:]
 
     def begin_with(self, video: np.ndarray) -> None:

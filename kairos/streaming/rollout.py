@@ -8,7 +8,9 @@ the chunk-causal mask.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import replace
 
 import numpy as np
@@ -19,13 +21,15 @@ from torch import Tensor
 
 from kairos.errors import UserError
 from kairos.models.transformer import PromptMemory, TransformerState
-from kairos.models.vae import SPATIAL
-from kairos.pipeline import OPENING_FRAMES, KairosPipeline, denoise, is_guided, repeated
+from kairos.models.vae import SPATIAL, TEMPORAL
+from kairos.pipeline import OPENING_FRAMES, KairosPipeline, denoise, far_from, is_guided, repeated
 from kairos.schedulers import FewStepScheduler, draw_noise
 from kairos.schedulers.noise import Generators
 from kairos.streaming.decoder import StreamingVAEDecoder
 from kairos.streaming.state import RolloutSettings, WorldState
 from kairos.weights.fingerprint import fingerprint
+
+logger = logging.getLogger(__name__)
 
 
 def stream(
@@ -59,15 +63,19 @@ def stream(
     check_causal(pipeline)
     defaults = pipeline.config.defaults
     steps = defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps
+    guidance = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
+    given = pipeline._given_frames(image, video, 1 << 62)
+    if isinstance(pipeline.scheduler, FewStepScheduler) or not is_guided(defaults, len(given)):
+        guidance = 1.0
     settings = RolloutSettings(
         chunk_frames=chunk_frames,
         num_inference_steps=int(steps),
-        guidance_scale=float(defaults["guidance_scale"] if guidance_scale is None else guidance_scale),
+        guidance_scale=float(guidance),
     )
-    if isinstance(pipeline.scheduler, FewStepScheduler):
-        settings = replace(settings, guidance_scale=1.0)
-    height, width = pipeline._rounded_size(height or defaults["height"], width or defaults["width"])
-    given = pipeline._given_frames(image, video, 1 << 62)
+    height, width = pipeline._rounded_size(height, width)
+    longest = max(int(defaults["num_frames"]), TEMPORAL * chunk_frames + 1)
+    for warning in far_from(defaults, height=height, width=width, num_frames=longest):
+        logger.warning(warning)
     latent_size = height // SPATIAL, width // SPATIAL
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     embeds = pipeline.encode_prompt(prompts, image=given[0] if given else None)
@@ -79,8 +87,8 @@ def stream(
     if known is not None:
         known = known.repeat(len(prompts), 1, 1, 1, 1)
     if negative is not None and not is_guided(defaults, 1):
-        if known is None:  # guided to the first frame, and from there on as if it had been given
-            known, generators = first_frame(pipeline, settings, latent_size, embeds, negative, generators)
+        # Guided to the first frame, and from there on as if it had been given.
+        known, generators = first_frame(pipeline, settings, latent_size, embeds, negative, generators)
         settings, negative = replace(settings, guidance_scale=1.0), None
     world = WorldState(
         model=model_of(pipeline),
@@ -105,8 +113,10 @@ def resume(pipeline: KairosPipeline, state: WorldState, *, generator: Generators
     """
     check_causal(pipeline)
     if state.model != model_of(pipeline):
+        named = repr(state.model_name) if state.model_name else "kairos show of its video names it"
         raise UserError(
-            f"the world state belongs to model {state.model}, this one is {model_of(pipeline)}; load that one"
+            f"the world state belongs to model {state.model}, this one is {model_of(pipeline)}; "
+            f"load the one that it was begun with ({named})"
         )
     if generator is not None:
         state = replace(state, generators=generator_states(generator, state.batch))
@@ -158,8 +168,7 @@ def next_chunk(pipeline: KairosPipeline, state: WorldState) -> tuple[Tensor, Wor
         state,
         given=None,
         generators=torch.stack([generator.get_state() for generator in generators]),
-        # Cloned, since what a layer keeps is a view of more.
-        transformer=transformer.map(Tensor.clone),
+        transformer=transformer,
         decoder=decoder.features,
     )
     return frames, after
@@ -167,7 +176,7 @@ def next_chunk(pipeline: KairosPipeline, state: WorldState) -> tuple[Tensor, Wor
 
 def denoise_chunk(pipeline: KairosPipeline, state: WorldState, generators: list[torch.Generator]) -> Tensor:
     """The latents (B, 16, frames, h, w), float32, of the next chunk: the first two are of one frame each."""
-    settings, config, scheduler = state.settings, pipeline.transformer.config, pipeline.scheduler
+    settings, config, scheduler = state.settings, pipeline.transformer.config, copy(pipeline.scheduler)
     height, width = state.latent_size
     opening = state.frames < OPENING_FRAMES
     shape = (state.batch, config.in_channels, 1 if opening else settings.chunk_frames, height, width)
@@ -204,12 +213,13 @@ def first_frame(
     generators = [torch.Generator().set_state(saved.clone()) for saved in states]
     config, device = pipeline.transformer.config, pipeline._execution_device
     tokens = latent_size[0] * latent_size[1] // (config.patch_size[1] * config.patch_size[2])
-    pipeline.scheduler.set_timesteps(
+    scheduler = copy(pipeline.scheduler)
+    scheduler.set_timesteps(
         settings.num_inference_steps, latent_frames=1, tokens_per_frame=tokens, device=device
     )
     latents = denoise(
         pipeline.transformer,
-        pipeline.scheduler,
+        scheduler,
         draw_noise((len(generators), config.in_channels, 1, *latent_size), generators).to(device),
         positive=repeated(positive, 1, device),
         negative=repeated(negative, 1, device),
