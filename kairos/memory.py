@@ -157,6 +157,25 @@ class Model:
     vae_dtype: str | None = "float32"
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What a plan has to keep to; see `plan`."""
+
+    budget_gb: float
+    device: str
+    quantize: str | None
+    tiled: bool
+    peak_tflops: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.budget_gb < float("inf"):
+            raise UserError(f"memory must be above 0 GB, got {self.budget_gb:g}")
+        if not 0 < self.peak_tflops < float("inf"):
+            raise UserError(f"the peak must be above 0 TFLOP/s, got {self.peak_tflops:g}")
+        if self.quantize is not None and self.quantize not in QUANTIZED:
+            raise UserError(f"quantize must be one of {', '.join(QUANTIZED)}, got {self.quantize!r}")
+
+
 def plan(
     model: Model,
     clips: Clip | Sequence[Clip],
@@ -179,14 +198,9 @@ def plan(
     Raises:
         UserError: where nothing fits, with what would.
     """
-    if not 0 < budget_gb < float("inf"):
-        raise UserError(f"memory must be above 0 GB, got {budget_gb:g}")
-    if not 0 < peak_tflops < float("inf"):
-        raise UserError(f"the peak must be above 0 TFLOP/s, got {peak_tflops:g}")
-    if quantize is not None and quantize not in QUANTIZED:
-        raise UserError(f"quantize must be one of {', '.join(QUANTIZED)}, got {quantize!r}")
+    terms = Terms(budget_gb, device, quantize, tiled, peak_tflops)
     clips = [clips] if isinstance(clips, Clip) else clips
-    by_clip = [_ways(model, clip, budget_gb, device, quantize, tiled, peak_tflops) for clip in clips]
+    by_clip = [_ways(model, clip, terms) for clip in clips]
     fitting = [way for way in zip(*by_clip, strict=True) if all(one.peak_gb <= budget_gb for one in way)]
     if fitting:
         quickest = min(
@@ -199,7 +213,7 @@ def plan(
             raise UserError(
                 f"{clip.num_frames} frames of {clip.height} x {clip.width} do not fit in {budget_gb:g} GB: "
                 f"the least is {least.peak_gb:.3g} GB ({least.stages[_worst(least)].name}); "
-                f"{_what_would_fit(model, clip, budget_gb, device, quantize, tiled, least)}"
+                f"{_what_would_fit(model, clip, terms, least)}"
             )
     raise UserError(
         f"each of the {len(clips)} videos fits in {budget_gb:g} GB, but in no one way for all; "
@@ -207,54 +221,58 @@ def plan(
     )
 
 
-def _ways(
-    model: Model,
-    clip: Clip,
-    budget_gb: float,
-    device: str,
-    quantize: str | None,
-    tiled: bool,
-    peak_tflops: float,
-) -> list[Plan]:
+def _ways(model: Model, clip: Clip, terms: Terms) -> list[Plan]:
     """Every way in which the parts can lie, whether it fits or not."""
     # encoder, LinearDiT, VAE
     places = [(RESIDENT if clip.rolling else FREED, RESIDENT, RESIDENT)]
-    if device == "cuda":
+    if terms.device == "cuda":
         places = [
             (RESIDENT, RESIDENT, RESIDENT),
             (WHOLE, WHOLE, WHOLE),
             (STREAMED, RESIDENT, RESIDENT),
             (STREAMED, STREAMED, RESIDENT),
         ]
-        if quantize == "int4":  # its scales lie beside the weights, where streaming does not find them
+        if terms.quantize == "int4":  # its scales lie beside the weights, where streaming does not find them
             places = [place for place in places if place[0] != STREAMED]
         if clip.rolling:
             places = [place for place in places if WHOLE not in place]
-    tilings = [False] if not clip.tileable else [True] if tiled else [False, True]
+    tilings = [False] if not clip.tileable else [True] if terms.tiled else [False, True]
     return [
-        _way(replace(model, dtypes=(dtype,)), clip, budget_gb, device, quantize, place, tiles, peak_tflops)
+        _way(replace(model, dtypes=(dtype,)), clip, replace(terms, tiled=tiled), place)
         for dtype in model.dtypes
         for place in places
-        for tiles in tilings
+        for tiled in tilings
     ]
 
 
-def _way(
-    model: Model,
-    clip: Clip,
-    budget_gb: float,
-    device: str,
-    quantize: str | None,
-    places: tuple[str, ...],
-    tiled: bool,
-    peak_tflops: float,
-) -> Plan:
-    names = ("text_encoder", "transformer", "vae")
+def _way(model: Model, clip: Clip, terms: Terms, places: tuple[str, ...]) -> Plan:
+    """The plan with encoder, LinearDiT and VAE in these places, in tiles if `terms` say so."""
+    (dtype,) = model.dtypes
+    parts = _parts(model, terms.quantize, places)
+    context = CUDA_CONTEXT_GB if terms.device == "cuda" else sizes.PROCESS_GB
+    stages = []
+    for name, own, activations, seconds in _work(model, clip, terms, parts):
+        held, took = 0.0, seconds
+        for part in parts:
+            if part.place == RESIDENT or part is own:
+                held += _streamed_gb(model, part) if part.place == STREAMED else part.gb
+        if own.place == WHOLE:
+            took += own.gb / HOST_GB_S
+        elif own.place == STREAMED:
+            branches = 1 + clip.guided
+            loads = clip.steps * branches if own.name == "transformer" else branches
+            took = max(took, loads * own.gb / HOST_GB_S)  # copied while the block before works
+        stages.append(Stage(name, activations, context + held + activations, took))
+    return Plan(
+        terms.device, terms.budget_gb, dtype, terms.quantize, context, parts, tuple(stages), terms.tiled
+    )
+
+
+def _parts(model: Model, quantize: str | None, places: tuple[str, ...]) -> tuple[Part, ...]:
     (own_dtype,) = model.dtypes
-    vae_dtype = model.vae_dtype or own_dtype
     parts = []
-    for name, place in zip(names, places, strict=True):
-        dtype = vae_dtype if name == "vae" else own_dtype
+    for name, place in zip(("text_encoder", "transformer", "vae"), places, strict=True):
+        dtype = (model.vae_dtype or own_dtype) if name == "vae" else own_dtype
         gb = model.parameters[name] * sizes.BYTES[dtype] / 1e9
         if quantize is not None and name != "vae":
             bits = QUANTIZED[quantize][name]
@@ -262,43 +280,34 @@ def _way(
             gb *= 1 - share * (1 - QUANTIZED_BYTES[bits] / sizes.BYTES[dtype])
             dtype = f"{bits} and {dtype}"
         parts.append(Part(name, model.parameters[name], dtype, gb, place))
-    weights = dict(zip(names, parts, strict=True))
+    return tuple(parts)
 
-    context = CUDA_CONTEXT_GB if device == "cuda" else sizes.PROCESS_GB
-    flops = peak_tflops * 1e12 * EFFICIENCY
-    forwards = clip.steps * (2 if clip.guided else 1)
+
+def _work(
+    model: Model, clip: Clip, terms: Terms, parts: tuple[Part, ...]
+) -> list[tuple[str, Part, float, float]]:
+    """Of each stage its name, the part that works, the GB of its activations, and its computed seconds."""
+    encoder, transformer, vae = parts
+    (dtype,) = model.dtypes
+    vae_dtype = model.vae_dtype or dtype
     shape = sizes.clip_shape(model.config, clip.height, clip.width, clip.num_frames)
-    work = sum(sizes.forward_flops(model.config, shape, TEXT_TOKENS).values())
-    vae_flops = peak_tflops * 1e12 * VAE_EFFICIENCY * (FLOAT32_SHARE if vae_dtype == "float32" else 1)
-    vae_share = model.parameters["vae"] / sizes.RELEASED_VAE
-    pixels = clip.height * clip.width
-    repeated = _tile_work(clip) if tiled else 1.0
-    seconds = {
-        "encode prompt": 2 * model.parameters["text_encoder"] * TEXT_TOKENS * (1 + clip.guided) / flops,
-        "denoise": clip.videos * forwards * work / flops,
-        "decode frames": clip.videos
-        * (VAE_FLOP["decode"] * vae_share * repeated * pixels * clip.num_frames / vae_flops),
-    }
-    activations = {
-        "encode prompt": 0.05 * weights["text_encoder"].gb,
-        "denoise": clip.videos * _denoising_gb(model, own_dtype, shape, clip.guided, device),
-        "decode frames": clip.videos * _decoding_gb(model, vae_dtype, clip, tiled),
-    }
-    stages = []
-    for stage, own in zip(seconds, names, strict=True):
-        held, took = 0.0, seconds[stage]
-        for part in parts:
-            if part.place == RESIDENT or part.name == own:
-                held += _streamed_gb(model, part) if part.place == STREAMED else part.gb
-            elif part.place == FREED and stage == "encode prompt":
-                held += part.gb
-        if weights[own].place == WHOLE:
-            took += weights[own].gb / HOST_GB_S
-        elif weights[own].place == STREAMED:
-            loads = forwards if own == "transformer" else 1 + clip.guided
-            took = max(took, loads * weights[own].gb / HOST_GB_S)  # copied while the block before works
-        stages.append(Stage(stage, activations[stage], context + held + activations[stage], took))
-    return Plan(device, budget_gb, own_dtype, quantize, context, tuple(parts), tuple(stages), tiled)
+    flops = terms.peak_tflops * 1e12 * EFFICIENCY
+    vae_flops = terms.peak_tflops * 1e12 * VAE_EFFICIENCY * (FLOAT32_SHARE if vae_dtype == "float32" else 1)
+    branches = 1 + clip.guided
+    forward = sum(sizes.forward_flops(model.config, shape, TEXT_TOKENS).values())
+    pixel = (
+        VAE_FLOP["decode"] * vae.parameters / sizes.RELEASED_VAE * (_tile_work(clip) if terms.tiled else 1)
+    )
+    prompt_s = 2 * encoder.parameters * TEXT_TOKENS * branches / flops
+    denoise_s = clip.videos * clip.steps * branches * forward / flops
+    decode_s = clip.videos * pixel * clip.height * clip.width * clip.num_frames / vae_flops
+    denoising_gb = clip.videos * _denoising_gb(model, dtype, shape, clip.guided, terms.device)
+    decoding_gb = clip.videos * _decoding_gb(model, vae_dtype, clip, terms.tiled)
+    return [
+        ("encode prompt", encoder, 0.05 * encoder.gb, prompt_s),
+        ("denoise", transformer, denoising_gb, denoise_s),
+        ("decode frames", vae, decoding_gb, decode_s),
+    ]
 
 
 def quantizable_share(config: Mapping[str, Any]) -> float:
@@ -374,23 +383,13 @@ def _worst(plan: Plan) -> int:
     return max(range(len(plan.stages)), key=lambda index: plan.stages[index].peak_gb)
 
 
-def _what_would_fit(
-    model: Model,
-    clip: Clip,
-    budget_gb: float,
-    device: str,
-    quantize: str | None,
-    tiled: bool,
-    least: Plan,
-) -> str:
+def _what_would_fit(model: Model, clip: Clip, terms: Terms, least: Plan) -> str:
     """The changes that would make it fit, each by itself."""
+    quantize = terms.quantize
 
-    def fits(quantize: str | None = quantize, **changed: int) -> bool:
-        new = Clip(**{**vars(clip), **changed})
-        return any(
-            way.peak_gb <= budget_gb
-            for way in _ways(model, new, budget_gb, device, quantize, tiled, PEAK_TFLOPS)
-        )
+    def fits(quantize: str | None = quantize, **changed: Any) -> bool:
+        ways = _ways(model, replace(clip, **changed), replace(terms, quantize=quantize))
+        return any(way.peak_gb <= terms.budget_gb for way in ways)
 
     def smaller(quantize: str | None) -> str | None:
         for tenths in range(9, 1, -1):

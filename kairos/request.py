@@ -146,7 +146,7 @@ def read_requests(
     defaults: Mapping[str, Any] | None = None,
     instead: Mapping[str, Any] | None = None,
 ) -> list[Request | UserError]:
-    """The requests of a JSON file, a dictionary or a list of them, with the error of each bad one in its place.
+    """The requests of a JSON file, a dictionary or a list of them, and in its place the error of a bad one.
 
     `input_image` and `input_video` are relative to the working folder, as in the reference, or else to the
     file. `instead`: what is not None counts instead of what a request says. Raises UserError for a file that
