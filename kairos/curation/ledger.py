@@ -10,10 +10,13 @@ import fcntl
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from kairos.errors import MachineError, UserError
+
+LOCK = ".lock"
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, stamp TEXT NOT NULL, sha256 TEXT NOT NULL);
@@ -31,20 +34,20 @@ class Ledger:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (folder / ".lock").open("a")
+        self._lock = (folder / LOCK).open("a")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.close()
             raise UserError(f"{folder.parent} is being curated by another process; wait for it") from None
+        self._file = folder / "ledger.sqlite"
         try:
-            self._db = sqlite3.connect(folder / "ledger.sqlite")
-            self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;" + _TABLES)
+            self._db = sqlite3.connect(self._file)
+            with self._writing():
+                self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;" + _TABLES)
         except sqlite3.DatabaseError as error:
             self._lock.close()
-            raise MachineError(
-                f"cannot open {folder / 'ledger.sqlite'}: {error}; delete it to begin anew"
-            ) from None
+            raise MachineError(f"cannot open {self._file}: {error}; delete it to begin anew") from None
 
     def __enter__(self) -> Ledger:
         return self
@@ -53,13 +56,24 @@ class Ledger:
         self._db.close()
         self._lock.close()
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """One transaction. Raises MachineError where the disk is full, or fails."""
+        try:
+            with self._db:
+                yield
+        except sqlite3.OperationalError as error:
+            raise MachineError(
+                f"cannot write {self._file}: {error}; free some space, and run the command again"
+            ) from error
+
     def known_hash(self, path: str, stamp: str) -> str | None:
         """The SHA-256 of a file, where it was read before and has not changed since."""
         row = self._db.execute("SELECT sha256 FROM files WHERE path=? AND stamp=?", (path, stamp)).fetchone()
         return row[0] if row else None
 
     def keep_hash(self, path: str, stamp: str, sha256: str) -> None:
-        with self._db:
+        with self._writing():
             self._db.execute("REPLACE INTO files VALUES (?, ?, ?)", (path, stamp, sha256))
 
     def result(self, item: str, stage: str, config: str) -> dict[str, Any] | None:
@@ -93,12 +107,12 @@ class Ledger:
             costs = rest.pop("seconds", 0.0), rest.pop("video_s", 0.0)
             text = json.dumps(rest, sort_keys=True)
             rows.append((item, stage, hashes.get(stage, config), text, int("failed" in rest), *costs))
-        with self._db:
+        with self._writing():
             self._db.executemany("REPLACE INTO done VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
 
     def replace_sources(self, entries: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
         """Write the list of everything that came in, in the place of the last run's."""
-        with self._db:
+        with self._writing():
             self._db.execute("DELETE FROM sources")
             self._db.executemany(
                 "INSERT INTO sources VALUES (?, ?)",

@@ -12,15 +12,16 @@ import hashlib
 import logging
 import os
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kairos.curation.intake import FORMATS, Source, take_in
-from kairos.curation.ledger import Ledger
+from kairos.curation.ledger import LOCK, Ledger
 from kairos.curation.plugins.captions import Captions
 from kairos.curation.scoring import ScoreTask, score_clip
 from kairos.curation.selection import choose
@@ -31,11 +32,17 @@ from kairos.curation.stages import Stage, hashes_of, stages_of
 from kairos.curation.tables import HIDDEN, read_rows, write_lines, write_manifest, write_sources
 from kairos.curation.workers import run_locally, run_on_ray
 from kairos.data.files import prepare_folder, write_atomically
-from kairos.errors import UserError
+from kairos.errors import MachineError, UserError
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Execute = Callable[..., Iterator[tuple[Any, dict[str, Any]]]]
+
+VIEWS = ("thresholds", "duplicates", "rich", "balance", "shards")
+"""The settings of a choice; the others are of what was computed."""
+_TOLD_S = 15.0
+"""So often it is said how far the work is."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +80,11 @@ def curate(
     if mixed := [entry for entry in found if any(entry.file.is_relative_to(folder) for folder in own)]:
         raise UserError(f"{mixed[0].path} of the input {source} lies in the output {output}; choose another")
     prepare_folder(output)
+    _refuse_foreign(output)
     limits = settings.limits
     with Ledger(output / "work") as ledger:
         _clean(output)
+        _keep_settings(output, settings)
         options: dict[str, Any] = {"limit_s": limits.task_s, "memory_gb": limits.memory_gb}
         execute: Execute
         if ray is None:
@@ -92,12 +101,19 @@ def select(output: str | os.PathLike[str], settings: Settings | None = None) -> 
     """Choose anew among clips that were scored, and bring manifest and shards up to date.
 
     Of `settings` thresholds, duplicates, rich, balance and shards are taken, the rest stays as it was run.
+    Raises UserError where the rest is neither that nor the default.
     """
     output = Path(output)
     stored = saved_settings(output)
     if settings is not None:
-        views = ("thresholds", "duplicates", "rich", "balance", "shards")
-        stored = replace(stored, **{name: getattr(settings, name) for name in views})
+        default = Settings()
+        for name in (f.name for f in fields(Settings) if f.name not in VIEWS):
+            if getattr(settings, name) not in (getattr(stored, name), getattr(default, name)):
+                raise UserError(
+                    f"{name} differs from what {output} was made with, and a choice computes nothing; "
+                    "use `kairos curate run` with this configuration"
+                )
+        stored = replace(stored, **{name: getattr(settings, name) for name in VIEWS})
     with Ledger(output / "work") as ledger:
         _clean(output)
         return _select(ledger, output, stored)
@@ -108,11 +124,21 @@ def why(output: str | os.PathLike[str], clip: str) -> dict[str, Any]:
     rows = [row for row in read_rows(Path(output) / "manifest.parquet") if row["clip_id"].startswith(clip)]
     if not rows:
         raise UserError(
-            f"no clip {clip!r} in {output}; the column clip_id of manifest.parquet has their names"
+            f"no clip {clip!r} in {output}; a source's path, as in sources.parquet, gives its clips"
         )
     if len(rows) > 1 and rows[0]["clip_id"] != clip:
         raise UserError(f"{len(rows)} clips begin with {clip!r}; give more of the name")
     return rows[0]
+
+
+def why_source(
+    output: str | os.PathLike[str], path: str
+) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+    """The row of sources.parquet of a file and the rows of its clips; None where no such file came in."""
+    source = next((row for row in read_rows(Path(output) / "sources.parquet") if row["path"] == path), None)
+    if source is None:
+        return None
+    return source, [row for row in read_rows(Path(output) / "manifest.parquet") if row["source"] == path]
 
 
 def saved_settings(output: Path) -> Settings:
@@ -151,7 +177,10 @@ def _split(ledger: Ledger, found: list[Source], output: Path, settings: Settings
     entries: dict[str, dict[str, Any]] = {}
     first_by_key: dict[str, str] = {}
     tasks: dict[Path, tuple[str, SplitTask]] = {}
-    for source in found:
+    left = {path for path, _ in ledger.sources()} - {source.path for source in found}
+    if left:
+        logger.warning("%d sources of the last run are not in this input: their clips go", len(left))
+    for source in _told("hashed", found, len(found)):
         entry: dict[str, Any] = {"status": source.status, "reason": source.reason, "labels": source.labels}
         entries[source.path] = entry
         if source.status != "waiting":
@@ -174,7 +203,8 @@ def _split(ledger: Ledger, found: list[Source], output: Path, settings: Settings
             task = SplitTask(source.file, output / "clips", settings.limits, settings.shots, settings.split)
             tasks[source.file] = key, task
     logger.info("%d files came in, %d of them to be cut into clips", len(found), len(tasks))
-    for task, result in execute(split_source, (task for _, task in tasks.values())):
+    results = execute(split_source, (task for _, task in tasks.values()))
+    for task, result in _told("cut", _fit(results), len(tasks)):
         key = tasks[task.file][0]
         costs = result.pop("costs", {})
         video_s = result.get("decoded_s", 0.0)
@@ -190,27 +220,55 @@ def _score(ledger: Ledger, output: Path, settings: Settings, execute: Execute) -
     hashes = hashes_of(stages)
     waiting: dict[str, dict[str, str]] = {}
 
-    def tasks() -> Iterator[ScoreTask]:
+    def unfinished() -> Iterator[tuple[str, dict[str, Any], dict[str, str], list[Stage]]]:
         for clip_id, labels, _ in _clips(ledger, settings):
             own = _own_hashes(stages, hashes, labels)
-            done: dict[str, Any] = {}
-            missing = []
-            for stage in stages:
-                if ledger.is_done(clip_id, stage.name, own[stage.name]):
-                    done |= (ledger.result(clip_id, stage.name, own[stage.name]) or {})["scores"]
-                else:
-                    missing.append(stage)
+            missing = [stage for stage in stages if not ledger.is_done(clip_id, stage.name, own[stage.name])]
             if missing:
-                waiting[clip_id] = own
-                yield ScoreTask(clip_id, clip_file(output / "clips", clip_id), tuple(missing), labels, done)
+                yield clip_id, labels, own, missing
 
-    for task, result in execute(score_clip, tasks()):
+    def tasks() -> Iterator[ScoreTask]:
+        for clip_id, labels, own, missing in unfinished():
+            done: dict[str, Any] = {}
+            for stage in stages:
+                if stage not in missing:
+                    done |= (ledger.result(clip_id, stage.name, own[stage.name]) or {})["scores"]
+            waiting[clip_id] = own
+            yield ScoreTask(clip_id, clip_file(output / "clips", clip_id), tuple(missing), labels, done)
+
+    count = sum(1 for _ in unfinished())
+    for task, result in _told("scored", _fit(execute(score_clip, tasks())), count):
         own = waiting.pop(task.clip_id)
         if "results" in result:
             ledger.keep(task.clip_id, "-", result["results"], hashes=own)
         else:
             ledger.keep(task.clip_id, hash_of(sorted(own.items())), {"score": result})
         _remark(f"clip {task.clip_id}", result)
+
+
+def _told(verb: str, items: Iterable[T], count: int) -> Iterator[T]:
+    """The items as they come, with a line now and then of how far they are, also while one takes hours."""
+    done, over = 0, threading.Event()
+
+    def tell() -> None:
+        while not over.wait(_TOLD_S):
+            logger.info("%s %d of %d", verb, done, count)
+
+    threading.Thread(target=tell, daemon=True).start()
+    try:
+        for item in items:
+            yield item
+            done += 1
+    finally:
+        over.set()
+
+
+def _fit(results: Iterable[tuple[T, dict[str, Any]]]) -> Iterator[tuple[T, dict[str, Any]]]:
+    """The results of workers. Raises MachineError where one met what all would meet, such as a full disk."""
+    for task, result in results:
+        if "machine" in result:
+            raise MachineError(result["machine"])
+        yield task, result
 
 
 def _caption(ledger: Ledger, settings: Settings) -> None:
@@ -253,8 +311,11 @@ def _select(ledger: Ledger, output: Path, settings: Settings) -> Summary:
     def kept() -> Iterator[dict[str, Any]]:
         for row in rows():
             if row["kept"]:
-                shown = ("clip_id", "source", "start_s", "end_s", "frames", "height", "width", "fps", *names)
-                yield {name: row.get(name) for name in shown}
+                # Not start_s: to a training that would be a place in the clip.
+                place = {"source_start_s": row["start_s"], "source_end_s": row["end_s"]}
+                shown = ("frames", "height", "width", "fps", *names)
+                first = {"clip_id": row["clip_id"], "source": row["source"]}
+                yield first | place | {name: row.get(name) for name in shown}
 
     homes = write_shards(output / "shards", output / "clips", kept(), settings.shards.clips)
     clips = output / "clips"
@@ -316,28 +377,40 @@ def _fate(
         return "rejected", result["refused"]
     if "failed" in result:
         return "failed", result["failed"]
+    damaged = f"damaged: {result['damaged_s']:g} s are left out" if result.get("damaged_s") else ""
     if not result.get("clips"):
-        return "rejected", f"short: none of its {result.get('shots', 0)} shots is long enough for a clip"
+        short = f"short: none of its {result.get('shots', 0)} shots is long enough for a clip"
+        return "rejected", f"{damaged}; {short}" if damaged else short
     if not clips:
         other = owners[result["clips"][0]["clip_id"]]
         return "duplicate", f"duplicate: the same pictures as {other}"
-    return "ok", ""
+    return "ok", damaged
 
 
 def _clips(ledger: Ledger, settings: Settings) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """(clip_id, labels, row) of every clip, once: the first source by its path has it."""
+    """(clip_id, labels, row) of every clip, once: the first source by its path has it.
+
+    What any of its sources says is said of the clip; what the first says goes before it.
+    """
     config = _split_hash(settings)
+
+    def sources() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+        for path, entry in ledger.sources():
+            if entry["status"] == "waiting":
+                yield path, entry["labels"], ledger.result(entry["key"], "split", config) or {}
+
+    said: dict[str, dict[str, Any]] = {}
+    for _, labels, result in sources():
+        for clip in result.get("clips", ()) if labels else ():
+            said[clip["clip_id"]] = labels | said.get(clip["clip_id"], {})
     seen: set[str] = set()
-    for path, entry in ledger.sources():
-        if entry["status"] != "waiting":
-            continue
-        result = ledger.result(entry["key"], "split", config) or {}
+    for path, _, result in sources():
         facts = {name: result.get(name) for name in ("source_height", "source_width", "source_fps")}
         for clip in result.get("clips", ()):
             if clip["clip_id"] not in seen:
                 seen.add(clip["clip_id"])
                 row = clip | facts | {"source": path, "fps": float(settings.split.fps)}
-                yield clip["clip_id"], entry["labels"] | {"source": path}, row
+                yield clip["clip_id"], said.get(clip["clip_id"], {}) | {"source": path}, row
 
 
 def _own_hashes(
@@ -363,7 +436,7 @@ def _is_split(ledger: Ledger, key: str, config: str, clips: Path) -> bool:
 
 def _split_hash(settings: Settings) -> str:
     limits = settings.limits
-    return hash_of("split", 2, settings.shots, settings.split, limits.streams, limits.side, limits.duration_s)
+    return hash_of("split", 3, settings.shots, settings.split, limits.streams, limits.side, limits.duration_s)
 
 
 def _sha256(ledger: Ledger, source: Source) -> str:
@@ -386,13 +459,23 @@ def _digest(file: Any) -> str:
     return digest.hexdigest()
 
 
+def _refuse_foreign(output: Path) -> None:
+    """Refuse a folder with clips or shards that no curation put there: what is not chosen is removed."""
+    if (output / "work" / LOCK).exists():
+        return
+    for folder in (output / "clips", output / "shards"):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} was not made by a curation; choose another output than {output}")
+
+
 def _clean(output: Path) -> None:
     """Remove what a killed run left half-written. Only called while nobody else holds the ledger."""
-    for part in list(output.rglob(".kairos-*.part")):
-        if part.is_dir():  # clips of a source that was not through
-            shutil.rmtree(part)
-        else:
-            part.unlink(missing_ok=True)
+    for place in ("", "clips/", "shards/", "shards/*/"):
+        for part in list(output.glob(f"{place}.kairos-*.part")):
+            if part.is_dir():  # clips of a source that was not through
+                shutil.rmtree(part)
+            else:
+                part.unlink(missing_ok=True)
 
 
 def _keep_settings(output: Path, settings: Settings) -> None:

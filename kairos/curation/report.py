@@ -80,8 +80,8 @@ def _light(rows: Iterable[dict[str, Any]], settings: Settings) -> Iterable[dict[
 
 def _overview(rows: list[dict[str, Any]], sources: list[dict[str, Any]]) -> str:
     hours_in = sum(source["duration_s"] or 0 for source in sources) / 3600
-    hours = [sum(row["end_s"] - row["start_s"] for row in rows if keep(row)) / 3600 for keep in (_any, _kept)]
     kept = [row for row in rows if row["kept"]]
+    hours = [sum(row["end_s"] - row["start_s"] for row in some) / 3600 for some in (rows, kept)]
     table = [
         ("came in", len(sources), "files", hours_in),
         ("cut into", len(rows), "clips", hours[0]),
@@ -98,14 +98,6 @@ def _overview(rows: list[dict[str, Any]], sources: list[dict[str, Any]]) -> str:
         + (", ".join(f"{_text(tag)} {count}" for tag, count in found.most_common()) or "none")
         for name, found in (("domain", domains), ("event", tags))
     )
-
-
-def _any(row: dict[str, Any]) -> bool:
-    return True
-
-
-def _kept(row: dict[str, Any]) -> bool:
-    return bool(row["kept"])
 
 
 def _reasons(rows: list[dict[str, Any]], sources: list[dict[str, Any]]) -> str:

@@ -30,6 +30,8 @@ def score_clip(task: ScoreTask) -> dict[str, Any]:
     wanted = {name for stage in task.stages for name in stage.inputs if name in VIEWS}
     try:
         views, decode_s = read_views(task.file, wanted, task.labels)
+    except MemoryError:
+        raise
     except (av.error.FFmpegError, OSError) as error:
         return {"failed": f"corrupt: the clip {task.file.name} cannot be read: {error}"}
     views.scores.update(task.scores)

@@ -38,7 +38,9 @@ class Light:
 def choose(rows: Iterable[Row], settings: Settings) -> dict[str, tuple[str, str]]:
     """{clip_id: (reason, duplicate_of)}; a clip without a reason is kept."""
     lights = [_light(row, settings) for row in rows]
-    stands_for = find_duplicates([light.fingerprint for light in lights], settings.duplicates)
+    stands_for = {}
+    if settings.duplicates is not None:
+        stands_for = find_duplicates([light.fingerprint for light in lights], settings.duplicates)
     reasons = {}
     for light in lights:
         reason = light.reason

@@ -132,6 +132,11 @@ class Threshold:
     rich_min: float | None = None
     rich_max: float | None = None
 
+    def __post_init__(self) -> None:
+        for low, high in (self.bounds(rich) for rich in (False, True)):
+            if low > high:
+                raise UserError(f"no value is from {low:g} (min) to {high:g} (max); change one of the two")
+
     def bounds(self, rich: bool) -> tuple[float, float]:
         """The least and the greatest value that stays."""
         low = self.rich_min if rich and self.rich_min is not None else self.min
@@ -199,7 +204,8 @@ class Settings:
     stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     plugins: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     thresholds: Mapping[str, Threshold] = field(default_factory=lambda: dict(DEFAULT_THRESHOLDS))
-    duplicates: Duplicates = field(default_factory=Duplicates)
+    duplicates: Duplicates | None = field(default_factory=Duplicates)
+    """None: nobody looks for them."""
     rich: Rich = field(default_factory=Rich)
     balance: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """For "domain" and "event": the greatest share of the kept clips that a tag may have."""
@@ -227,6 +233,8 @@ class Settings:
             for name, part in parts.items()
             if name in content
         }
+        if content.get("duplicates", ...) is None:
+            values["duplicates"] = None
         stages = {
             name: _options(part, content[name], f"{where}: {name}")
             for name, part in STAGES.items()

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from kairos.curation.source import clip_file
-from kairos.curation.tables import whole_file
-from kairos.data.files import write_atomically
+from kairos.data.files import prepare_folder, whole_file, write_atomically
 
 INDEX = "index.json"
 
@@ -24,7 +24,7 @@ def write_shards(
     folder: Path, clips: Path, rows: Iterable[Mapping[str, Any]], clips_per_shard: int
 ) -> dict[str, str]:
     """Bring the shards up to date with the kept clips. Returns {clip_id: its shard, within `folder`}."""
-    folder.mkdir(parents=True, exist_ok=True)
+    prepare_folder(folder)
     buckets: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for row in rows:
         text = json.dumps(row, sort_keys=True, ensure_ascii=False)
@@ -53,7 +53,8 @@ def write_shards(
         if name not in same:
             _write_tar(folder / name, clips, part)
     for stale in sorted(folder.glob("*/*.tar")):
-        if stale.relative_to(folder).as_posix() not in index:
+        own = re.fullmatch(r"\d+x\d+x\d+", stale.parent.name)
+        if own and stale.relative_to(folder).as_posix() not in index:
             stale.unlink()
             if not any(stale.parent.iterdir()):
                 stale.parent.rmdir()
@@ -76,6 +77,7 @@ def _write_index(folder: Path, index: Mapping[str, Mapping[str, Any]]) -> None:
 def _write_tar(path: Path, clips: Path, members: list[tuple[str, str]]) -> None:
     import webdataset
 
+    prepare_folder(path.parent)
     with (
         whole_file(path) as temporary,
         webdataset.TarWriter(str(temporary), encoder=False, mtime=0.0, user="kairos", group="kairos") as tar,

@@ -28,16 +28,18 @@ from kairos.curation.intake import FORMATS
 from kairos.curation.settings import Limits, Shots, Split
 from kairos.curation.shots import LOOK_SIZE, ShotDetector
 from kairos.curation.workers import still_working
-from kairos.data.files import write_atomically
-from kairos.data.media import on_screen, pixel_aspect
+from kairos.data.files import explained, prepare_folder, write_atomically
+from kairos.data.media import as_shown, on_screen, pixel_aspect
 
 Picture = NDArray[np.uint8]  # (H, W, 3)
 
-_MIN_RATE = 0.6
+_MIN_RATE = 0.75
 """Sources below this share of the clips' rate are refused: repeated frames would look like stops."""
 _LONGEST = 3.0
 """A frame that stays for more than so many frames' time is the edge of a gap: it would look like a stop."""
 _LEAST_SIDE = 32
+_HDR = {16: "PQ", 18: "HLG"}
+"""H.273's codes of transfer curves that are no BT.709: read as that, pictures are pale and dark."""
 _SIGN_S = 60.0
 """So much of a source is done between two signs of life: limits.task_s is for it, not for a film."""
 _DECODED_SHARE = 0.9
@@ -76,7 +78,7 @@ def split_source(task: SplitTask) -> dict[str, Any]:
     started = time.process_time()
     costs = {"decode": 0.0, "shots": 0.0, "split": 0.0}
     found = []
-    task.clips.mkdir(parents=True, exist_ok=True)
+    prepare_folder(task.clips)
     # Clips wait on the disk until all of the source is known to be good: a film's would not fit in memory.
     with TemporaryDirectory(prefix=".kairos-", suffix=".part", dir=task.clips) as waiting:
         try:
@@ -85,6 +87,8 @@ def split_source(task: SplitTask) -> dict[str, Any]:
                 for clip in _clips(container, task, facts, costs):
                     write_atomically(Path(waiting, clip["clip_id"]), clip.pop("data"))
                     found.append(clip)
+        except MemoryError:  # also one of FFmpeg's own errors: of the machine, not of the file
+            raise
         except av.error.FFmpegError as error:
             raise Refused(f"corrupt: {_said(error)}") from None
         if facts["decoded_s"] < _DECODED_SHARE * facts["duration_s"] - 0.5:
@@ -94,11 +98,12 @@ def split_source(task: SplitTask) -> dict[str, Any]:
         if facts["decoded_s"] < least_s - 0.02:
             claim = f"{facts['decoded_s']:.2f} s, and a clip has at least {least} frames, {least_s:.2f} s"
             raise Refused(f"short: {claim} (split.min_s)", duration_s=facts["decoded_s"])
-        for written in Path(waiting).iterdir():
-            path = clip_file(task.clips, written.name)
-            if not path.exists():
-                path.parent.mkdir(exist_ok=True)
-                written.replace(path)
+        with explained(task.clips):
+            for written in Path(waiting).iterdir():
+                path = clip_file(task.clips, written.name)
+                if not path.exists():
+                    path.parent.mkdir(exist_ok=True)
+                    written.replace(path)
     costs["split"] = time.process_time() - started - costs["decode"] - costs["shots"]
     return facts | {"clips": found, "costs": costs}
 
@@ -132,7 +137,11 @@ def _probe(container: Any, task: SplitTask) -> dict[str, Any]:
     stream = container.streams.video[0]
     if stream.index != videos[0].index:
         raise Refused("no-video: its first video stream is a cover picture")
+    if (curve := stream.codec_context.color_trc) in _HDR:
+        raise Refused(f"hdr: its transfer curve is {_HDR[curve]}; convert it to BT.709")
     width, height = stream.codec_context.width, stream.codec_context.height
+    if not min(width, height):
+        raise Refused("corrupt: no picture size")
     if max(width, height) > limits.side:
         raise Refused(f"large: {width} x {height}, and the limit of a side is {limits.side} (limits.side)")
     if min(width, height) < _LEAST_SIDE:
@@ -168,9 +177,9 @@ def _clips(
     normalise, look = _Normaliser(split, pixel_aspect(stream)), VideoReformatter()
     stream.codec_context.thread_count = 1
     waiting: deque[tuple[int, int, Picture | None]] = deque()  # (source frame, repeats, normalised)
-    shot, gap = _Shot(split, 0, 0), False
+    shot, gap, damaged = _Shot(split, 0, 0), False, False
     longest = _LONGEST * split.fps / facts["source_fps"] + 1  # in ticks, wherever they fall
-    ticks, index, number = 0, -1, 0
+    ticks, index, number, lost = 0, -1, 0, 0
     frames_a_sign = max(1, round(_SIGN_S * facts["source_fps"]))
     frames = on_screen(container, split.fps)
     ahead = _timed(frames, costs)
@@ -185,28 +194,33 @@ def _clips(
             raise Refused(f"long: more than {task.limits.duration_s:g} s (limits.duration_s)")
         if max(frame.width, frame.height) > task.limits.side:
             raise Refused(f"large: {frame.width} x {frame.height} (limits.side)")
-        picture = normalise(frame) if repeats else None
+        damaged = frame.is_corrupt or (damaged and not frame.key_frame)
+        picture = normalise(frame) if repeats and not damaged else None
         before = time.process_time()
         cuts.extend(detector.see(index, _look(frame, look), last=following is None))
         costs["shots"] += time.process_time() - before
         waiting.append((index, repeats, picture))
         while waiting and waiting[0][0] < detector.settled:
             source_frame, repeats, picture = waiting.popleft()
-            cut = False
             while cuts and cuts[0] <= source_frame:  # one in a long black may be told when it has gone by
                 cuts.popleft()
-                cut = True
-            if cut or gap or (picture is not None and shot.size not in (None, picture.shape)):
+                gap = True
+            if picture is None:  # never on screen, or damaged: until the next whole picture there is a gap
+                gap = gap or repeats > 0
+                lost += repeats
+                ticks += repeats
+                continue
+            if gap or shot.size not in (None, picture.shape):
                 yield from shot.end(split.margin_frames)
                 number += 1
                 shot = _Shot(split, ticks, number)
             gap = repeats > longest
             for _ in range(1 if gap else repeats):
-                assert picture is not None
                 yield from shot.add(picture)
             ticks += repeats
     yield from shot.end(0)
     facts["decoded_s"] = round(ticks / split.fps, 3)
+    facts["damaged_s"] = round(lost / split.fps, 3)
     facts["shots"] = number + 1
     if ticks == 0:
         raise Refused("corrupt: no frame could be decoded")
@@ -285,9 +299,21 @@ class _Shot:
         }
 
 
+@contextmanager
+def _encoding() -> Iterator[None]:
+    """What goes wrong in here is not the source's fault, which is tried again by the next run."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except av.error.FFmpegError as error:
+        raise RuntimeError(f"a clip cannot be encoded: {_said(error)}") from error
+
+
 class _Piece:
     """Up to piece_frames frames, encoded in memory."""
 
+    @_encoding()
     def __init__(self, split: Split, shape: tuple[int, ...], first: int) -> None:
         self.height, self.width = shape[0], shape[1]
         self.first = first
@@ -309,6 +335,7 @@ class _Piece:
         self._stream = stream
         self._reformatter = VideoReformatter()
 
+    @_encoding()
     def add(self, picture: Picture) -> None:
         self.digests.append(hashlib.blake2b(picture.tobytes(), digest_size=16).digest())
         frame = self._reformatter.reformat(
@@ -321,12 +348,14 @@ class _Piece:
         self._container.mux(self._stream.encode(frame))
         self.count += 1
 
+    @_encoding()
     def close(self) -> bytes:
         self._container.mux(self._stream.encode())
         self._container.close()
         return self._buffer.getvalue()
 
 
+@_encoding()
 def _joined(pieces: list[bytes], count: int, fps: int) -> bytes:
     """The first `count` frames of the pieces, one after the other, as one mp4, without encoding again."""
     buffer = io.BytesIO()
@@ -364,7 +393,6 @@ class _Normaliser:
         width, height = frame.width * self._aspect, float(frame.height)
         scale = min(1.0, split.short_side / min(width, height))
         wide, high = (max(multiple, round(side * scale)) for side in (width, height))
-        turns = round(frame.rotation / 90) % 4
         same = (wide, high) == (frame.width, frame.height)
         # One thread, as everywhere: starting others costs more than the conversion.
         picture: Any = self._reformatter.reformat(
@@ -375,8 +403,7 @@ class _Normaliser:
             interpolation="BILINEAR" if same else "AREA",
             threads=1,
         ).to_ndarray()
-        if turns:
-            picture = np.rot90(picture, turns)
+        picture = as_shown(frame, picture)
         height, width = picture.shape[0] // multiple * multiple, picture.shape[1] // multiple * multiple
         top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
         return np.ascontiguousarray(picture[top : top + height, left : left + width])

@@ -72,6 +72,8 @@ def read_views(file: Path, wanted: Collection[str], labels: Mapping[str, Any]) -
                 vectors.append(_field(frame))
             if "samples" in wanted and index in shown:
                 samples.append(reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray())
+        found = (("grey", grey), ("vectors", vectors), ("samples", samples))
+        stacked: dict[str, Any] = {name: np.stack(arrays) for name, arrays in found if arrays}
         context = stream.codec_context
         views = Views(
             fps=float(stream.average_rate or 1),
@@ -79,17 +81,9 @@ def read_views(file: Path, wanted: Collection[str], labels: Mapping[str, Any]) -
             height=context.height,
             width=context.width,
             labels=labels,
-            **{
-                name: _stacked(arrays)
-                for name, arrays in (("grey", grey), ("vectors", vectors), ("samples", samples))
-                if arrays
-            },
+            **stacked,
         )
     return views, time.process_time() - started
-
-
-def _stacked(arrays: list[Array]) -> Any:
-    return np.stack(arrays)
 
 
 def _field(frame: Any) -> Array:

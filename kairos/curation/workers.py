@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Result = dict[str, Any]
-"""What a task gives; of one that could not be done, {"failed": reason}."""
+"""What a task gives; of one that could not be done, {"failed": reason}, and {"machine": what} where no other
+can be done either."""
 
 _PARENT: list[Any] = []  # in a child: the connection to who waits for its results
 
@@ -237,6 +238,8 @@ def _serve(connection: Any, task: Callable[[Any], Result], memory_gb: float, par
             result = {"refused": str(refusal)} | refusal.facts
         except MemoryError:
             result = {"failed": f"memory: more than {memory_gb:g} GB asked for (limits.memory_gb)"}
+        except MachineError as error:
+            result = {"machine": str(error)}
         except Exception as error:
             logger.debug("a task failed", exc_info=True)
             said = " ".join(str(error).split())[:200]

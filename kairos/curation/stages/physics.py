@@ -24,7 +24,7 @@ class Physics:
     """Scores from tracks. Counts are of the clip; events_per_s counts moments, not the parts of one."""
 
     name: ClassVar[str] = "physics"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     inputs: ClassVar[tuple[str, ...]] = ("grey",)
     outputs: ClassVar[tuple[str, ...]] = (
         "physics_score",
@@ -35,9 +35,11 @@ class Physics:
         "reappearances",
         "falls",
     )
-    window: int = 3  # frames on each side of a jump
+    # Wide and high enough for sources of other rates than the clips': their steady motion judders, for each
+    # picture is up to a frame's time late.
+    window: int = 4  # frames on each side of a jump
     least_jump: float = 0.005  # picture widths a frame, of velocity
-    relative_jump: float = 0.3  # of the thing's own usual speed
+    relative_jump: float = 0.6  # of the thing's own usual speed
     least_frames: int = 6  # of a track that counts
     least_reach: float = 0.03  # picture widths that it must go
     one_moment_s: float = 0.25

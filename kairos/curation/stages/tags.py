@@ -50,13 +50,11 @@ class Tags:
     measured: bool = True  # whether the physics scores give tags
 
     def measure(self, views: Views) -> dict[str, Any]:
-        said = views.labels.get("events") or []
-        given = said if isinstance(said, list) else re.split(r"[,;]\s*", str(said))
         # File names are words too: robot_pours_water_03.mp4
         words = re.sub(
             r"[_\W\d]+", " ", f"{views.labels.get('caption', '')} {views.labels.get('source', '')}"
         ).lower()
-        events = {str(tag).strip().lower() for tag in given}
+        events = {str(tag).strip().lower() for tag in views.labels.get("events", ())}
         events |= {tag for tag, pattern in _EVENT_WORDS.items() if _holds(words, pattern)}
         if self.measured:
             events |= self._seen(views.scores)
