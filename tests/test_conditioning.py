@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from PIL import Image
 from transformers import (
     PreTrainedTokenizerBase,
@@ -291,6 +293,23 @@ def test_weights_that_are_replaced_and_never_written_to_make_another_encoder(tok
         encoder.load_state_dict({name: w.clone() for name, w in weights.items()}, assign=True)
         embeddings.append(encode())
     assert not torch.allclose(*embeddings)
+
+
+def test_adapters_that_are_switched_make_another_encoder(tokenizer, encoder):
+    def encode() -> torch.Tensor:
+        return encode_prompts(encoder, tokenizer, ["a ball"], template=TEMPLATES["tiny"])[0]
+
+    plain = encode()
+    encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), "one")
+    once = encode()
+    for layer in encoder.modules():
+        if isinstance(layer, LoraLayer):
+            layer.set_scale("one", 3)
+    assert not any(torch.allclose(once, other) for other in (plain, encode()))
+    encoder.disable_adapters()
+    assert torch.equal(encode(), plain)
+    encoder.enable_adapters()
+    assert not torch.allclose(encode(), plain)
 
 
 def test_the_cache_forgets_the_oldest_prompts(tokenizer, encoder, monkeypatch):

@@ -31,6 +31,17 @@ def test_the_chunked_form_equals_the_loop(tokens, decay):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
+def test_tokens_that_forget_all_cost_those_that_forget_nothing_no_precision():
+    *inputs, state = random_inputs(512)
+    inputs[3] = torch.where(inputs[3] < -0.25, -300.0, 0.01 * inputs[3])
+    expected = gated_delta_rule(
+        *(x.double() for x in inputs), initial_state=state.double(), backend="reference"
+    )
+    found = gated_delta_rule(*inputs, initial_state=state)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=1e-6, rtol=0)
+
+
 def test_the_loop_is_the_rule_of_the_paper():
     """One head in float64: the state as a matrix, equation 10 with the transition written out."""
     q, k, v, g, beta, state = (x.double()[0] for x in random_inputs(9, batch=1, heads=1))

@@ -117,10 +117,16 @@ def test_thoughts_whose_opening_tag_the_template_wrote_are_no_part_of_the_prompt
     assert Rewriter(stub.url + "#m")("a ball") == "A red ball rolls."
 
 
-def test_an_answer_that_was_cut_is_no_prompt(stub):
-    stub.answer, stub.finished = "The user wants a ball, so", "length"
+@pytest.mark.parametrize("answer", ["The user wants a ball, so", None])  # None: only thoughts, kept apart
+def test_an_answer_that_was_cut_is_no_prompt(stub, answer):
+    stub.answer, stub.finished = answer, "length"
     assert "m at " in (message := refusal(MachineError, stub.url + "#m"))
     assert "had not finished after 400 tokens" in message
+
+
+def test_an_answer_that_a_filter_cut_is_no_prompt(stub):
+    stub.answer, stub.finished = "A red ba", "content_filter"
+    assert "the content filter of m at" in refusal(MachineError, stub.url + "#m")
 
 
 def test_an_empty_prompt_stays_empty_and_nobody_is_asked(stub):
@@ -151,6 +157,18 @@ def test_a_refusing_endpoint_gets_one_clear_line(stub, status, error, message):
     assert len(stub.asked) == 1  # redirects are not followed, so the key stays here
 
 
+def test_why_an_endpoint_refuses_is_said_in_its_own_words_without_the_key(stub, monkeypatch):
+    monkeypatch.setenv("KAIROS_REWRITE_API_KEY", "secret")
+    stub.status = 400
+    stub.raw = json.dumps({"error": {"message": "no parameter\n'max_tokens', secret " + "x" * 300}}).encode()
+    message = refusal(UserError, stub.url + "#m")
+    assert "answered 400 Bad Request: no parameter 'max_tokens', ... xxx" in message
+    assert len(message) < 300 and "secret" not in message
+    for raw in (b"<html>", b'{"error": "no"}', b'{"error": {"message": 3}}', b" " * (1 << 21)):
+        stub.raw = raw
+        assert refusal(UserError, stub.url + "#m").endswith("answered 400 Bad Request")
+
+
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
@@ -176,6 +194,7 @@ def test_endpoints_that_are_not_there_or_no_urls_are_refused(stub):
     assert "cannot be reached" in refusal(MachineError, url)
     assert "must be an http or https URL" in refusal(UserError, "file:///etc/passwd")
     assert "must be an http or https URL" in refusal(UserError, "http://")
+    assert "must be an http or https URL, got 'http://[::1/v1'" in refusal(UserError, "http://[::1/v1")
 
 
 @pytest.fixture

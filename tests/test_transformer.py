@@ -159,6 +159,19 @@ def test_the_default_is_the_released_4b_model_with_its_names():
     assert shapes["head.head.weight"] == (64, 2560)
 
 
+def test_patches_that_are_no_squares_of_other_channels_than_they_came_in_lie_where_they_were_cut():
+    model = random_model(patch_size=(1, 1, 2), out_channels=4)
+    seen = {}
+    model.patch_embedding.register_forward_hook(lambda module, args, out: seen.update(cut=out))
+    model.head.register_forward_hook(lambda module, args, out: seen.update(patches=out))
+    latents, timestep, text = random_inputs(3, batch=2, height=3, width=8)
+    sample = velocity(model, latents, timestep, text)
+    assert sample.shape == (2, 4, 3, 3, 8) and seen["cut"].shape == (2, 48, 3, 3, 4)
+    patches = seen["patches"].view(2, 3, 3, 4, 2, 4)  # clip, frame, row, column, place in the patch, channel
+    for place in (0, 1):
+        assert torch.equal(sample[..., place::2], patches[..., place, :].permute(0, 4, 1, 2, 3))
+
+
 @pytest.mark.parametrize("config", [{}, CAUSAL])
 def test_a_batch_equals_its_members_one_by_one(config):
     model = random_model(**config)
@@ -236,7 +249,9 @@ def test_the_state_has_one_size_however_many_frames_there_were():
     for chunk, time in zip(latents.split(3, 2), timestep.split(3, 1), strict=True):
         with torch.no_grad():
             state = model(chunk, time, text, state=state, return_state=True).state
-        sizes.append([tuple(t.shape) for layer in state.layers for t in vars(layer).values()])
+        tensors = [t for layer in state.layers for t in vars(layer).values()]
+        sizes.append([tuple(t.shape) for t in tensors])
+        assert all(t.untyped_storage().nbytes() == t.nbytes for t in tensors)  # no view of what it saw
     assert sizes[1] == sizes[2] == sizes[3]
 
 
@@ -256,18 +271,21 @@ def test_a_prompt_that_is_remembered_is_not_computed_again_and_gives_the_same_ve
     assert torch.equal(velocity(model, latents, timestep / 2, text, prompt_memory=memory), later)
 
 
-def test_bfloat16_keeps_the_gates_in_float32(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_the_gates_in_float32(tmp_path, dtype):
     model = random_model()
     gates = {
         n: p.clone() for n, p in model.named_parameters() if any(part in PRECISE for part in n.split("."))
     }
     assert len(gates) == 4
     model.save_pretrained(tmp_path)
-    loaded = KairosTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
-    for half in (model.bfloat16(), loaded):
-        assert half.dtype == torch.bfloat16
+    loaded = KairosTransformer3DModel.from_pretrained(tmp_path, torch_dtype=dtype)
+    model(*random_inputs(3)).sample.sum().backward()
+    for half in (model.to(dtype), loaded):
+        assert half.dtype == dtype
         for name, parameter in half.named_parameters():
-            assert parameter.dtype == (torch.float32 if name in gates else torch.bfloat16), name
+            assert parameter.dtype == (torch.float32 if name in gates else dtype), name
+            assert parameter.grad is None or parameter.grad.dtype == parameter.dtype, name
             if name in gates:
                 assert torch.equal(parameter, gates[name])
 
@@ -406,6 +424,9 @@ def test_a_configuration_that_cannot_work_is_refused_in_one_line(config, message
         ({"timestep": torch.zeros(3)}, "one value for each of the 1 clips, got 3"),
         ({"encoder_hidden_states": torch.zeros(1, 5, 41)}, "prompt embeddings must be (1, T, 40)"),
         ({"encoder_hidden_states": torch.zeros(2, 5, 40)}, "prompt embeddings must be (1, T, 40)"),
+        ({"encoder_attention_mask": torch.ones(1, 3)}, "prompt's mask must be (1, 5), got (1, 3)"),
+        ({"encoder_attention_mask": torch.ones(2, 5)}, "prompt's mask must be (1, 5), got (2, 5)"),
+        ({"encoder_attention_mask": torch.ones(5)}, "prompt's mask must be (1, 5), got (5,)"),
         ({"chunk_frames": (1, 2)}, 'for models made with causal="chunk"'),
         ({"return_state": True}, 'for models made with causal="chunk"'),
     ],
@@ -422,3 +443,22 @@ def test_input_that_does_not_fit_is_refused_in_one_line(change, message):
 def test_chunks_that_do_not_make_up_the_clip_are_refused(chunk_frames):
     with pytest.raises(UserError, match="chunk_frames must be positive and sum to 3 latent frames"):
         random_model(**CAUSAL)(*random_inputs(3), chunk_frames=chunk_frames)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "config"),
+    [
+        ({"batch": 2}, {}),
+        ({"height": 6}, {}),
+        ({}, {"num_layers": 5}),
+        ({}, {"layer_pattern": "SDGS"}),
+        ({}, {"layer_pattern": "DDDG", "dilation": 2}),
+        ({}, {"window_frames": 1}),
+    ],
+)
+def test_a_state_of_other_videos_or_of_another_model_is_refused_in_one_line(inputs, config):
+    with torch.no_grad():
+        state = random_model(**CAUSAL)(*random_inputs(6), return_state=True).state
+    with pytest.raises(UserError, match="the state is of other videos or of another model") as caught:
+        random_model(**CAUSAL | config)(*random_inputs(3, **inputs), state=state)
+    assert "\n" not in str(caught.value)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,6 +21,7 @@ from kairos.weights import (
 )
 from kairos.weights.fingerprint import fingerprint
 from kairos.weights.lora import apply_loras, parse_lora
+from kairos.weights.merge import merge_files
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -84,18 +86,44 @@ def test_what_shapes_do_not_tell_comes_from_the_caller(released):
     assert load_transformer_file(released).config.dilation == 4
 
 
-def test_half_precision_leaves_the_gates_exact(released):
-    loaded = load_transformer_file(released, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_leaves_the_gates_exact(released, dtype):
+    loaded = load_transformer_file(released, dtype=dtype)
     layer = loaded.blocks[3].gated_delta
-    assert loaded.dtype == layer.q_proj.weight.dtype == torch.bfloat16
-    assert layer.A_log.dtype == layer.dt_bias.dtype == torch.float32
+    assert loaded.dtype == layer.q_proj.weight.dtype == dtype
+    for gate in (layer.A_log, layer.dt_bias, layer.a_proj.weight, layer.b_proj.weight):
+        assert gate.dtype == torch.float32
+
+
+def in_both_kinds(tensors, folder: Path) -> list[Path]:
+    save_file(tensors, folder / "weights.safetensors", metadata={"header": "of another length"})
+    torch.save(tensors, folder / "weights.pt")
+    return [folder / "weights.safetensors", folder / "weights.pt"]
+
+
+def test_a_file_that_is_written_over_leaves_the_model_loaded_from_it_as_it_was(model, tmp_path):
+    for file in in_both_kinds(model.state_dict(), tmp_path):
+        loaded = load_transformer_file(file)
+        with file.open("r+b") as opened:  # in place: what is mapped would change
+            opened.write(bytes(file.stat().st_size))
+        assert_same(loaded, model)
+
+
+def test_loaded_tensors_begin_where_new_ones_do_so_that_the_same_weights_round_alike(model, tmp_path):
+    vae = load_file(GOLDEN / "vae_weights.safetensors")
+    (tmp_path / "vae").mkdir()
+    loaded = [load_transformer_file(file) for file in in_both_kinds(model.state_dict(), tmp_path)]
+    loaded += [load_vae_file(file) for file in in_both_kinds(vae, tmp_path / "vae")]
+    for each in loaded:
+        assert all(parameter.data_ptr() % 64 == 0 for parameter in each.parameters())
 
 
 @pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
 @pytest.mark.parametrize("prefix", ["", "model.", "module.", "dit.", "pipe.dit.", "module.model."])
 def test_torch_files_with_wrappers_and_prefixes_load_as_the_plain_file(model, tmp_path, wrapper, prefix):
     content = {prefix + name: tensor for name, tensor in model.state_dict().items()}
-    torch.save({wrapper: content, "step": 3} if wrapper else content, tmp_path / "dit.pt")
+    beside = {"step": torch.tensor(3), "optimizer": {"lr": 1.0}}
+    torch.save({wrapper: content} | beside if wrapper else content, tmp_path / "dit.pt")
     assert_same(load_transformer_file(tmp_path / "dit.pt"), model)
 
 
@@ -247,6 +275,25 @@ def test_a_file_of_ours_says_what_shapes_do_not_tell(tmp_path, released):
 
 
 @pytest.mark.parametrize(
+    "saved", [{"max_shard_size": "20KB"}, {"safe_serialization": False}, {"variant": "ema"}]
+)
+def test_the_configuration_beside_files_in_diffusers_layout_is_theirs_however_they_are_named(tmp_path, saved):
+    other = {"causal": "chunk", "pad_dilated": False, "dilation": 2}
+    KairosTransformer3DModel(**SIZES | other).save_pretrained(tmp_path, **saved)
+    files = sorted(file for file in tmp_path.iterdir() if file.suffix in (".safetensors", ".bin"))
+    paths = [files, *tmp_path.glob("*.index.json")]
+    if len(files) == 1:
+        paths += files
+        assert files[0].name != "diffusion_pytorch_model.safetensors"
+    else:
+        merge_files([(str(paths[-1]), 1.0)] * 2, tmp_path / "merged" / "dit.safetensors")
+        paths.append(tmp_path / "merged" / "dit.safetensors")
+    for path in paths:
+        config = load_transformer_file(path).config
+        assert {name: config[name] for name in other} == other, path
+
+
+@pytest.mark.parametrize(
     "beside", ['{"_class_name": "KairosTransformer3DModel", "causal": "chunk"}', "no JSON"]
 )
 def test_what_merely_lies_beside_a_file_or_in_a_foreign_header_says_nothing_of_it(model, released, beside):
@@ -319,6 +366,19 @@ def test_nothing_is_left_behind_where_saving_fails(model, tmp_path, monkeypatch)
     with pytest.raises(MachineError, match="disk is full"):
         save_original(model, tmp_path / "dit.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_with_adapters_is_saved_under_the_released_names_once_they_are_unloaded(released, tmp_path):
+    model = load_transformer_file(released)
+    model.add_adapter(LoraConfig(r=2, target_modules=["q", "o_proj"], init_lora_weights=False))
+    changed = output(model)
+    assert "model.unload_lora()" in refusal(save_original, model, tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+    model.fuse_lora()
+    assert "model.unload_lora()" in refusal(save_original, model, tmp_path / "out.safetensors")
+    model.unload_lora()
+    save_original(model, tmp_path / "out.safetensors")
+    torch.testing.assert_close(output(load_transformer_file(tmp_path / "out.safetensors")), changed)
 
 
 def test_the_golden_transformer_loads_strictly_with_its_sizes(tmp_path):
@@ -398,6 +458,16 @@ def test_a_lora_whose_products_have_not_the_layers_shape_is_refused(model, tmp_p
     save_file(tensors, tmp_path / "lora.safetensors")
     message = refusal(apply_loras, model, [(tmp_path / "lora.safetensors", 1.0)])
     assert f"does not fit this model: {layer} is" in message
+
+
+def test_a_lora_with_many_alphas_for_a_layer_or_under_pefts_own_names_is_refused(model, tmp_path):
+    file = tmp_path / "lora.safetensors"
+    layer = "blocks.0.ffn.0"
+    tensors = {f"{layer}.lora_A.weight": torch.ones(2, 24), f"{layer}.lora_B.weight": torch.ones(40, 2)}
+    save_file(tensors | {f"{layer}.alpha": torch.ones(1, 3)}, file)
+    assert f"{layer}.alpha must be one number, got (1, 3)" in refusal(apply_loras, model, [(file, 1.0)])
+    save_file({f"base_model.model.{name}": tensor for name, tensor in tensors.items()}, file)
+    assert "save it with model.save_lora_adapter" in refusal(apply_loras, model, [(file, 1.0)])
 
 
 def test_a_loras_full_size_products_are_made_one_at_a_time_once_all_of_it_fits(model, released, tmp_path):

@@ -5,20 +5,24 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+CAPACITY = 32
+"""Embeddings that are kept of each encoder."""
+
 
 class EmbeddingCache:
-    """The last `capacity` embeddings of each encoder, on the CPU. They go with their encoder.
+    """The last embeddings of each encoder, on the CPU. They go with their encoder.
 
-    An encoder whose weights were written to or replaced counts as another one. `parameter.data = ...` is not
-    seen: so are weights moved to a device and back, and their embeddings stay what they were.
+    An encoder whose weights were written to or replaced, or whose adapters were switched, counts as another
+    one. `parameter.data = ...` is not seen: so are weights moved to a device and back, and their embeddings
+    stay what they were.
     """
 
-    def __init__(self, capacity: int = 32) -> None:
-        self.capacity = capacity
+    def __init__(self) -> None:
         self._entries: WeakKeyDictionary[nn.Module, OrderedDict[Hashable, Tensor]] = WeakKeyDictionary()
         self._lock = threading.Lock()
 
@@ -35,12 +39,17 @@ class EmbeddingCache:
         with self._lock:
             entries = self._entries.setdefault(encoder, OrderedDict())
             entries[(_version(encoder), key)] = embedding.to("cpu", copy=True)  # not a view of its batch
-            while len(entries) > self.capacity:
+            while len(entries) > CAPACITY:
                 entries.popitem(last=False)
 
 
 def _version(encoder: nn.Module) -> Hashable:
-    """Changes when a weight is written to or replaced, or the precision is another."""
+    """Changes when a weight is written to or replaced, adapters are switched, or the precision is another."""
     parameters = list(encoder.parameters())
     writes = sum(parameter._version for parameter in parameters if not parameter.is_inference())
-    return writes, tuple(map(id, parameters)), parameters[0].dtype if parameters else None
+    layers: list[Any] = [layer for layer in encoder.modules() if hasattr(layer, "merged_adapters")]  # PEFT's
+    adapters = tuple(
+        (layer.disable_adapters, *layer.active_adapters, str(getattr(layer, "scaling", "")))
+        for layer in layers
+    )
+    return writes, tuple(map(id, parameters)), adapters, parameters[0].dtype if parameters else None

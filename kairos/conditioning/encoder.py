@@ -23,7 +23,7 @@ from transformers import (
 from kairos.conditioning.cache import EmbeddingCache
 from kairos.conditioning.loading import explained
 from kairos.conditioning.templates import PromptTemplate
-from kairos.errors import UserError
+from kairos.errors import UserError, listed
 
 logger = logging.getLogger(__name__)
 
@@ -125,8 +125,7 @@ def load_text_encoder(
     }
     for kind, verb in verbs.items():
         if names := sorted(entry if isinstance(entry, str) else entry[0] for entry in info[kind]):
-            shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-            raise UserError(f"the text encoder in {folders['text_encoder']} {verb} {shown}")
+            raise UserError(f"the text encoder in {folders['text_encoder']} {verb} {listed(names)}")
     if not any((folders["tokenizer"] / name).exists() for name in ("tokenizer.json", "vocab.json")):
         raise UserError(
             f"no tokenizer in {folders['tokenizer']}: neither tokenizer.json nor vocab.json is there"

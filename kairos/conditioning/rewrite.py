@@ -22,6 +22,7 @@ REWRITER = "Qwen/Qwen3-VL-8B-Instruct"
 KEY_VARIABLE = "KAIROS_REWRITE_API_KEY"
 MAX_TOKENS = 400
 MAX_BYTES = 1 << 20
+MAX_REASON_BYTES = 1 << 13
 
 INSTRUCTION = (
     "You write prompts for a video model. Turn what the user wants into one paragraph of at most 150 words, "
@@ -126,18 +127,25 @@ def _paragraph(answer: str) -> str:
 
 
 def _ask_endpoint(source: str, messages: list[dict[str, str]], deadline: float) -> str:
-    url, model = urldefrag(source)
-    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
+    try:
+        (url, model), (scheme, host, *_) = urldefrag(source), urlsplit(source)
+    except ValueError:  # brackets around an address that is none
+        scheme = host = ""
+    if scheme not in ("http", "https") or not host:
         raise UserError(f"the endpoint must be an http or https URL, got {source!r}")
     url = url.rstrip("/")
     if not model:
         model = _picked(url, _request(f"{url}/models", None, deadline), "data", 0, "id")
     body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": MAX_TOKENS}
     answer = _request(f"{url}/chat/completions", body, deadline)
-    text = _picked(url, answer, "choices", 0, "message", "content")
-    if answer["choices"][0].get("finish_reason") == "length":  # half a prompt, or half of its thoughts
+    finished = _at(answer, "choices", 0, "finish_reason")  # before the text, which then may be null
+    if finished == "length":  # half a prompt, or half of its thoughts
         raise _cut(f"{model} at {url}")
-    return text
+    if finished == "content_filter":
+        raise MachineError(
+            f"the content filter of {model} at {url} cut its answer; word the prompt otherwise"
+        )
+    return _picked(url, answer, "choices", 0, "message", "content")
 
 
 def _request(url: str, body: dict[str, Any] | None, deadline: float) -> Any:
@@ -147,20 +155,15 @@ def _request(url: str, body: dict[str, Any] | None, deadline: float) -> Any:
     opener = urllib.request.build_opener(_NoRedirects)
     try:
         with opener.open(request, timeout=max(deadline - time.monotonic(), 0.1)) as response:
-            content = b""
-            while part := response.read1(1 << 16):
-                content += part
-                if time.monotonic() > deadline:
-                    raise TimeoutError
-                if len(content) > MAX_BYTES:
-                    raise UserError(
-                        f"{url} answers with more than {MAX_BYTES >> 20} MiB; it is no chat endpoint"
-                    )
+            content = _read(response, MAX_BYTES + 1, deadline)
+            if len(content) > MAX_BYTES:
+                raise UserError(f"{url} answers with more than {MAX_BYTES >> 20} MiB; it is no chat endpoint")
     except urllib.error.HTTPError as error:
         with error:
             hint = f"; set {KEY_VARIABLE}" if error.code in (401, 403) else ""
             kind = UserError if error.code < 500 and error.code not in (408, 429) else MachineError
-            raise kind(f"{url} answered {error.code} {error.reason}{hint}") from error
+            said = _reason(error, deadline)
+            raise kind(f"{url} answered {error.code} {error.reason}{said}{hint}") from error
     except (OSError, HTTPException) as error:
         reason = getattr(error, "reason", error)
         late = isinstance(reason, TimeoutError)
@@ -176,17 +179,44 @@ def _request(url: str, body: dict[str, Any] | None, deadline: float) -> Any:
         raise UserError(f"{url} does not answer with JSON; it is no OpenAI-compatible endpoint") from error
 
 
+def _read(response: Any, limit: int, deadline: float) -> bytes:
+    """The answer's first bytes, `limit` at most."""
+    content = b""
+    while len(content) < limit and (part := response.read1(limit - len(content))):
+        content += part
+        if time.monotonic() > deadline:
+            raise TimeoutError
+    return content
+
+
+def _reason(error: urllib.error.HTTPError, deadline: float) -> str:
+    """What the endpoint itself says of its refusal, behind a colon; less the key, which it may repeat."""
+    try:
+        said = _at(json.loads(_read(error, MAX_REASON_BYTES, deadline)), "error", "message")
+    except (OSError, HTTPException, ValueError):
+        said = None
+    said = " ".join(said.split()) if isinstance(said, str) else ""
+    for header in bearer(KEY_VARIABLE).values():
+        said = said.replace(header.removeprefix("Bearer "), "...")
+    return said and f": {said[:200]}"
+
+
 def _picked(url: str, answer: Any, *path: str | int) -> str:
     """The text at `path` in an answer."""
+    text = _at(answer, *path)
+    if not isinstance(text, str):
+        names = ".".join(map(str, path))
+        raise UserError(f"{url} answers without {names}; it is no OpenAI-compatible endpoint")
+    return text
+
+
+def _at(answer: Any, *path: str | int) -> Any:
+    """What is at `path` in an answer, None where there is nothing."""
     for step in path:
         try:
             answer = answer[step]
         except (LookupError, TypeError):
-            answer = None
-            break
-    if not isinstance(answer, str):
-        names = ".".join(map(str, path))
-        raise UserError(f"{url} answers without {names}; it is no OpenAI-compatible endpoint")
+            return None
     return answer
 
 

@@ -20,6 +20,8 @@ from kairos.ops.gated_delta import fused_by_fla, gated_delta_rule
 PRECISE = ("A_log", "dt_bias", "a_proj", "b_proj")
 """Parameters of the gates: float32 in a model of half precision too, since errors in a decay multiply."""
 
+CONV_SIZE = 4
+"""Tokens that a short convolution sees."""
 
 Projections = tuple[Tensor, Tensor, Tensor]
 """Of queries, keys and values."""
@@ -41,9 +43,7 @@ class GatedDeltaNet(nn.Module):
     in_segments = True
     """Whether a long sequence may pass a tile at a time, each from the state of the one before."""
 
-    def __init__(
-        self, dim: int, heads: int, head_dim: int, expand_v: int = 2, conv_size: int = 4, eps: float = 1e-6
-    ) -> None:
+    def __init__(self, dim: int, heads: int, head_dim: int, expand_v: int = 2, eps: float = 1e-6) -> None:
         super().__init__()
         self.heads, self.head_dim = heads, head_dim
         dim_k, dim_v = heads * head_dim, heads * head_dim * expand_v
@@ -54,9 +54,9 @@ class GatedDeltaNet(nn.Module):
         self.b_proj = nn.Linear(dim, heads, bias=False)
         self.g_proj = nn.Linear(dim, dim_v, bias=False)
         self.o_proj = nn.Linear(dim_v, dim, bias=False)
-        self.q_conv1d = ShortConv(dim_k, conv_size)
-        self.k_conv1d = ShortConv(dim_k, conv_size)
-        self.v_conv1d = ShortConv(dim_v, conv_size)
+        self.q_conv1d = ShortConv(dim_k, CONV_SIZE)
+        self.k_conv1d = ShortConv(dim_k, CONV_SIZE)
+        self.v_conv1d = ShortConv(dim_v, CONV_SIZE)
         self.A_log = nn.Parameter(torch.empty(heads))
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.o_norm = RMSNorm(head_dim * expand_v, eps)
@@ -128,8 +128,9 @@ class GatedDeltaNet(nn.Module):
         return convolved, (q[1], k[1], v[1])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Moves and casts as every module, except that half precision passes the gates by."""
-        precise = {id(p) for name, p in self.named_parameters() if name.split(".")[0] in PRECISE}
+        """Moves and casts as every module, but half precision passes the gates and their gradients by."""
+        gates = [p for name, p in self.named_parameters() if name.split(".")[0] in PRECISE]
+        precise = {id(tensor) for p in gates for tensor in (p, p.grad)}
 
         def apply(tensor: Tensor) -> Tensor:
             moved = fn(tensor)

@@ -22,7 +22,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
 
-from kairos.errors import UserError
+from kairos.errors import UserError, listed
 from kairos.models.attention import AttentionState, CrossAttention, KeysValues, WindowedSelfAttention
 from kairos.models.gated_delta_net import PRECISE, DeltaState, GatedDeltaNet
 from kairos.models.step_cache import StepCache
@@ -39,8 +39,12 @@ class TransformerState:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> TransformerState:
         """The same with every tensor changed."""
-        layers = (type(layer)(*(change(tensor) for tensor in vars(layer).values())) for layer in self.layers)
-        return TransformerState(tuple(layers), self.frames)
+        return TransformerState(tuple(changed(layer, change) for layer in self.layers), self.frames)
+
+
+def changed(layer: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A layer's state with every tensor changed."""
+    return type(layer)(*(change(tensor) for tensor in vars(layer).values()))
 
 
 @dataclass
@@ -157,7 +161,15 @@ class KairosTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         Raises:
             UserError: for shapes and chunks that do not fit.
         """
-        self._check_input(hidden_states, timestep, encoder_hidden_states, chunk_frames, state, return_state)
+        self._check_input(
+            hidden_states,
+            timestep,
+            encoder_hidden_states,
+            encoder_attention_mask,
+            chunk_frames,
+            state,
+            return_state,
+        )
         _, patch_y, patch_x = self.config.patch_size
         frames, height, width = hidden_states.shape[2:]
         height, width = height // patch_y, width // patch_x
@@ -200,7 +212,8 @@ class KairosTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 x, kept, prompt = self._gradient_checkpointing_func(block, *arguments)
             else:
                 x, kept, prompt = block(*arguments)
-            layers.append(kept if return_state else None)
+            if return_state:  # cloned, since what a layer keeps is a view of all that it saw
+                layers.append(changed(kept, Tensor.clone))
             if prompt_memory is not None:
                 remembered.append(prompt)
         if prompt_memory is not None and not skips:
@@ -240,6 +253,7 @@ class KairosTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         hidden_states: Tensor,
         timestep: Tensor,
         encoder_hidden_states: Tensor,
+        mask: Tensor | None,
         chunk_frames: Sequence[int] | None,
         state: TransformerState | None,
         return_state: bool,
@@ -255,7 +269,8 @@ class KairosTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise UserError(
                 f"latents must be multiples of the patch {patch_y} x {patch_x}, got {height} x {width}"
             )
-        tokens = frames * (height // patch_y) * (width // patch_x)
+        tokens_per_frame = (height // patch_y) * (width // patch_x)
+        tokens = frames * tokens_per_frame
         expected = (batch, 1), (batch, frames), (batch, tokens)
         if timestep.ndim > 2 or (timestep.ndim == 2 and tuple(timestep.shape) not in expected):
             raise UserError(
@@ -269,6 +284,8 @@ class KairosTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         text = tuple(encoder_hidden_states.shape)
         if len(text) != 3 or text[0] != batch or text[2] != config.text_dim:
             raise UserError(f"prompt embeddings must be ({batch}, T, {config.text_dim}), got {text}")
+        if mask is not None and tuple(mask.shape) != text[:2]:
+            raise UserError(f"the prompt's mask must be {text[:2]}, got {tuple(mask.shape)}")
         if config.causal != "chunk" and (chunk_frames is not None or state is not None or return_state):
             raise UserError(
                 'chunk_frames and state are for models made with causal="chunk", this one has causal="none"'
@@ -277,6 +294,23 @@ class KairosTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise UserError(
                 f"chunk_frames must be positive and sum to {frames} latent frames, got {list(chunk_frames)}"
             )
+        if state is not None and not self._continues(state, batch, tokens_per_frame):
+            raise UserError(
+                f"the state is of other videos or of another model: it must come from this one, with a batch "
+                f"of {batch} and {tokens_per_frame} tokens a frame"
+            )
+
+    def _continues(self, state: TransformerState, batch: int, tokens_per_frame: int) -> bool:
+        """Whether these layers could have left the state, after such frames."""
+
+        def fits(block: Any, past: Any) -> bool:
+            if block.kind == "G":
+                return isinstance(past, DeltaState) and len(past.recurrent_state) == batch
+            reach = self.config.window_frames * (self.config.dilation if block.kind == "D" else 1)
+            expected = (batch, min(state.frames, reach) * tokens_per_frame)
+            return isinstance(past, AttentionState) and past.keys.shape[:2] == expected
+
+        return len(state.layers) == len(self.blocks) and all(map(fits, self.blocks, state.layers))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
@@ -291,9 +325,7 @@ class KairosTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         )
         for kind, verb in (("missing_keys", "lacks"), ("unexpected_keys", "has no place for")):
             if names := sorted(info.get(kind, ())):
-                more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-                source = pretrained_model_name_or_path
-                raise UserError(f"the LinearDiT in {source} {verb} {', '.join(names[:4])}{more}")
+                raise UserError(f"the LinearDiT in {pretrained_model_name_or_path} {verb} {listed(names)}")
         return (model, info) if info_wanted else model
 
     @torch.no_grad()

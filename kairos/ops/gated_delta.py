@@ -113,11 +113,13 @@ def _segment(
     size = -(-tokens // chunks)
     q, k, v, g, beta = (_split(x, chunks, size) for x in (q, k, v, g, beta))  # (B, H, chunks, size, ...)
 
-    total = g.cumsum(-1)
+    # In float64: a small decay is the difference of sums which one strong decay makes large.
+    total = g.double().cumsum(-1)
+    between = (total[..., :, None] - total[..., None, :]).to(q.dtype)
     lower = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
-    decay = _decay((total[..., :, None] - total[..., None, :]).masked_fill(~lower, -torch.inf))
-    grown = _decay(total)[..., None]  # since the chunk began
-    left = _decay(total[..., -1:] - total)[..., None]  # until the chunk ends
+    decay = _decay(between.masked_fill(~lower, -torch.inf))
+    grown = _decay(total.to(q.dtype))[..., None]  # since the chunk began
+    left = _decay((total[..., -1:] - total).to(q.dtype))[..., None]  # until the chunk ends
     system = (beta[..., None] * (k @ k.mT) * decay).tril(-1)
     # Its inverse, and two products: half the time of solving for as many columns as v and k have.
     eye = torch.eye(size, dtype=q.dtype, device=q.device)

@@ -1,7 +1,7 @@
 """LoRA by PEFT: what is added to a model for training, and the file that comes of it.
 
-The file has PEFT's names (`blocks.0.self_attn.q.lora_A.weight`) and diffusers' metadata, so that diffusers'
-`load_lora_adapter` reads it, and `kairos generate --lora`.
+The file has the names (`transformer.blocks.0.self_attn.q.lora_A.weight`) and the metadata that diffusers'
+`load_lora_adapter` asks for, and `kairos generate --lora` reads.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kairos.errors import UserError, one_line
 from kairos.training.stage import LoRA
+from kairos.weights.lora import PREFIX
 
 ADAPTER = "default"
 
@@ -45,7 +46,10 @@ def lora_bytes(model: Any, weights: dict[str, Tensor]) -> bytes:
     scale = config.lora_alpha / config.r
     said = {"r": config.r, "lora_alpha": config.r, "target_modules": sorted(config.target_modules)}
     named = {
-        name.replace(f".{ADAPTER}.", "."): (tensor * scale if "lora_B" in name else tensor).contiguous()
+        PREFIX + name.replace(f".{ADAPTER}.", "."): (
+            tensor * scale if "lora_B" in name else tensor
+        ).contiguous()
         for name, tensor in weights.items()
     }
-    return save(named, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(said)})
+    metadata = json.dumps({PREFIX + name: value for name, value in said.items()})
+    return save(named, metadata={"format": "pt", "lora_adapter_metadata": metadata})

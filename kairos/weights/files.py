@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from kairos.errors import UserError, one_line
+from kairos.errors import UserError, listed, one_line
 
 WRAPPERS = ("state_dict", "model", "module")
 """Keys under which training programs keep the state dict in a larger dictionary."""
@@ -29,8 +29,6 @@ PREFIXES = ("pipe.dit.", "dit.", "model.", "module.", "_orig_mod.")
 
 CONFIG = "config"
 """What a model's configuration is called in the header of a safetensors file of ours."""
-
-_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -90,24 +88,25 @@ def fill(
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     problems = []
     if missing := [name for name in wanted if name not in stored]:
-        problems.append(f"lacks {_listed(missing)}")
+        problems.append(f"lacks {listed(missing)}")
     if extra := [name for name in stored if name not in wanted]:
-        problems.append(f"has {_listed(extra)} that the model has not")
+        problems.append(f"has {listed(extra)} that the model has not")
     if wrong := [name for name, shape in wanted.items() if name in stored and stored[name].shape != shape]:
-        shown = [
-            f"{name} {_sizes(stored[name].shape)} instead of {_sizes(wanted[name])}"
-            for name in wrong[:_SHOWN]
-        ]
-        problems.append(f"has {_listed(shown, len(wrong))}")
+        misfits = [f"{name} {_sizes(stored[name].shape)} instead of {_sizes(wanted[name])}" for name in wrong]
+        problems.append(f"has {listed(misfits)}")
     if problems:
         place = source or next(iter(stored.values())).file if stored else source
         raise UserError(f"{place} does not fit {type(model).__name__}: it {'; it '.join(problems)}")
     for name in wanted:
         tensor = stored[name].read()
+        kind = tensor.dtype
         if tensor.is_floating_point():
             exact = not set(float32_parts).isdisjoint(name.split("."))
-            tensor = tensor.to(torch.float32 if exact else dtype or tensor.dtype)
-        _place(model, name, tensor)
+            kind = torch.float32 if exact else dtype or kind
+        # Copied in any case. What is read lies in the file: one that is written over or cut short would take
+        # the living model's weights with it. And it begins there anywhere, while products of tensors that
+        # are not aligned differ in their last bit.
+        _place(model, name, tensor.to(kind, copy=True))
 
 
 def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -147,7 +146,7 @@ def _indexed(index: Path) -> list[Path]:
     if not files:
         raise UserError(f"{index} names no shards; download it again")
     if missing := [file.name for file in files if not file.exists()]:
-        raise UserError(f"{index} names {_listed(missing)}, not there; download the model again")
+        raise UserError(f"{index} names {listed(missing)}, not there; download the model again")
     return files
 
 
@@ -161,7 +160,7 @@ def _check_complete(files: Iterable[Path]) -> None:
             expected = [f"{start}{i:0{width}d}{middle}{last}{ending}" for i in range(1, int(last) + 1)]
             if missing := [shard for shard in expected if shard not in names]:
                 raise UserError(
-                    f"shards are missing beside {name}: {_listed(missing)}; download the model again"
+                    f"shards are missing beside {name}: {listed(missing)}; download the model again"
                 )
 
 
@@ -205,10 +204,9 @@ def _open_safetensors(file: Path) -> dict[str, StoredTensor]:
 
 def _open_torch(file: Path) -> dict[str, StoredTensor]:
     content = _load_torch(file)
-    while isinstance(content, dict) and not any(isinstance(value, Tensor) for value in content.values()):
-        inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), None)
-        if inner is None:
-            break
+    while isinstance(content, dict) and (
+        inner := next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+    ):
         content = inner
     if not isinstance(content, dict):
         raise UserError(f"{file} holds a {type(content).__name__}, not named tensors")
@@ -244,13 +242,6 @@ def _without_prefixes(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor
         if all(name.startswith(prefix) for name in stored):
             return _without_prefixes({name.removeprefix(prefix): tensor for name, tensor in stored.items()})
     return stored
-
-
-def _listed(names: Sequence[str], count: int | None = None) -> str:
-    """The first few names, and how many there are where that is more."""
-    count = len(names) if count is None else count
-    shown = ", ".join(names[:_SHOWN])
-    return shown if count <= _SHOWN else f"{shown} and {count - _SHOWN} more ({count} in all)"
 
 
 def _sizes(shape: tuple[int, ...]) -> str:

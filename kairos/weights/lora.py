@@ -15,6 +15,7 @@ from kairos.errors import UserError, one_line
 
 FILE = "lora.safetensors"
 PREFIX, DOWN, UP = "transformer.", ".lora_A.weight", ".lora_B.weight"
+PEFT_PREFIX = "base_model.model."
 OTHER_SCALES = ("alpha_pattern", "use_rslora", "use_dora")
 """What PEFT's metadata may say that makes more of a layer's scale than alpha / rank."""
 
@@ -67,7 +68,10 @@ def apply_loras(model: Any, loras: Sequence[tuple[Path, float]]) -> None:
                     f"{path} does not fit this model: {layer} is {tuple(target.shape)}, "
                     f"its update {tuple(up.shape)} by {tuple(down.shape)}"
                 )
-            scale = float(tensors.pop(f"{layer}.alpha", rank if alpha is None else alpha)) / rank
+            own = tensors.pop(f"{layer}.alpha", None)
+            if own is not None and own.numel() != 1:
+                raise UserError(f"{path}: {layer}.alpha must be one number, got {tuple(own.shape)}")
+            scale = float(own if own is not None else rank if alpha is None else alpha) / rank
             updates.append((target, weight * scale, up, down))
         if tensors:
             raise UserError(f"{path} holds more than a LoRA's products: {', '.join(sorted(tensors)[:3])}")
@@ -87,6 +91,10 @@ def read_lora(path: Path) -> tuple[dict[str, Any], float | None]:
             tensors = {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a LoRA in safetensors: {one_line(error)}") from error
+    if any(name.startswith(PEFT_PREFIX) for name in tensors):
+        raise UserError(
+            f"{path} has PEFT's own names ({PEFT_PREFIX}...); save it with model.save_lora_adapter"
+        )
     if not any(name.endswith(DOWN) for name in tensors):
         raise UserError(f"{path} holds no LoRA: none of its tensors ends in {DOWN[1:]}")
     try:

@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 
 RELEASED_PATTERN = "SSDG"
 RELEASED_HEAD_DIM = 128
-DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
+DIFFUSERS_NAME = "diffusion_pytorch_model"
+DIFFUSERS_FILE = f"{DIFFUSERS_NAME}.safetensors"
 
 
 def load_transformer_file(
@@ -69,19 +70,22 @@ def transformer_config(path: Path | None, stored: Mapping[str, StoredTensor]) ->
     """What a LinearDiT's weights say of its configuration: in the config.json of diffusers' layout, or in the
     header of the one file that they are. Nothing where there is neither, or where it is another model's.
 
+    The layout is told by a folder, or by the name of the files: shards, a variant and torch's have it too.
+
     Raises:
         UserError: for a config.json that cannot be read.
     """
     ours = KairosTransformer3DModel.__name__
-    if path is not None and (path.is_dir() or path.name == DIFFUSERS_FILE):
-        file = (path if path.is_dir() else path.parent) / "config.json"
+    files = {tensor.file for tensor in stored.values()}
+    first = next(iter(stored.values())).file
+    if (path is not None and path.is_dir()) or first.name.startswith(DIFFUSERS_NAME):
+        file = first.with_name("config.json")
         if file.exists():
             kind, values = written_config(file)
             if kind == ours:
                 return values
             logger.warning("%s is of %s and not of the LinearDiT: left aside", file, kind or "no class")
-    files = {tensor.file for tensor in stored.values()}
-    kind, values = header_config(files.pop()) if len(files) == 1 else (None, {})
+    kind, values = header_config(first) if len(files) == 1 else (None, {})
     return values if kind == ours else {}
 
 
@@ -143,12 +147,17 @@ def save_original(model: KairosTransformer3DModel, path: str | os.PathLike[str])
     """Write the weights to one safetensors file under the released names, whole or not at all.
 
     Raises:
-        UserError: where the file cannot be written.
+        UserError: for a model with adapters, and where the file cannot be written.
         MachineError: where the disk is full.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if any(".base_layer." in name for name in tensors):  # PEFT's, beside lora_A and lora_B
+        raise UserError(
+            f"cannot write {path}: adapters have no released names; unload them first, with "
+            "model.unload_lora(), and to keep what they do with model.fuse_lora() before that"
+        )
     try:
         save_file(tensors, partial, metadata={"format": "pt", CONFIG: config_text(model.config)})
         os.replace(partial, path)
