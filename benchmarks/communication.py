@@ -39,6 +39,8 @@ def main() -> None:
     parser.add_argument("--forwards", type=int, default=5)
     parser.add_argument("--output", default="", help="write the results to this JSON")
     options = parser.parse_args()
+    if options.ranks < 2 or options.forwards < 1:
+        parser.error("nothing to measure: --ranks must be at least 2 and --forwards at least 1")
     from kairos.distributed.launch import launch
 
     measured = launch(measure, (options.ranks, options.forwards), size=options.ranks)[0]

@@ -37,6 +37,8 @@ def main() -> None:
     parser.add_argument("--output", default="", help="write the results to this JSON")
     parser.add_argument("--run", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error(f"--rounds must be at least 2, for a spread, got {options.rounds}")
     if options.run:
         measured = one_pass(int(options.run), options) if options.run != "stream" else stream(options)
         sys.stdout.write(json.dumps(measured) + "\n")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -372,11 +373,27 @@ def test_a_rank_ends_well_though_gloo_still_holds_what_was_exchanged() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs here")
 def test_gpus_that_are_not_there_are_refused() -> None:
-    with pytest.raises(UserError, match="2 GPUs are asked for and this machine has none; --device cpu"):
+    with pytest.raises(UserError, match="this machine has no GPU; --device cpu --gpus N"):
         ranks.check_gpus(2)
 
 
 # Arithmetic.
+
+
+@pytest.mark.parametrize(
+    ("script", "option", "message"),
+    [
+        ("communication", "--ranks", "--ranks must be at least 2"),
+        ("rollout", "--rounds", "--rounds must be at least 2"),
+    ],
+)
+def test_a_benchmark_of_nothing_is_refused(script: str, option: str, message: str) -> None:
+    command = [sys.executable, f"benchmarks/{script}.py", option, "1"]
+    root = Path(__file__).parent.parent
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr
 
 
 @pytest.mark.parametrize("parts", [1, 3, 6, 7, 8])

@@ -316,7 +316,7 @@ def test_options_that_cannot_be_are_one_line_before_anything_starts(
 def test_gpus_that_are_not_there_are_one_line(kairos: Any, gpus: str) -> None:
     status, _, errors = kairos("generate", "a ball", "--gpus", gpus)
     assert (status, errors.count("\n")) == (2, 1)
-    assert "this machine has none; --device cpu runs the same on CPU processes" in errors
+    assert "this machine has no GPU; --device cpu --gpus N runs in N processes" in errors
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs here")

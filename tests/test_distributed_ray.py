@@ -93,7 +93,7 @@ def test_a_task_whose_worker_died_goes_to_a_new_one_and_is_given_up_after_its_re
     ray = PlayedRay(act)
     with caplog.at_level("WARNING", "kairos"):
         answers = dict(run_tasks(ray, ray.start, {2: "good", 5: "once", 7: "always"}, workers=2, retries=2))
-    assert sorted(caplog.messages) == [f"request {n} is tried again" for n in (5, 7, 7)]
+    assert sorted(caplog.messages) == [f"request {n} is tried again: the worker died" for n in (5, 7, 7)]
     assert answers[2] == answers[5] == "made"
     assert isinstance(answers[7], RayActorError)
     assert tries == {"good": 1, "once": 2, "always": 3}
@@ -166,7 +166,14 @@ def test_an_answer_that_is_to_be_had_again_is_asked_for_again() -> None:
     said = iter(["no memory", "made"])
     ray = PlayedRay(lambda task: next(said))
     answers = list(
-        run_tasks(ray, ray.start, {0: "one"}, workers=1, retries=1, again=lambda answer: answer != "made")
+        run_tasks(
+            ray,
+            ray.start,
+            {0: "one"},
+            workers=1,
+            retries=1,
+            again=lambda answer: "" if answer == "made" else answer,
+        )
     )
     assert answers == [(0, "made")]
 
@@ -193,6 +200,27 @@ def test_a_worker_that_cannot_start_late_leaves_the_list_to_the_others(
     assert caplog.messages == ["a worker cannot start, the others go on: no such model"]
 
 
+def test_what_is_answered_is_kept_when_no_worker_can_start_any_more() -> None:
+    def act(task: str) -> str:
+        if task == "bad":
+            raise RayActorError("the worker died")
+        return "made"
+
+    ray = PlayedRay(act)
+    start = ray.start
+
+    def only_the_first_starts() -> Any:
+        ray.starts = ray.started == 0
+        return start()
+
+    tasks = {0: "good", 1: "bad", 2: "good", 3: "good"}
+    answers = dict(run_tasks(ray, only_the_first_starts, tasks, workers=1, retries=1))
+    assert answers[0] == "made" and ray.started == 2
+    for number in (1, 2, 3):
+        assert isinstance(answers[number], MachineError)
+        assert str(answers[number]) == "a worker cannot start: no such model"
+
+
 def test_workers_load_side_by_side() -> None:
     ray = PlayedRay(lambda task: task)
     loaded_after: list[int] = []
@@ -208,9 +236,11 @@ def test_a_video_that_cannot_be_written_is_an_outcome_and_ends_no_list(tmp_path:
     outcome = _received(job, ({"request": 3, "output": "", "status": "made"}, b"a video"))
     assert (outcome.request, outcome.status, outcome.by_input) == (3, "failed", True)
     assert "it is a folder" in outcome.error
+    nobody = _received(job, MachineError("a worker cannot start: no such model"))
+    assert (nobody.error, nobody.by_input) == ("a worker cannot start: no such model", False)
     died = _received(job, RayActorError())
     assert (died.error, died.by_input) == ("its worker died: RayActorError", False)
-    assert capsys.readouterr().err.count("error: request 3, ") == 2
+    assert capsys.readouterr().err.count("error: request 3, ") == 3
 
 
 @pytest.mark.parametrize(

@@ -243,6 +243,37 @@ def test_futures_begin_together_in_a_grid_and_part(rollout: Any) -> None:
     assert [len(chunk["videos"]) for chunk in drifts()] == [3, 3, 3]
 
 
+def test_the_first_future_is_the_rollout_without_others(rollout: Any) -> None:
+    begun = ("a ball", *SHORT, "--seed", 3, "--scale", 4)
+    plain = ("--from-state", "world", "--seconds", 0.5, "--scale", 4)
+    assert rollout(*begun, "--save-state", "world", "-o", "plain.mp4")[0] == 0
+    assert rollout(*plain, "-o", "later.mp4")[0] == 0
+    for name, arguments in (("plain", begun), ("later", plain)):
+        expected = read_video(f"{name}.mp4")
+        assert rollout(*arguments, "--futures", 1, "-o", "one.mp4")[0] == 0
+        assert np.array_equal(read_video("one.mp4"), expected)
+        assert rollout(*arguments, "--futures", 3, "-o", "three.mp4")[0] == 0
+        three, one = (video[-4:, 1::4, 1::4].astype(int) for video in (read_video("three.mp4"), expected))
+        apart = [np.abs(three[:, :32, left : left + 32] - one).mean() for left in (0, 34)]
+        assert 3 * apart[0] < apart[1]
+
+
+def test_the_seeds_of_futures_are_counted_over_all_videos_and_the_first_of_each_keeps_its_own() -> None:
+    world = next_world(random_pipeline(**CAUSAL), ["a ball", "a cube"], seeds=[8, 9])
+    states = roll.forked(world, 2, 5).generators
+    fresh = [generator.get_state() for generator in roll.generators(5, 4)]
+    expected = [world.generators[0], fresh[1], world.generators[1], fresh[3]]
+    assert torch.equal(states, torch.stack(expected))
+
+
+def next_world(pipeline: Any, prompts: list[str], seeds: list[int]) -> WorldState:
+    """After the first chunk."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    begun = pipeline.stream(prompts, num_inference_steps=1, generator=generators)
+    next(begun)
+    return begun.state
+
+
 def test_a_kept_world_has_several_futures_and_the_seed_tells_them(rollout: Any) -> None:
     rollout("a ball", *SHORT, "--save-state", "world", "-o", "out.mp4")
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -272,10 +303,17 @@ def test_the_prompt_changes_at_its_second(rollout: Any, monkeypatch: pytest.Monk
     later = ("--prompt-at", "0.5s it falls", "--prompt-at", "0.2 s it stops")
     assert rollout("a ball", "--seconds", 0.8, *SHORT[2:], *later, "-o", "out.mp4")[0] == 0
     assert changed == [(2, "it stops"), (3, "it falls")]
-    changed.clear()
-    at_once = ("--prompt-at", "0.1s it stops", "--prompt-at", "0.1s it falls")
-    assert rollout("a ball", *SHORT, *at_once, "-o", "out.mp4")[0] == 0
-    assert [prompt for _, prompt in changed] == ["it stops", "it falls"]
+
+
+def test_of_changes_of_prompt_due_in_one_chunk_the_last_is_made_and_the_others_are_said_to_change_nothing(
+    rollout: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed: list[str] = []
+    monkeypatch.setattr(Rollout, "change_prompt", lambda self, prompt: changed.append(prompt))
+    at_once = ("--prompt-at", "0.1s it stops", "--prompt-at", "0.25s it falls")
+    status, _, said = rollout("a ball", *SHORT, *at_once, "-o", "out.mp4")
+    assert (status, changed) == (0, ["it falls"])
+    assert said == "warning: --prompt-at 0.1s changed nothing: the next one came before the next chunk\n"
 
 
 def test_interrupting_keeps_the_chunks_and_their_state(rollout: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,6 +375,31 @@ def test_a_rollout_is_shown_and_made_again(rollout: Any, models: dict[str, Path]
         assert Path(name).read_bytes() == made
 
 
+def test_the_command_shown_for_a_rollout_without_an_end_makes_as_much_of_it_as_there_is(
+    rollout: Any, capsys: Any, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Rollout.__next__
+
+    def interrupted(self: Rollout) -> np.ndarray:
+        if self.state.frames == 3:
+            raise KeyboardInterrupt
+        return made(self)
+
+    for length in (("--forever",), ("--seconds", 60)):
+        with monkeypatch.context() as patched:
+            patched.setattr(Rollout, "__next__", interrupted)
+            assert rollout("a ball", *length, *SHORT[2:], "-o", "out.mp4")[0] == 130
+        frames = read_video("out.mp4")
+        with pytest.raises(SystemExit):
+            main(["show", "out.mp4"])
+        words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+        assert "--forever" not in words
+        assert words[words.index("--seconds") + 1] == "0.5625"
+        again = [word for word in words[2:] if word not in ("--model", str(models["causal"]))]
+        assert rollout(*again)[0] == 0
+        assert np.array_equal(read_video("out.mp4"), frames)
+
+
 def test_what_ends_a_rollout_early_leaves_its_state(rollout: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file that is taken away, the memory that is used up: the world behind the last chunk is kept."""
     made = Rollout.__next__
@@ -380,10 +443,36 @@ def test_a_state_takes_the_place_of_no_file_of_the_rollout(rollout: Any) -> None
     assert not Path("out.mp4").exists()
 
 
-def test_a_change_of_prompt_after_the_end_is_said_to_change_nothing(rollout: Any) -> None:
-    status, _, said = rollout("a ball", *SHORT, "--prompt-at", "1000000.5s it stops", "-o", "out.mp4")
-    assert status == 0
-    assert said == "warning: the video ends before --prompt-at 1000000.5s, which changed nothing\n"
+def test_a_rollout_is_not_written_over_what_it_is_made_from(rollout: Any) -> None:
+    rollout("a ball", *SHORT, "--save-state", "world.mp4", "-o", "x.mp4")
+    Image.new("RGB", (32, 32)).save("image.drift.json", format="PNG")
+    Path("link.mp4").symlink_to("x.mp4")
+    cases: list[tuple[tuple[object, ...], str]] = [
+        (("--from-state", "world.mp4", "-o", "world.mp4"), "world.mp4"),
+        (("--image", "image.drift.json", "-o", "image.mp4"), "image.drift.json"),
+        (("--video", "x.mp4", "-o", "x.mp4"), "x.mp4"),
+        (("--video", "link.mp4", "-o", "x.mp4"), "x.mp4"),
+        (("--video", "x.mp4", "--save-state", "x.mp4", "-o", "out.mp4"), "x.mp4"),
+    ]
+    before = {path: path.read_bytes() for path in Path().iterdir()}
+    for arguments, written in cases:
+        status, said, complaint = rollout(*arguments, *SHORT[:2])
+        assert (status, said, complaint.count("\n")) == (2, "", 1)
+        assert f"{written} would be written over what it is made from" in complaint
+    assert {path: path.read_bytes() for path in Path().iterdir()} == before
+    goes_on = ("--from-state", "world.mp4", "--save-state", "world.mp4", *SHORT[:2], "-o", "out.mp4")
+    assert rollout(*goes_on)[0] == 0
+    assert WorldState.load("world.mp4").frames == 3 + 3 - 1
+
+
+def test_a_change_of_prompt_after_the_last_chunks_begin_is_said_to_change_nothing(rollout: Any) -> None:
+    for second in ("1000000.5", "0.4"):  # the last chunk is on screen from 0.3125 s to 0.5625 s
+        status, _, said = rollout(
+            "a ball", *SHORT, "--prompt-at", f"{second}s it stops", "-o", f"{second}.mp4"
+        )
+        assert status == 0
+        assert said == f"warning: no chunk begins after --prompt-at {second}s, which changed nothing\n"
+    rollout("a ball", *SHORT, "--prompt-at", "1000000.5s it stops", "-o", "out.mp4")
     assert read_metadata("out.mp4")["rollout"]["prompt_at"] == ["1000000.5s it stops"]
 
 
@@ -396,13 +485,14 @@ def test_a_few_step_model_says_and_records_its_own_steps(rollout: Any) -> None:
 # What is refused
 
 
-def test_input_that_cannot_be_used_is_refused_in_one_line(rollout: Any) -> None:
+def test_input_that_cannot_be_used_is_refused_in_one_line(rollout: Any, models: dict[str, Path]) -> None:
     rollout("a ball", *SHORT, "--save-state", "world", "-o", "taken.mp4")
     Path("torn").write_bytes(Path("world").read_bytes()[:5000])
     cases: list[tuple[str, tuple[object, ...], str]] = [
         ("causal", ("--from-state", "torn", *SHORT[:2]), "torn is not a whole world state"),
         ("causal", ("--from-state", "nothing", *SHORT[:2]), "no world state at nothing"),
-        ("other", ("--from-state", "world", *SHORT[:2]), "the world state belongs to model"),
+        ("other", ("--from-state", "world", *SHORT[:2]), f"begun with ({str(models['causal'])!r})"),
+        ("causal", ("--from-state", ".", *SHORT[:2]), "cannot read .: "),
         ("causal", ("--from-state", "world", *SHORT), "leave out num_inference_steps, chunk_frames"),
         ("causal", ("a", *SHORT, "--prompt-at", "0s b"), "is before the first chunk"),
         ("causal", ("a", *SHORT, "--prompt-at", "soon b"), 'takes a second and a text, such as "12s'),
@@ -436,7 +526,7 @@ def test_what_is_known_without_the_model_is_refused_before_it_is_loaded(
     cases: list[tuple[str, tuple[object, ...], str]] = [
         ("whole", ("a", *SHORT, "--save-state", "w", "-o", "out.mp4"), "needs a chunk-causal model"),
         ("causal", ("a", *SHORT, "-o", "folder.mp4"), "cannot write folder.drift.json: it is a folder"),
-        ("causal", ("a", *SHORT, "--height", 512, "--scale", 64, "-o", "out.mp4"), "is 2048 x 32768"),
+        ("causal", ("a", *SHORT, "--height", 512, "--scale", 64, "-o", "out.mp4"), "is 32768 x 2048"),
         ("causal", ("a", *SHORT, "--futures", 100, "--scale", 60, "-o", "out.mp4"), "is 20280 x 20280"),
         (
             "causal",
@@ -449,6 +539,23 @@ def test_what_is_known_without_the_model_is_refused_before_it_is_loaded(
         assert (status, complaint.count("\n")) == (2, 1), arguments
         assert message in complaint
     assert not Path("out.mp4").exists()
+
+
+def test_a_command_whose_ranks_would_write_the_same_files_is_refused_under_torchrun(
+    rollout: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, _, complaint = rollout("a", *SHORT, "-o", "out.mp4")
+    assert (status, complaint) == (2, "error: kairos rollout is one process: start it without torchrun\n")
+    for words in (["evaluate", "-o", "out"], ["batch", "list.json"], ["curate", "report", "-o", "out"]):
+        with pytest.raises(SystemExit) as left:
+            main(words)
+        assert left.value.code == 2
+        assert "is one process: start it without torchrun" in capsys.readouterr().err
+    assert not [*Path().iterdir()]
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert rollout("a", *SHORT, "-o", "out.mp4")[0] == 0
 
 
 # Models that see whole clips
@@ -513,6 +620,35 @@ def test_futures_are_planned_for_as_videos_made_at_once(rollout: Any, monkeypatc
     for futures in ([], ["--futures", 3]):
         assert rollout("a ball", "--seconds", 1, *futures, "--memory", 8, "-o", "out.mp4")[0] == 2
     assert told == [1, 3]
+
+
+def test_a_rollout_is_planned_for_the_most_frames_that_it_takes_at_once(
+    rollout: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Request] = []
+
+    def planned(requests: list[Request], *arguments: Any, **options: Any) -> Any:
+        told.extend(requests)
+        raise UserError("that is enough")
+
+    write_video("given.mp4", moving_bar(28)[:, :32, :32], fps=8, scale=1)
+    settings = ("--steps", 3, "--chunk-frames", 5, "--guidance", 1)
+    assert rollout("a ball", "--seconds", 0.1, *settings, "--save-state", "world", "-o", "x.mp4")[0] == 0
+    monkeypatch.setattr(roll, "planned", planned)
+    cases: list[tuple[str, tuple[object, ...], int]] = [
+        ("causal", ("a ball", "--chunk-frames", 1), 9),
+        ("causal", ("a ball",), 13),
+        ("causal", ("a ball", "--chunk-frames", 10), 41),
+        ("causal", ("--from-state", "world"), 21),
+        ("causal", ("--video", "given.mp4"), 53),  # 56 frames at the model's rate, but for three
+        ("whole", ("--video", "given.mp4"), 9),
+        ("whole", ("a ball", "--chunk-frames", 10), 49),
+    ]
+    for model, arguments, frames in cases:
+        options = ("--seconds", 1, "--memory", 8, "-o", "out.mp4")
+        assert rollout(*arguments, *options, model=model)[0] == 2
+        assert told[-1].num_frames == frames, arguments
+    assert (told[3].num_inference_steps, told[3].guidance_scale) == (3, 1)
 
 
 def test_a_chunk_causal_rollout_is_never_planned_in_tiles(rollout: Any, monkeypatch: Any) -> None:
@@ -601,6 +737,14 @@ def test_a_video_that_stays_as_it_is_has_not_drifted() -> None:
         assert DriftLimits().broken_by(drift) is None
     assert drift.colour == pytest.approx(0)
     assert [drift.contrast, drift.sharpness, drift.fidelity] == pytest.approx([1, 1, 1])
+
+
+def test_the_parts_of_colour_that_are_still_there_are_counted_to_the_pixel() -> None:
+    still, half = picture(1), picture(1)
+    half[:, :, :16] = (0.0, 1.0, -0.1)  # what leaves [0, 1] by rounding falls into the outer levels
+    meter = DriftMeter()
+    meter.measure(still)
+    assert meter.measure(half).fidelity == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import random_pipeline
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kairos import FewStepScheduler, UserError
@@ -31,6 +36,15 @@ def take(rollout: Rollout, chunks: int) -> np.ndarray:
 def pipe() -> KairosPipeline:
     """Chunk-causal, with a dilation so short that a few chunks fill every window."""
     pipeline = random_pipeline(causal="chunk", pad_dilated=False, dilation=2)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def pipe_guided_once(pipe: KairosPipeline) -> KairosPipeline:
+    """The same, guided to its first frame alone."""
+    pipeline = KairosPipeline(**pipe.components, prompt_template="tiny")
+    pipeline.register_to_config(defaults=pipe.config.defaults | {"guide_continuation": False})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -178,7 +192,7 @@ def test_what_a_state_holds_is_not_a_view_of_more(pipe):
             assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
-def test_the_prompt_may_change_between_chunks_and_one_video_forgets_the_other(pipe):
+def test_the_prompt_may_change_between_chunks(pipe):
     def frames(change: str | None) -> np.ndarray:
         rollout = stream(pipe, "a ball", generator=seeded())
         next(rollout)
@@ -188,6 +202,73 @@ def test_the_prompt_may_change_between_chunks_and_one_video_forgets_the_other(pi
 
     assert np.array_equal(frames(None), frames("a ball"))
     assert not np.allclose(frames(None), frames("two blue balls fall and bounce"), atol=1e-4)
+
+
+@pytest.mark.parametrize("forked", [False, True])
+def test_the_prompts_of_a_batch_change_as_those_of_its_videos_alone(pipe, forked):
+    changes = ["two blue balls fall and bounce", "a cube"]
+    options = {"negative_prompt": "blur", "guidance_scale": 3}
+    if forked:
+        begun = stream(pipe, "a ball", generator=seeded(), **options)
+        next(begun)
+        together = resume(pipe, begun.state.fork(2), generator=[seeded(1), seeded(2)])
+        alone = [resume(pipe, begun.state, generator=seeded(seed)) for seed in (1, 2)]
+    else:
+        prompts = ["a ball", "three green balls"]
+        together = stream(pipe, prompts, generator=[seeded(1), seeded(2)], **options)
+        alone = [stream(pipe, prompts[i], generator=seeded(i + 1), **options) for i in (0, 1)]
+        for rollout in (together, *alone):
+            next(rollout)
+    together.change_prompt(changes)
+    found = next(together)
+    for index, (rollout, change) in enumerate(zip(alone, changes, strict=True)):
+        world = rollout.state
+        rollout.change_prompt(change)
+        expected = next(rollout)[0]
+        np.testing.assert_allclose(found[index], expected, atol=1e-4)
+        assert not np.allclose(expected, next(resume(pipe, world))[0], atol=1e-3)
+
+
+def test_a_model_guided_to_its_first_frame_alone_goes_on_without_guidance(pipe_guided_once):
+    pipe = pipe_guided_once
+    prompts, options = ["a ball", "two blue balls"], {"negative_prompt": "blur", "guidance_scale": 3}
+    world = stream(pipe, prompts, generator=[seeded(1), seeded(2)], **options).state
+    assert (world.settings.branches, len(world.prompt[0]), world.given.shape[2]) == (1, 2, 1)
+    generators = [seeded(1), seeded(2)]
+    made = pipe(prompts, num_frames=1, generator=generators, output_type="latent", **options).frames
+    torch.testing.assert_close(world.given, made, atol=1e-5, rtol=0)
+    assert torch.equal(world.generators, torch.stack([generator.get_state() for generator in generators]))
+    plain = pipe(
+        prompts, num_frames=1, generator=[seeded(1), seeded(2)], output_type="latent", guidance_scale=1
+    )
+    assert not torch.allclose(world.given, plain.frames, atol=1e-2)
+
+
+def test_a_model_guided_to_its_first_frame_alone_is_not_guided_where_that_is_given(
+    pipe_guided_once, picture, monkeypatch
+):
+    encode, encoded = KairosPipeline.encode_prompt, []
+
+    def watched(self, prompts, **options):
+        encoded.append(prompts)
+        return encode(self, prompts, **options)
+
+    monkeypatch.setattr(KairosPipeline, "encode_prompt", watched)
+    options = {"image": picture, "generator": seeded()}
+    guided = stream(pipe_guided_once, "a ball", negative_prompt="blur", guidance_scale=3, **options)
+    plain = stream(pipe_guided_once, "a ball", guidance_scale=1, **options)
+    assert encoded == [["a ball"]] * 2
+    assert np.array_equal(take(guided, 3), take(plain, 3))
+
+
+def test_a_size_or_a_chunk_far_from_the_models_own_is_warned_of(pipe, caplog):
+    stream(pipe, "a ball")
+    assert not caplog.messages
+    stream(pipe, "a ball", height=64, width=64, chunk_frames=5)
+    assert [message.split(" than ")[0] for message in caplog.messages] == [
+        "64 x 64 is 4 times the area this model was made for (32 x 32); expect a worse video",
+        "21 frames are many more",
+    ]
 
 
 def test_an_interrupted_chunk_leaves_the_world_as_it_was(pipe, monkeypatch):
@@ -256,6 +337,45 @@ def test_a_state_of_another_model_is_refused(pipe):
     assert "\n" not in str(caught.value)
 
 
+def test_a_state_of_another_model_says_where_the_right_one_is_named(pipe, tmp_path):
+    other = random_pipeline(seed=1, causal="chunk", pad_dilated=False, dilation=2)
+    world = stream(pipe, "a ball", num_inference_steps=1).state
+    with pytest.raises(UserError, match=r"begun with \(kairos show of its video names it\)"):
+        resume(other, world)
+    replace(world, model_name="kairos-tiny").fork(2).save(tmp_path / "world")
+    with pytest.raises(UserError, match=r"load the one that it was begun with \('kairos-tiny'\)"):
+        resume(other, WorldState.load(tmp_path / "world"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors, world: world["settings"].update(chunk_frames=1.5), "are no whole numbers"),
+        (lambda tensors, world: world["settings"].update(guidance_scale="x"), "'>' not supported"),
+        (lambda tensors, world: world["settings"].update(guidance_scale=5.0), "must have 2 rows"),
+        (lambda tensors, world: world.update(latent_size=[8, 8]), "the past has the shape"),
+        (lambda tensors, world: shorten(tensors, "generators", 100), "RNG state size"),
+        (lambda tensors, world: tensors["generators"].fill_(255), "Invalid mt19937 state"),
+        (lambda tensors, world: shorten(tensors, "prompt.mask", 2), "the prompt has the shapes"),
+    ],
+)
+def test_a_file_whose_parts_are_not_of_one_world_is_refused_when_it_is_read(pipe, tmp_path, change, message):
+    rollout = stream(pipe, "a ball", num_inference_steps=1, guidance_scale=1)
+    next(rollout)
+    rollout.state.save(tmp_path / "world")
+    with safe_open(tmp_path / "world", framework="pt") as file:
+        metadata = file.metadata()
+    tensors, world = load_file(tmp_path / "world"), json.loads(metadata["world"])
+    change(tensors, world)
+    save_file(tensors, tmp_path / "world", metadata | {"world": json.dumps(world)})
+    with pytest.raises(UserError, match=f"is not a whole world state: .*{message}.*; save it again"):
+        WorldState.load(tmp_path / "world")
+
+
+def shorten(tensors: dict[str, Tensor], name: str, length: int) -> None:
+    tensors[name] = tensors[name][:, :length].contiguous()
+
+
 def test_files_that_hold_no_whole_state_are_refused_in_one_line(pipe, tmp_path):
     rollout = stream(pipe, "a ball", num_inference_steps=1)
     next(rollout)
@@ -310,3 +430,13 @@ def test_input_that_cannot_be_used_is_refused_in_one_line(pipe, picture):
 def test_a_model_that_sees_the_future_is_refused(pipeline):
     with pytest.raises(UserError, match="needs a model made with causal="):
         stream(pipeline, "a ball")
+
+
+def test_the_example_of_the_documentation_runs_as_it_stands(tmp_path, monkeypatch):
+    page = Path(__file__).parent.parent / "docs" / "streaming.md"
+    (example, *_) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    made: dict = {}
+    exec(example, made)
+    assert made["futures"].state.batch == 4
+    assert made["frames"].shape == (1, 12, 64, 64, 3)

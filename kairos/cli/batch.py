@@ -131,7 +131,7 @@ def on_ray(
                 tasks,
                 workers=room,
                 retries=retries,
-                again=lambda answer: answer[0]["status"] == "failed" and not answer[0]["by_input"],
+                again=lambda answer: "" if answer[0]["by_input"] else answer[0]["error"],
             ):
                 outcomes.append(_received(by_number[number], answer))
     return outcomes
@@ -178,6 +178,8 @@ def _planned(jobs: Sequence[Job], options: RunOptions) -> Plan | None:
 
 def _received(job: Job, answer: Any) -> Outcome:
     """Write the video that came, or say what went wrong."""
+    if isinstance(answer, KairosError):
+        return failed(job, answer)
     if isinstance(answer, BaseException):
         return failed(job, MachineError(f"its worker died: {one_line(answer)}"))
     outcome = replace(Outcome(**answer[0]), output=str(job.path))

@@ -35,7 +35,8 @@ def rollout(
     ] = None,
     image: Image = None,
     video: Annotated[
-        str | None, typer.Option(metavar="FILE", help="A video to go on from.", rich_help_panel=INPUT)
+        str | None,
+        typer.Option(metavar="FILE", help="A video to go on from, taken in whole.", rich_help_panel=INPUT),
     ] = None,
     prompt_at: Annotated[
         list[str] | None,
@@ -108,7 +109,7 @@ def rollout(
         int | None,
         typer.Option(
             metavar="N",
-            help="One seed, one video; future k has seed N + k. Default: 0, or as the world goes on.",
+            help="One seed, one video; future k > 0 has seed N + k. Default: 0, or as the world goes on.",
             rich_help_panel=SAMPLING,
         ),
     ] = None,
@@ -175,7 +176,7 @@ def rollout(
         if fixed:
             raise UserError(f"--from-state goes on as the rollout was begun; leave out {', '.join(fixed)}")
         # Only its checks and its file name are wanted: the world knows the rest.
-        job = prompt_job({"prompt": prompt or from_state.stem, "seed": seed}, {}, output)
+        job = prompt_job({"prompt": prompt or from_state.stem or "goes on", "seed": seed}, {}, output)
         request, path = None, job.path
         changes = [(0.0, prompt), *changes] if prompt else changes
     plan = Plan(

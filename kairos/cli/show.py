@@ -1,6 +1,7 @@
 """`kairos show`: what an mp4 was made from, and the command that makes it again."""
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,6 @@ RUN_OPTIONS |= {"loras": "lora", "compiled": "compile"}
 
 ROLLOUT_OPTIONS = (
     "seconds",
-    "forever",
     "stop_on_drift",
     "chunk_frames",
     "futures",
@@ -48,6 +48,7 @@ def show(
 
 
 def _command(video: Path, metadata: dict[str, Any]) -> str:
+    from kairos.data.growing_video import frame_count
     from kairos.request import Request, check_text, shell_command
 
     try:
@@ -56,6 +57,9 @@ def _command(video: Path, metadata: dict[str, Any]) -> str:
         rollout = metadata.get("rollout")
         if rollout is not None:
             options |= {name: rollout[name] for name in ROLLOUT_OPTIONS if name in rollout}
+            frames, fps = frame_count(video)
+            if frames / fps < rollout.get("seconds", math.inf):  # it was to go on for ever, or was cut short
+                options["seconds"] = frames / fps
         for name, value in options.items():
             for one in value if isinstance(value, list) else [value]:
                 if isinstance(one, str):

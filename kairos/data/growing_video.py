@@ -16,6 +16,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 
 from kairos.data.files import explained, prepare_file, write_atomically
@@ -107,6 +108,14 @@ class GrowingVideo:
         self.file.append(starting_at(b"".join(parts), round(start)))
         self.frames += len(frames)
         self._fragments, self._size = self._fragments + 1, (height, width)
+
+
+def frame_count(path: str | os.PathLike[str]) -> tuple[int, float]:
+    """How many frames a video has, and how many a second: its packets are counted, and none is decoded."""
+    with av.open(str(path), metadata_errors="replace") as container:
+        stream = container.streams.video[0]
+        rate = stream.average_rate or stream.guessed_rate or 25
+        return sum(packet.size > 0 for packet in container.demux(stream)), float(rate)
 
 
 def boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:

@@ -80,22 +80,24 @@ def run_tasks(
     *,
     workers: int,
     retries: int,
-    again: Callable[[Any], bool] = lambda answer: False,
+    again: Callable[[Any], str] = lambda answer: "",
 ) -> Iterator[tuple[int, Any]]:
     """The number of each task, its key in `tasks`, and its answer, `worker.run.remote(task)`, as they come.
 
     Workers load side by side, and each is given a task when it is ready. One that cannot start is done
     without where there are others. A task whose worker dies goes to another, up to `retries` times, and so
-    does one whose answer is to be had `again`. What fails to the end has its exception as answer.
+    does one whose answer is to be had `again`, which says why. What fails to the end has its exception as
+    answer, and so has what still waits when no worker can start any more.
 
     Raises:
-        MachineError: when no worker can start.
+        MachineError: when no worker can start, and nothing was answered.
     """
     waiting = deque(tasks)
     failures = dict.fromkeys(tasks, 0)
     running: dict[Any, tuple[int, Any]] = {}
     starting: dict[Any, Any] = {}
     idle: list[Any] = []
+    answered = False
     while waiting or running:
         while waiting and idle:
             number, worker = waiting.popleft(), idle.pop()
@@ -112,22 +114,27 @@ def run_tasks(
             except ray.exceptions.RayError as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[-1][:200]
                 if not (running or starting):
-                    raise MachineError(f"a worker cannot start: {reason}") from error
+                    nobody = MachineError(f"a worker cannot start: {reason}")
+                    if not answered:
+                        raise nobody from error
+                    yield from ((number, nobody) for number in waiting)
+                    return
                 logger.warning("a worker cannot start, the others go on: %s", reason)
                 workers -= 1
             continue
         number, worker = running.pop(done)
         try:
             answer = ray.get(done)
-            failed_here = again(answer)
+            failure = again(answer)
             idle.append(worker)
         except ray.exceptions.RayError as error:
-            answer, failed_here = error, True
+            answer, failure = error, one_line(error)
             if not isinstance(error, ray.exceptions.RayActorError):
                 idle.append(worker)
-        failures[number] += failed_here
-        if failed_here and failures[number] <= retries:
-            logger.warning("request %d is tried again", number)
+        failures[number] += bool(failure)
+        if failure and failures[number] <= retries:
+            logger.warning("request %d is tried again: %s", number, failure)
             waiting.append(number)
         else:
+            answered = True
             yield number, answer

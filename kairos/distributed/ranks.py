@@ -147,11 +147,10 @@ def one_voice(store: dist.Store) -> Iterator[None]:
 def check_gpus(wanted: int) -> None:
     """Refuse more GPUs than there are."""
     there = gpus_here()
+    if not there:
+        raise UserError("this machine has no GPU; --device cpu --gpus N runs in N processes")
     if wanted > there:
-        raise UserError(
-            f"{wanted} GPUs are asked for and this machine has {there or 'none'}; "
-            + (f"take --gpus {there}" if there else "--device cpu runs the same on CPU processes")
-        )
+        raise UserError(f"{wanted} GPUs are asked for and this machine has {there}; take --gpus {there}")
 
 
 def gpus_here() -> int:

@@ -95,8 +95,8 @@ class _Look:
     def of(cls, frames: Frames) -> _Look:
         grey = frames.mean(axis=-1)
         around = grey[:, :-2, 1:-1] + grey[:, 2:, 1:-1] + grey[:, 1:-1, :-2] + grey[:, 1:-1, 2:]
-        levels = np.clip((frames * HISTOGRAM_LEVELS).astype(int), 0, HISTOGRAM_LEVELS - 1)
-        codes = (levels @ (HISTOGRAM_LEVELS ** np.arange(3))).ravel()
+        levels = np.clip(frames * HISTOGRAM_LEVELS, 0, HISTOGRAM_LEVELS - 1).astype(np.int16)
+        codes = (levels @ (HISTOGRAM_LEVELS ** np.arange(3, dtype=np.int16))).ravel()
         return cls(
             mean=frames.mean(axis=(0, 1, 2)),
             spread=float(frames.std(axis=(1, 2)).mean()),

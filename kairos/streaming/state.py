@@ -60,6 +60,8 @@ class WorldState:
     """What each layer keeps of the past, for branches * B; None before the first chunk."""
     decoder: tuple[Feature, ...] = ()
     """What the VAE's decoder keeps of the past, for B."""
+    model_name: str = ""
+    """What the model was called by who loaded it, where that is known."""
 
     @property
     def batch(self) -> int:
@@ -104,6 +106,7 @@ class WorldState:
             "decoder": kinds,
         }
         metadata = {"format": FORMAT, "version": VERSION, "model": self.model, "world": json.dumps(about)}
+        metadata |= {"model_name": self.model_name} if self.model_name else {}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self._tensors().items()}
         write_atomically(path, save(tensors, metadata))
 
@@ -149,7 +152,7 @@ class WorldState:
         for i, kind in enumerate(about["decoder"]):
             features.append(tensors[f"decoder.{i}"] if kind is True else kind or None)
         height, width = about["latent_size"]
-        return cls(
+        world = cls(
             model=metadata["model"],
             settings=RolloutSettings(**about["settings"]),
             latent_size=(height, width),
@@ -158,7 +161,27 @@ class WorldState:
             given=tensors.get("given"),
             transformer=TransformerState(layers, int(tensors["frames"])) if layers else None,
             decoder=tuple(features),
+            model_name=metadata.get("model_name", ""),
         )
+        world._check()
+        return world
+
+    def _check(self) -> None:
+        """Raise ValueError, TypeError or RuntimeError where the parts of a file are not of one world."""
+        counts = (self.settings.chunk_frames, self.settings.num_inference_steps, *self.latent_size)
+        if not all(isinstance(count, int) for count in counts):
+            raise ValueError(
+                f"chunk_frames, num_inference_steps and latent_size are no whole numbers: {counts}"
+            )
+        for generator in self.generators:
+            torch.Generator().set_state(generator.clone())
+        (embeds, mask), rows = self.prompt, self.settings.branches * self.batch
+        if embeds.ndim != 3 or len(embeds) != rows or mask.shape != embeds.shape[:2]:
+            shapes = f"{tuple(embeds.shape)} and {tuple(mask.shape)}"
+            raise ValueError(f"the prompt has the shapes {shapes}, and must have {rows} rows")
+        for past in (self.given, *self.decoder[:1]):
+            if isinstance(past, Tensor) and (len(past), *past.shape[-2:]) != (self.batch, *self.latent_size):
+                raise ValueError(f"the past has the shape {tuple(past.shape)}, not that of the latents")
 
     def _tensors(self) -> dict[str, Tensor]:
         """Every tensor by its name in the file."""
