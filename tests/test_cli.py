@@ -656,15 +656,15 @@ def test_help_imports_nothing_heavy() -> None:
 def test_importing_the_libraries_collects_no_garbage_and_leaves_the_collector_as_it_was(collects) -> None:
     program = (
         "import gc, sys\n"
-        "import kairos.cli.run as run\n"
+        "import kairos.cli.machine as machine\n"
         f"if not {collects}: gc.disable()\n"
         "before = sum(part['collections'] for part in gc.get_stats())\n"
-        "run.import_libraries()\n"
+        "machine.import_libraries()\n"
         "assert sum(part['collections'] for part in gc.get_stats()) <= before + 1\n"
         f"assert gc.isenabled() == {collects} and 'kairos.pipeline' in sys.modules\n"
         "frozen = gc.get_freeze_count()\n"
         "kept = [[] for _ in range(1000)]\n"
-        "run.import_libraries()\n"
+        "machine.import_libraries()\n"
         "assert frozen > 100_000 and gc.get_freeze_count() == frozen, 'only the first time'\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,30 +128,31 @@ def test_a_list_that_is_killed_halfway_goes_on_where_it_was_and_names_what_faile
 def test_another_model_or_request_is_not_taken_for_one_that_is_made(tmp_path: Path) -> None:
     import numpy as np
 
-    from kairos.cli.generate import Job
-    from kairos.cli.gpus import is_finished, with_remark
-    from kairos.cli.run import RunOptions
+    from kairos.cli.jobs import Job
+    from kairos.cli.outcomes import is_finished, with_remark
+    from kairos.cli.run import Loaded, RunOptions
     from kairos.data.media import write_video
     from kairos.request import Request
 
     job = Job(Request("a ball", height=30), tmp_path / "a.mp4")
-    options = RunOptions(model="one")
     about: dict[str, Any] = {
         "model": {"name": "one", "hash": "5c"},
         "dtype": "float32",
         "vae_dtype": "float32",
     }
-    assert not is_finished(job, options, about)
+    pipeline: Any = None
+    loaded = Loaded(pipeline, about, RunOptions(model="one"))
+    assert not is_finished(job, loaded)
     write_video(job.path, np.zeros((1, 32, 32, 3), np.uint8), 16, about | with_remark(job).remarks)
-    assert is_finished(job, options, about)
-    assert not is_finished(Job(Request("a ball", height=30, seed=1), job.path), options, about)
-    for loaded in (
+    assert is_finished(job, loaded)
+    assert not is_finished(Job(Request("a ball", height=30, seed=1), job.path), loaded)
+    for other in (
         {"model": {"name": "other", "hash": "5c"}},
         {"model": {"name": "one", "hash": "9d"}},  # its weights have changed since
         {"dtype": "bfloat16"},
         {"vae_dtype": "bfloat16"},
     ):
-        assert not is_finished(job, options, about | loaded), loaded
+        assert not is_finished(job, replace(loaded, about=about | other)), other
     for other in (
         {"loras": ("one.safetensors:0.5",)},
         {"scale": 2},
@@ -158,9 +160,9 @@ def test_another_model_or_request_is_not_taken_for_one_that_is_made(tmp_path: Pa
         {"step_cache": 0.1},
         {"rewrite": "someone"},
     ):
-        assert not is_finished(job, RunOptions(model="one", **other), about), other
+        assert not is_finished(job, replace(loaded, options=RunOptions(model="one", **other))), other
     job.path.write_bytes(b"half a video")
-    assert not is_finished(job, options, about)
+    assert not is_finished(job, loaded)
 
 
 def test_a_rewritten_video_is_finished_for_the_words_that_it_came_from(
@@ -168,9 +170,9 @@ def test_a_rewritten_video_is_finished_for_the_words_that_it_came_from(
 ) -> None:
     import numpy as np
 
-    from kairos.cli.generate import Job
-    from kairos.cli.gpus import is_finished, with_remark
-    from kairos.cli.run import RunOptions, rewritten
+    from kairos.cli.jobs import Job
+    from kairos.cli.outcomes import is_finished, with_remark
+    from kairos.cli.run import Loaded, RunOptions, rewritten
     from kairos.conditioning import rewrite
     from kairos.data.media import write_video
     from kairos.request import Request
@@ -180,10 +182,11 @@ def test_a_rewritten_video_is_finished_for_the_words_that_it_came_from(
     made = rewritten(asked, rewrite.Rewriter("someone"))
     about = {"model": {"name": "one", "hash": "5c"}, "dtype": "float32", "vae_dtype": "float32"}
     write_video(made.path, np.zeros((1, 32, 32, 3), np.uint8), 16, about | made.remarks)
-    options = RunOptions(model="one", rewrite="someone")
-    assert is_finished(asked, options, about) and is_finished(made, options, about)
-    assert not is_finished(asked, RunOptions(model="one"), about)
-    assert not is_finished(asked, RunOptions(model="one", rewrite="another"), about)
+    pipeline: Any = None
+    loaded = Loaded(pipeline, about, RunOptions(model="one", rewrite="someone"))
+    assert is_finished(asked, loaded) and is_finished(made, loaded)
+    assert not is_finished(asked, replace(loaded, options=RunOptions(model="one")))
+    assert not is_finished(asked, replace(loaded, options=RunOptions(model="one", rewrite="another")))
 
 
 @pytest.mark.parametrize(
@@ -203,7 +206,8 @@ def test_the_prompt_of_a_lists_video_is_written_out_once(
     import numpy as np
 
     from kairos.cli import gpus
-    from kairos.cli.generate import Job
+    from kairos.cli.jobs import Job
+    from kairos.cli.outcomes import with_remark
     from kairos.cli.run import RunOptions, rewritten
     from kairos.conditioning import rewrite
     from kairos.data.media import write_video
@@ -212,7 +216,7 @@ def test_the_prompt_of_a_lists_video_is_written_out_once(
 
     launched: list[Job] = []
     monkeypatch.setattr(rewrite.Rewriter, "__call__", lambda _, prompt, **__: f"{prompt}, written out")
-    made = rewritten(gpus.with_remark(Job(Request("a ball"), tmp_path / "a.mp4")), rewrite.Rewriter(by))
+    made = rewritten(with_remark(Job(Request("a ball"), tmp_path / "a.mp4")), rewrite.Rewriter(by))
     said = {"request": made.request.to_dict()} | made.remarks
     write_video(made.path, np.zeros((1, 32, 32, 3), np.uint8), 16, said)
     monkeypatch.setattr(rewrite.Rewriter, "__call__", lambda _, prompt, **__: f"{prompt}, written out anew")

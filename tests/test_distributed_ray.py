@@ -16,9 +16,9 @@ from conftest import random_pipeline
 
 from kairos.cli import batch, main
 from kairos.cli.batch import VideoWorker, _received
-from kairos.cli.generate import Job
-from kairos.cli.gpus import Outcome
-from kairos.cli.run import RunOptions
+from kairos.cli.jobs import Job
+from kairos.cli.outcomes import Outcome
+from kairos.cli.run import Loaded, RunOptions
 from kairos.distributed.fleet import cluster, run_tasks
 from kairos.errors import MachineError
 from kairos.request import Request
@@ -154,7 +154,8 @@ def test_a_worker_skips_what_its_own_weights_have_made(
     monkeypatch.setattr(batch, "attempt", attempt)
     worker = VideoWorker.__new__(VideoWorker)
     about: dict[str, Any] = {"model": {"name": "m", "hash": "5c"}, "dtype": "float32", "vae_dtype": "float32"}
-    worker.options, worker.tiled, worker.pipeline, worker.about = RunOptions(model="m"), True, None, about
+    pipeline: Any = None
+    worker.loaded, worker.tiled = Loaded(pipeline, about, RunOptions(model="m")), True
     asked = {"asked": {"prompt": "a ball", "seed": 0}}
     before = about | asked | {"model": {"name": "m", "hash": weights}}
     task = {"request": {"prompt": "a ball"}, "remarks": asked, "number": 3, "made_before": before}

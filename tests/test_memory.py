@@ -13,7 +13,7 @@ from PIL import Image
 
 from kairos import memory, placement, presets, sizes
 from kairos.cli import batch, main, run
-from kairos.cli.generate import Job
+from kairos.cli.jobs import Job
 from kairos.data.media import read_video
 from kairos.errors import UserError
 from kairos.memory import FREED, RESIDENT, STREAMED, WHOLE, Clip, Model

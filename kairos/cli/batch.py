@@ -9,14 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from kairos import presets
-from kairos.cli import run as single
-from kairos.cli.clock import Clock
 from kairos.cli.config import Config, read_config
 from kairos.cli.console import out, show_log, waiting
-from kairos.cli.generate import Job, file_jobs
-from kairos.cli.gpus import (
+from kairos.cli.gpus import attempt
+from kairos.cli.jobs import Job, file_jobs, prepare_output
+from kairos.cli.machine import device_and_dtype, dtype_named, import_libraries
+from kairos.cli.outcomes import (
     Outcome,
-    attempt,
     conclude,
     failed,
     is_as_asked,
@@ -26,7 +25,7 @@ from kairos.cli.gpus import (
     skipped,
     with_remark,
 )
-from kairos.cli.run import RunOptions
+from kairos.cli.run import RunOptions, check_model, load, planned
 from kairos.data.files import write_atomically
 from kairos.errors import KairosError, MachineError, UserError, one_line
 from kairos.memory import Plan
@@ -86,10 +85,10 @@ def batch(
         from kairos.distributed.fleet import probe
 
         probe(ray)
-    single.check_model(options)
+    check_model(options)
     outcomes = refusals(refused)
     for job in jobs:
-        single.prepare_output(job)
+        prepare_output(job)
     if jobs:
         plan = _planned(jobs, options)
         workers = gpus or (None if options.device == "cuda" else 1)
@@ -141,12 +140,12 @@ class VideoWorker:
     """An actor with a model; it makes a job into the bytes of an mp4."""
 
     def __init__(self, options: dict[str, Any], plan: Plan | None) -> None:
-        single.import_libraries()
-        self.options, self.tiled = RunOptions(**options), plan is not None and plan.tiled
-        device, dtype = single.device_and_dtype(self.options)
+        import_libraries()
+        run_options, self.tiled = RunOptions(**options), plan is not None and plan.tiled
+        device, dtype = device_and_dtype(run_options.device, run_options.dtype)
         if plan is not None:
-            dtype = single.dtype_named(plan.dtype)
-        self.pipeline, self.about = single.load(self.options, device, dtype, plan)
+            dtype = dtype_named(plan.dtype)
+        self.loaded = load(run_options, device, dtype, plan)
 
     def ready(self) -> bool:
         """Answers once the model is loaded."""
@@ -159,9 +158,9 @@ class VideoWorker:
             request = Request(**task["request"])
             request = replace(request, tiled=request.tiled or self.tiled)
             job = Job(request, path, task["remarks"], task["number"])
-            if is_as_asked(task["made_before"], job, self.options, self.about):
+            if is_as_asked(task["made_before"], job, self.loaded):
                 return asdict(Outcome(job.number, "", "skipped")), b""
-            outcome = attempt(job, self.pipeline, self.about, self.options, Clock())
+            outcome = attempt(job, self.loaded)
             return asdict(outcome), path.read_bytes() if outcome.status == "made" else b""
 
 
@@ -173,7 +172,7 @@ def _planned(jobs: Sequence[Job], options: RunOptions) -> Plan | None:
 
     requests, device = [job.request for job in jobs], torch.device(options.device)
     # With nowhere to offload to, a worker keeps its encoder: it never knows which prompt is its last.
-    return single.planned(requests, options, device, rolling=device.type == "cpu")
+    return planned(requests, options, device, rolling=device.type == "cpu")
 
 
 def _received(job: Job, answer: Any) -> Outcome:

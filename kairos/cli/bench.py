@@ -75,7 +75,8 @@ def bench(
     """Time a model's stages; with --lengths or --against, its LinearDiT alone, with random weights."""
     show_log(verbose=False)
     from kairos.bench import TEXT_TOKENS, Run, calibrate_step_cache, check_kind, clocks, measure
-    from kairos.cli.run import RunOptions, device_and_dtype, import_libraries
+    from kairos.cli.machine import device_and_dtype, import_libraries
+    from kairos.cli.run import RunOptions
     from kairos.data.files import prepare_file, write_atomically
     from kairos.model_info import info
 
@@ -103,7 +104,8 @@ def bench(
     if frames is not None and (frames < 1 or frames % 4 != 1):
         raise UserError(f"frames must be 4n + 1, got {frames}")
     latent_frames = ((frames or int(made_for["num_frames"])) - 1) // 4 + 1
-    chosen, precision = device_and_dtype(RunOptions(model=model, device=device, dtype=dtype))
+    options = RunOptions(model=model, device=device, dtype=dtype)
+    chosen, precision = device_and_dtype(options.device, options.dtype)
     shape = {"height": height or int(made_for["height"]), "width": width or int(made_for["width"])}
     for name, side in shape.items():
         if side < 16 or side % 16:

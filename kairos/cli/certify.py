@@ -9,8 +9,9 @@ import typer
 from rich.table import Table
 
 from kairos import presets
-from kairos.cli import run as single
 from kairos.cli.console import out, show_log, waiting
+from kairos.cli.machine import import_libraries
+from kairos.cli.run import RunOptions, check_model
 from kairos.errors import MachineError, UserError
 from kairos.request import Request
 
@@ -67,7 +68,7 @@ def certify(
     request = Request(
         prompt, height=height, width=width, num_frames=frames, num_inference_steps=steps, guidance_scale=3.0
     )
-    single.check_model(single.RunOptions(model=model or presets.DEFAULT))
+    check_model(RunOptions(model=model or presets.DEFAULT))
     from kairos.distributed.launch import launch
     from kairos.distributed.ranks import gpus_here
 
@@ -111,7 +112,7 @@ def compare_on_rank(model: str | None, request: dict[str, Any], most: int, kind:
 
     logging.getLogger("kairos").setLevel(logging.ERROR)  # a small size is what was asked for
     world = join(kind, {"model": model})
-    single.import_libraries()
+    import_libraries()
     pipeline = presets.load_pipeline(model or presets.DEFAULT, device=world.device, dtype=torch.float32)
     if model is None:
         pipeline.register_modules(transformer=random_transformer(pipeline.transformer).to(world.device))

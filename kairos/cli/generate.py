@@ -1,7 +1,5 @@
 """`kairos generate`: a prompt, an image, the start of a video, or a file of requests, to mp4s."""
 
-import re
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +8,7 @@ import typer
 from kairos import presets
 from kairos.cli.config import Config, read_config
 from kairos.cli.console import show_log
+from kairos.cli.jobs import Refused, file_jobs, prompt_job
 from kairos.cli.options import (
     INPUT,
     RUN,
@@ -27,27 +26,6 @@ from kairos.cli.options import (
 )
 from kairos.distributed import is_rank
 from kairos.errors import UserError
-from kairos.request import Request, read_requests
-
-
-@dataclass(frozen=True)
-class Job:
-    """A request and the file that it becomes."""
-
-    request: Request
-    path: Path
-    remarks: dict[str, Any] = field(default_factory=dict)
-    """What the video's metadata says besides."""
-    number: int = 1
-    """Its place in the request file."""
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A request that cannot be a job, and why."""
-
-    number: int
-    error: UserError
 
 
 def generate(
@@ -272,51 +250,3 @@ def generate(
         if request is not None and len(job_list) + len(refused) > 1:
             report = Path(output or "output") / f"{request.stem}.report.json"
         run_on_gpus(job_list, refused, run_options, gpus=gpus, split=split, report=report)
-
-
-def prompt_job(said: dict[str, Any], defaults: dict[str, Any], output: str | None) -> Job:
-    """The one job of a command without a request file."""
-    request = Request.from_dict(said, defaults)
-    words = request.prompt or Path(request.input_image or request.input_video).stem
-    name = request.output or f"{_slug(words)}-{request.seed}.mp4"
-    if output is None:
-        return Job(request, Path(name))
-    if output.endswith("/") or Path(output).is_dir():
-        return Job(request, Path(output) / name)
-    if Path(output).suffix.lower() != ".mp4":
-        raise UserError(f"--output must end in .mp4, as out.mp4 does, or in / for a folder, got {output}")
-    return Job(request, Path(output))
-
-
-def file_jobs(
-    path: Path, said: dict[str, Any], defaults: dict[str, Any], output: str | None
-) -> tuple[list[Job], list[Refused]]:
-    """The jobs of a request file, and what is no job: the command wins over the file, the file over the
-    configuration."""
-    requests = read_requests(path, defaults, said)
-    jobs, refused = [], []
-    for number, request in enumerate(requests, start=1):
-        if isinstance(request, UserError):
-            refused.append(Refused(number, request))
-            continue
-        name = path.stem if len(requests) == 1 else f"{path.stem}-{number:0{len(str(len(requests)))}}"
-        target = Path(output or "output") / (request.output or f"{name}.mp4")
-        jobs.append(Job(request, target, number=number))
-    if output is not None and output.lower().endswith(".mp4") and not Path(output).is_dir():
-        if len(requests) > 1:
-            raise UserError(f"--output must be a folder for {len(requests)} requests, got {output}")
-        return [replace(job, path=Path(output)) for job in jobs], refused
-    taken: dict[Path, int] = {}
-    for job in jobs:
-        if job.path in taken:
-            raise UserError(
-                f"{path}: requests {taken[job.path]} and {job.number} both write {job.path}; name them apart"
-            )
-        taken[job.path] = job.number
-    return jobs, refused
-
-
-def _slug(text: str) -> str:
-    """A file name from a prompt: its first words, in characters that every system takes."""
-    words = re.sub(r"[^\w]+", "-", text.lower()).strip("-_")
-    return words[:100].rstrip("-_") or "video"

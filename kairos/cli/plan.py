@@ -56,19 +56,18 @@ def plan(
     from rich.table import Table
 
     from kairos import memory, sizes
-    from kairos.cli.run import DTYPES
+    from kairos.cli.run import RunOptions
     from kairos.model_info import for_planning, info
 
     if (gpu_memory is None) is (cpu_memory is None):
         raise UserError("say how much memory there is: --gpu-memory GB, or --cpu-memory GB")
     if peak is not None and gpu_memory is None:
         raise UserError("--peak is the GPU's, and a plan for a CPU says no times; leave it out")
-    if dtype not in DTYPES:
-        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     device = "cuda" if cpu_memory is None else "cpu"
     budget = gpu_memory if cpu_memory is None else cpu_memory
     assert budget is not None
     # What no video can be is refused as `generate` refuses it.
+    RunOptions(model=model, dtype=dtype, quantize=quantize)
     Request(
         "any",
         height=height,

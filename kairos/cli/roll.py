@@ -16,21 +16,10 @@ from PIL import Image
 from rich.text import Text
 
 from kairos.cli.console import err, out, waiting
-from kairos.cli.run import (
-    RunOptions,
-    as_used,
-    check_inputs,
-    check_model,
-    device_and_dtype,
-    dtype_named,
-    explained_memory,
-    import_libraries,
-    keep_inputs,
-    load,
-    pixels,
-    planned,
-    resolved,
-)
+from kairos.cli.jobs import keep_inputs
+from kairos.cli.machine import device_and_dtype, dtype_named, explained_memory, import_libraries
+from kairos.cli.resolve import as_used, check_inputs, resolved
+from kairos.cli.run import RunOptions, check_model, load, pixels, planned
 from kairos.data.files import prepare_file
 from kairos.data.growing_video import GrowingFile, GrowingVideo, frame_count
 from kairos.data.media import fill_frame, read_image, shown_size, video_frames
@@ -51,7 +40,7 @@ CHUNK_FRAMES = 3  # latent ones, of a chunk-causal model
 
 
 @dataclass(frozen=True)
-class Plan:
+class RolloutJob:
     """What to roll out, as the command line says it."""
 
     output: Path
@@ -96,24 +85,24 @@ class Plan:
         return {name: value for name, value in said.items() if value not in (None, False, [])}
 
 
-def roll(plan: Plan, options: RunOptions) -> None:
+def roll(job: RolloutJob, options: RunOptions) -> None:
     """Make the video. All that can be checked without the model is checked before it is loaded."""
-    if plan.request is not None:
-        check_inputs(plan.request)
+    if job.request is not None:
+        check_inputs(job.request)
     check_model(options)
     model = info(options.model)
     if model.causal != "chunk":
-        check_stateless(plan, options.model)
-    for path in (plan.output, plan.drift_log, plan.save_state):
+        check_stateless(job, options.model)
+    for path in (job.output, job.drift_log, job.save_state):
         if path is not None:
             prepare_file(path)
     import_libraries()
     from kairos.models.vae import SPATIAL
     from kairos.streaming import WorldState
 
-    world = WorldState.load(plan.from_state) if plan.from_state is not None else None
-    check_outputs(plan)
-    size, videos = plan.request, plan.futures or 1
+    world = WorldState.load(job.from_state) if job.from_state is not None else None
+    check_outputs(job)
+    size, videos = job.request, job.futures or 1
     if size is None:
         assert world is not None
         height, width = (SPATIAL * side for side in world.latent_size)
@@ -128,72 +117,73 @@ def roll(plan: Plan, options: RunOptions) -> None:
     size = resolved(size, model.defaults)
     assert size.height and size.width
     shown_size(*grid_size(videos, size.height, size.width), options.scale)
-    device, dtype = device_and_dtype(options)
-    memory = None
+    device, dtype = device_and_dtype(options.device, options.dtype)
+    plan = None
     if options.memory is not None:
         tileable = model.causal != "chunk"
-        size = replace(size, num_frames=longest_clip(plan, world, model))
-        memory = planned([size], options, device, rolling=True, tileable=tileable, videos=videos)
-        dtype = dtype_named(memory.dtype)
+        size = replace(size, num_frames=longest_clip(job, world, model))
+        plan = planned([size], options, device, rolling=True, tileable=tileable, videos=videos)
+        dtype = dtype_named(plan.dtype)
     with explained_memory("a smaller size, fewer --futures or --memory GB"):
         with waiting(f"loading {options.model}"):
-            pipeline, about = load(options, device, dtype, memory)
+            loaded = load(options, device, dtype, plan)
+        pipeline = loaded.pipeline
         pipeline.set_progress_bar_config(disable=True)
         fps = pipeline.config.defaults["fps"]
-        said = {"rollout": plan.to_dict()} | about
-        if plan.request is not None:
-            request = as_used(plan.request, pipeline)
-            plan = replace(plan, request=request)
+        said = {"rollout": job.to_dict()} | loaded.about
+        if job.request is not None:
+            request = as_used(job.request, pipeline)
+            job = replace(job, request=request)
             said = {"request": request.to_dict()} | said
-        rollout = begin(plan, pipeline, world, options.model, tiled=memory is not None and memory.tiled)
-        video = GrowingVideo(plan.output, fps, said, options.scale)
-        write(plan, rollout, video)
+        rollout = begin(job, pipeline, world, options.model, tiled=plan is not None and plan.tiled)
+        video = GrowingVideo(job.output, fps, said, options.scale)
+        write(job, rollout, video)
 
 
-def check_outputs(plan: Plan) -> None:
+def check_outputs(job: RolloutJob) -> None:
     """Refuse to write over what is read; but a state may go on in its own file."""
-    request = plan.request or Request(prompt="goes on")
-    for written in (plan.output, plan.drift_log):
-        keep_inputs(written, request.input_image, request.input_video, str(plan.from_state or ""))
-    if plan.save_state is not None:
-        keep_inputs(plan.save_state, request.input_image, request.input_video)
+    request = job.request or Request(prompt="goes on")
+    for written in (job.output, job.drift_log):
+        keep_inputs(written, request.input_image, request.input_video, str(job.from_state or ""))
+    if job.save_state is not None:
+        keep_inputs(job.save_state, request.input_image, request.input_video)
 
 
-def longest_clip(plan: Plan, world: "WorldState | None", model: ModelInfo) -> int:
+def longest_clip(job: RolloutJob, world: "WorldState | None", model: ModelInfo) -> int:
     """The most frames, 4n + 1, that are made or taken in at once, and no fewer than the model's own."""
     from kairos.streaming.overlap import MOST_OVERLAP
 
     exact, given = model.causal == "chunk", 1
-    chunk_frames = plan.chunk_frames or (CHUNK_FRAMES if exact else 0)
+    chunk_frames = job.chunk_frames or (CHUNK_FRAMES if exact else 0)
     if world is not None:
         chunk_frames = world.settings.chunk_frames
-    if exact and plan.request is not None and plan.request.input_video:
-        frames, fps = frame_count(plan.request.input_video)
+    if exact and job.request is not None and job.request.input_video:
+        frames, fps = frame_count(job.request.input_video)
         given = math.ceil(frames / fps * model.defaults["fps"])
     chunk = 4 * chunk_frames + (1 if exact else MOST_OVERLAP)
     return max(int(model.defaults["num_frames"]), chunk, (given - 1) // 4 * 4 + 1)
 
 
-def check_stateless(plan: Plan, model: str) -> None:
+def check_stateless(job: RolloutJob, model: str) -> None:
     """Refuse what a model that sees whole clips cannot do."""
     for option in ("from_state", "save_state", "futures"):
-        if getattr(plan, option) is not None:
+        if getattr(job, option) is not None:
             flag = f"--{option.replace('_', '-')}"
             raise UserError(f"{flag} needs a chunk-causal model, such as kairos-tiny; {model} is none")
 
 
 def begin(
-    plan: Plan, pipeline: "KairosPipeline", world: "WorldState | None", model: str, *, tiled: bool
+    job: RolloutJob, pipeline: "KairosPipeline", world: "WorldState | None", model: str, *, tiled: bool
 ) -> "Rollout | OverlappingRollout":
     """The rollout before its first chunk: exact for a chunk-causal model, by overlapping clips for others."""
     from kairos.streaming import OverlappingRollout, resume, stream
 
     if world is not None:
-        if plan.futures is not None:
-            world = forked(world, plan.futures, plan.seed)
-        new_noise = None if plan.seed is None else generators(plan.seed, world.batch)
+        if job.futures is not None:
+            world = forked(world, job.futures, job.seed)
+        new_noise = None if job.seed is None else generators(job.seed, world.batch)
         return resume(pipeline, world, generator=new_noise)
-    request = plan.request
+    request = job.request
     assert request is not None
     height, width = pipeline._rounded_size(request.height, request.width)
     options: dict[str, Any] = {
@@ -207,12 +197,12 @@ def begin(
     }
     if pipeline.transformer.config.causal == "chunk":
         given = whole_video(request, pipeline, height, width) if request.input_video else None
-        options |= {"video": given, "chunk_frames": plan.chunk_frames or CHUNK_FRAMES}
+        options |= {"video": given, "chunk_frames": job.chunk_frames or CHUNK_FRAMES}
         rollout = stream(pipeline, request.prompt, **options)
         rollout.state = replace(rollout.state, model_name=model)
         return rollout
     overlapping = OverlappingRollout(
-        pipeline, request.prompt, chunk_frames=plan.chunk_frames, tiled=tiled, **options
+        pipeline, request.prompt, chunk_frames=job.chunk_frames, tiled=tiled, **options
     )
     if request.input_video:
         overlapping.begin_with(end_of_video(request, pipeline, overlapping.overlap))
@@ -225,17 +215,17 @@ def begin(
     return overlapping
 
 
-def write(plan: Plan, rollout: "Rollout | OverlappingRollout", video: GrowingVideo) -> None:
+def write(job: RolloutJob, rollout: "Rollout | OverlappingRollout", video: GrowingVideo) -> None:
     """Chunk after chunk to the file, until the length is reached, the drift too large, or Ctrl-C."""
     from kairos.streaming import Rollout
 
-    log = DriftLog(plan.drift_log, video.fps)
-    changes = plan.changes
+    log = DriftLog(job.drift_log, video.fps)
+    changes = job.changes
     world = None
     began = time.perf_counter()
     try:
         with err.status("the first chunk") if err.is_terminal else nullcontext() as status:
-            while plan.seconds is None or video.frames / video.fps < plan.seconds:
+            while job.seconds is None or video.frames / video.fps < job.seconds:
                 due = [change for change in changes if change[0] <= video.frames / video.fps]
                 changes = changes[len(due) :]
                 for second, _ in due[:-1]:
@@ -244,10 +234,10 @@ def write(plan: Plan, rollout: "Rollout | OverlappingRollout", video: GrowingVid
                 for _, prompt in due[-1:]:
                     rollout.change_prompt(prompt)
                 frames = next(rollout)
-                if plan.futures and not video.frames and plan.from_state is None:
+                if job.futures and not video.frames and job.from_state is None:
                     assert isinstance(rollout, Rollout)
-                    rollout.state = forked(rollout.state, plan.futures, plan.seed)
-                    frames = frames.repeat(plan.futures, axis=0)
+                    rollout.state = forked(rollout.state, job.futures, job.seed)
+                    frames = frames.repeat(job.futures, axis=0)
                 video.write(pixels(grid(frames)))
                 world = rollout.state if isinstance(rollout, Rollout) else None
                 line, drifted = log.add(frames)
@@ -256,18 +246,18 @@ def write(plan: Plan, rollout: "Rollout | OverlappingRollout", video: GrowingVid
                 logger.info("%s", line)
                 if status is not None:
                     status.update(Text(line))
-                if drifted and plan.stop_on_drift:
+                if drifted and job.stop_on_drift:
                     logger.warning("stopped, for the video has drifted: %s", drifted)
                     break
     except Exception:
         with suppress(Exception):  # the first failure is the one to tell
-            save(world, plan.save_state)
+            save(world, job.save_state)
         raise
     except KeyboardInterrupt:
-        save(world, plan.save_state)
+        save(world, job.save_state)
         report(video)
         raise
-    save(world, plan.save_state)
+    save(world, job.save_state)
     report(video)
     for second, _ in changes:
         logger.warning("no chunk begins after --prompt-at %ss, which changed nothing", plain(second))

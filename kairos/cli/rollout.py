@@ -8,7 +8,7 @@ import typer
 
 from kairos import presets
 from kairos.cli.console import show_log
-from kairos.cli.generate import prompt_job
+from kairos.cli.jobs import prompt_job
 from kairos.cli.options import (
     INPUT,
     RUN,
@@ -145,7 +145,7 @@ def rollout(
     Ctrl-C ends it: the state is saved where that was asked for, and the exit status is 130.
     """
     show_log(verbose)
-    from kairos.cli.roll import Plan, roll
+    from kairos.cli.roll import RolloutJob, roll
     from kairos.cli.run import RunOptions
 
     if (seconds is None) is not forever:
@@ -168,18 +168,18 @@ def rollout(
     if from_state is None:
         if changes and changes[0][0] == 0:
             raise UserError("--prompt-at 0s is before the first chunk; give the first prompt as PROMPT")
-        job = prompt_job({"prompt": prompt, "seed": seed} | said, {}, output)
-        request, path = job.request, job.path
+        first = prompt_job({"prompt": prompt, "seed": seed} | said, {}, output)
+        request, path = first.request, first.path
     else:
         fixed = [*(name for name, value in said.items() if value is not None)]
         fixed += ["chunk_frames"] if chunk_frames is not None else []
         if fixed:
             raise UserError(f"--from-state goes on as the rollout was begun; leave out {', '.join(fixed)}")
         # Only its checks and its file name are wanted: the world knows the rest.
-        job = prompt_job({"prompt": prompt or from_state.stem or "goes on", "seed": seed}, {}, output)
-        request, path = None, job.path
+        first = prompt_job({"prompt": prompt or from_state.stem or "goes on", "seed": seed}, {}, output)
+        request, path = None, first.path
         changes = [(0.0, prompt), *changes] if prompt else changes
-    plan = Plan(
+    job = RolloutJob(
         output=path,
         request=request,
         changes=tuple(changes),
@@ -193,7 +193,7 @@ def rollout(
     )
     options: dict[str, Any] = {"device": device, "dtype": dtype, "scale": scale, "compiled": compiled}
     options |= {"memory": memory, "vae_dtype": vae_dtype}
-    roll(plan, RunOptions(model=model, **options, verbose=verbose))
+    roll(job, RunOptions(model=model, **options, verbose=verbose))
 
 
 def prompt_change(text: str) -> tuple[float, str]:

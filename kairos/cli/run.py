@@ -1,12 +1,9 @@
 """Jobs to files: load the model once, make each video, write it with its request inside."""
 
-import gc
 import logging
 import platform
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -14,21 +11,29 @@ from typing import TYPE_CHECKING, Any
 
 from kairos import __version__, presets
 from kairos.cli.clock import Clock
-from kairos.cli.console import err, hush, out, waiting
-from kairos.data.files import prepare_file
-from kairos.errors import MachineError, UserError, one_line
+from kairos.cli.console import err, out, waiting
+from kairos.cli.jobs import Job, prepare_output
+from kairos.cli.machine import (
+    DTYPES,
+    device_and_dtype,
+    dtype_named,
+    explained_memory,
+    free_gb,
+    import_libraries,
+    peak_memory,
+)
+from kairos.cli.resolve import as_used, check_request, check_template, resolved, start_of_video
+from kairos.errors import UserError
 from kairos.memory import QUANTIZED
-from kairos.request import Request, check_text, did_you_mean
+from kairos.request import Request, check_text
 
 if TYPE_CHECKING:
-    from kairos.cli.generate import Job
     from kairos.conditioning.rewrite import Rewriter
     from kairos.memory import Plan
     from kairos.pipeline import KairosPipeline
 
 logger = logging.getLogger(__name__)
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_SCALE = 64
 
 
@@ -78,7 +83,17 @@ class RunOptions:
             raise UserError(f"step_cache must be above 0, such as 0.1, got {self.step_cache}")
 
 
-def run(jobs: Sequence["Job"], options: RunOptions) -> None:
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready to make videos: what they say of it, how it is run, and where the time goes."""
+
+    pipeline: "KairosPipeline"
+    about: dict[str, Any]
+    options: RunOptions
+    clock: Clock = field(default_factory=Clock)
+
+
+def run(jobs: Sequence[Job], options: RunOptions) -> None:
     """Make every job's video. All that can be checked without the model is checked before it is loaded."""
     clock = Clock()
     with clock.stage("check"):
@@ -89,7 +104,7 @@ def run(jobs: Sequence["Job"], options: RunOptions) -> None:
             prepare_output(job)
     with clock.stage("import"):
         import_libraries()
-        device, dtype = device_and_dtype(options)
+        device, dtype = device_and_dtype(options.device, options.dtype)
     plan = None
     if options.memory is not None:
         # With nowhere to offload to, the encoder stays until the last prompt of a list.
@@ -106,28 +121,21 @@ def run(jobs: Sequence["Job"], options: RunOptions) -> None:
                 jobs = [rewritten(job, rewriter) for job in jobs]
     with explained_memory("a smaller size, fewer frames, --memory GB, --tiled or --free-encoder"):
         with clock.stage("load"), waiting(f"loading {options.model}"):
-            pipeline, about = load(options, device, dtype, plan)
+            loaded = replace(load(options, device, dtype, plan), clock=clock)
         if options.verbose:
-            _watch(clock, pipeline)
+            _watch(clock, loaded.pipeline)
         for job in jobs:
-            after_encoding = "keep"
-            if plan is not None and (device.type == "cpu" or options.free_encoder):
-                # Where there are hooks, they move it.
-                after_encoding = "free" if job is jobs[-1] else "keep"
-            elif options.free_encoder:
-                after_encoding = "free" if job is jobs[-1] else "cpu"
+            fate = after_encoding(options, device, plan, last=job is jobs[-1])
             if plan is not None and plan.tiled:
                 job = replace(job, request=replace(job.request, tiled=True))
-            make_job(job, pipeline, about, options, clock, after_encoding)
+            make_job(job, loaded, fate)
     if options.verbose:
         err.print(clock.table())
         err.print(f"peak memory: {peak_memory()}")
 
 
-def load(
-    options: RunOptions, device: Any, dtype: Any, plan: "Plan | None" = None
-) -> tuple["KairosPipeline", dict[str, Any]]:
-    """The model with its LoRAs, where the plan puts it, and what its videos say of it."""
+def load(options: RunOptions, device: Any, dtype: Any, plan: "Plan | None" = None) -> Loaded:
+    """The model with its LoRAs, where the plan puts it."""
     from kairos.models.compiled import compile_blocks, compile_decoder
     from kairos.models.vae_layers import channels_last, computed_in
     from kairos.weights.lora import apply_loras, parse_lora
@@ -157,7 +165,17 @@ def load(
         compile_blocks(pipeline.transformer)
         if pipeline.device.type == "cuda":
             compile_decoder(pipeline.vae)
-    return pipeline, about
+    return Loaded(pipeline, about, options)
+
+
+def after_encoding(options: RunOptions, device: Any, plan: "Plan | None" = None, *, last: bool) -> str:
+    """What becomes of the text encoder once a prompt is encoded, the `last` one or another; see
+    KairosPipeline."""
+    if plan is not None and (device.type == "cpu" or options.free_encoder):
+        return "free" if last else "keep"  # where there are hooks, they move it
+    if options.free_encoder:
+        return "free" if last else "cpu"
+    return "keep"
 
 
 def vae_precision(options: RunOptions, device: Any) -> Any:
@@ -210,124 +228,23 @@ def planned(
     return plan
 
 
-def free_gb(device: Any) -> float:
-    """What the device's memory has free, in GB; of the machine's, what programs can have."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / 1e9
-    try:
-        said = Path("/proc/meminfo").read_text(encoding="ascii")
-        return int(said.split("MemAvailable:")[1].split()[0]) * 1024 / 1e9
-    except (OSError, IndexError, ValueError):
-        raise UserError("--memory auto cannot tell how much memory is free; give it in GB") from None
-
-
-def make_job(
-    job: "Job",
-    pipeline: "KairosPipeline",
-    about: dict[str, Any],
-    options: RunOptions,
-    clock: Clock,
-    after_encoding: str = "keep",
-    *,
-    write: bool = True,
-) -> None:
+def make_job(job: Job, loaded: Loaded, after_encoding: str = "keep", *, write: bool = True) -> None:
     """Sample the job's video and write it; one of several ranks that make one video only samples."""
     from kairos.data.media import write_video
 
+    pipeline, scale = loaded.pipeline, loaded.options.scale
     request = resolved(as_used(job.request, pipeline), pipeline.config.defaults)
-    with clock.stage("sample"):
-        frames = make(pipeline, request, after_encoding, options.step_cache)
+    with loaded.clock.stage("sample"):
+        frames = make(pipeline, request, after_encoding, loaded.options.step_cache)
     if not write:
         return
     made_frames, height, width, _ = frames.shape  # rounded up
     request = replace(request, height=height, width=width, num_frames=made_frames)
-    with clock.stage("write"):
+    with loaded.clock.stage("write"):
         made_from = {"request": replace(request, output="").to_dict(), "mode": request.mode}
         assert request.fps
-        write_video(job.path, frames, request.fps, made_from | about | job.remarks, options.scale)
-    _report(job.path, frames.shape, request.fps, options.scale)
-
-
-def as_used(request: Request, pipeline: "KairosPipeline") -> Request:
-    """The request without what changes nothing in this model; what of that was asked for is said."""
-    defaults = pipeline.config.defaults
-    steps, own_steps = request.num_inference_steps, int(defaults["num_inference_steps"])
-    if is_few_step(pipeline) and (taken := len(pipeline.scheduler.timesteps)) != (steps or own_steps):
-        if steps is not None:
-            logger.warning("this model samples in %d steps, whatever is asked for", taken)
-        request = replace(request, num_inference_steps=taken)
-    guidance = defaults["guidance_scale"] if request.guidance_scale is None else request.guidance_scale
-    if guidance > 1 and not is_guided(request, pipeline):
-        if request.guidance_scale is not None:
-            where = "" if is_few_step(pipeline) else "goes on from given frames and "
-            logger.warning("this model %ssamples without guidance, whatever is asked for", where)
-        request = replace(request, guidance_scale=(guidance := 1.0))
-    if guidance <= 1 and request.negative_prompt:
-        logger.warning("without guidance a negative prompt changes nothing")
-        request = replace(request, negative_prompt="")
-    return request
-
-
-def is_few_step(pipeline: "KairosPipeline") -> bool:
-    from kairos.schedulers import FewStepScheduler
-
-    return isinstance(pipeline.scheduler, FewStepScheduler)
-
-
-def is_guided(request: Request, pipeline: "KairosPipeline") -> bool:
-    """Whether guidance leads any of the request's frames."""
-    import kairos.pipeline
-
-    defaults = pipeline.config.defaults
-    guidance = defaults["guidance_scale"] if request.guidance_scale is None else request.guidance_scale
-    known_frames = int(bool(request.input_image or request.input_video))
-    return guidance > 1 and not is_few_step(pipeline) and kairos.pipeline.is_guided(defaults, known_frames)
-
-
-def check_inputs(request: Request) -> None:
-    """Read the request's image or the video's first frame, to fail now and not after the model is loaded."""
-    from kairos.data.media import read_image, read_video
-
-    if request.input_image:
-        read_image(request.input_image)
-    if request.input_video:
-        read_video(request.input_video, max_frames=1)
-
-
-def check_request(request: Request, defaults: Mapping[str, Any], scale: int | None) -> None:
-    """What a model with these defaults would find wrong with a request for a clip, the files it names too."""
-    from kairos.data.media import shown_size
-
-    request = resolved(request, defaults)
-    assert request.height and request.width
-    shown_size(request.height, request.width, scale)
-    if request.input_video:
-        start_of_video(request)
-    else:
-        check_inputs(request)
-
-
-def prepare_output(job: "Job") -> None:
-    """Try that the job's file can be written, and refuse one that the job is made from."""
-    prepare_file(job.path)
-    keep_inputs(job.path, job.request.input_image, job.request.input_video)
-
-
-def keep_inputs(output: Path, *inputs: str) -> None:
-    """Refuse to write over what is read."""
-    for name in inputs:
-        if name and output.exists() and output.samefile(name):
-            raise UserError(f"{output} would be written over what it is made from; choose another name")
-
-
-def check_template(request: Request) -> None:
-    """Refuse a prompt template that there is not."""
-    from kairos.conditioning import TEMPLATES
-
-    if request.template and request.template not in TEMPLATES:
-        raise UserError(f"no prompt template {request.template!r}{did_you_mean(request.template, TEMPLATES)}")
+        write_video(job.path, frames, request.fps, made_from | loaded.about | job.remarks, scale)
+    _report(job.path, frames.shape, request.fps, scale)
 
 
 def check_model(options: RunOptions) -> None:
@@ -343,27 +260,12 @@ def check_model(options: RunOptions) -> None:
         parse_lora(lora)
 
 
-def rewritten(job: "Job", rewriter: "Rewriter") -> "Job":
+def rewritten(job: Job, rewriter: "Rewriter") -> Job:
     """The job with its prompt written out by a second model; the video remembers the words it came from."""
     request = job.request
     prompt = rewriter(request.prompt, with_image=bool(request.input_image or request.input_video))
     remarks = job.remarks | {"rewritten": {"from": request.prompt, "by": rewriter.source}}
     return replace(job, request=replace(request, prompt=prompt), remarks=remarks)
-
-
-def resolved(request: Request, defaults: Mapping[str, Any]) -> Request:
-    """The request with every value that it left to the model."""
-    return replace(
-        request,
-        height=request.height or int(defaults["height"]),
-        width=request.width or int(defaults["width"]),
-        num_frames=request.num_frames or int(defaults["num_frames"]),
-        num_inference_steps=request.num_inference_steps or int(defaults["num_inference_steps"]),
-        guidance_scale=defaults["guidance_scale"]
-        if request.guidance_scale is None
-        else request.guidance_scale,
-        fps=request.fps or defaults["fps"],
-    )
 
 
 def make(
@@ -414,22 +316,6 @@ def pixels(frames: Any) -> Any:
     return to_uint8(frames)
 
 
-def start_of_video(request: Request) -> Any:
-    """The frames that a continuation begins with, (k, H, W, 3) uint8, k = 4n + 1.
-
-    As many as asked for; else as many as the file has, up to half of the result.
-    """
-    from kairos.data.media import read_video
-
-    assert request.num_frames is not None
-    wanted = request.input_frames or (request.num_frames + 1) // 2
-    frames = read_video(request.input_video, fps=request.fps, max_frames=wanted)
-    if request.input_frames and len(frames) < wanted:
-        there = f"{len(frames)} at {request.fps:g} fps"
-        raise UserError(f"{wanted} frames of {request.input_video} are asked for, and it has {there}")
-    return frames[: (len(frames) - 1) // 4 * 4 + 1]
-
-
 def describe(pipeline: "KairosPipeline", options: RunOptions, dtype: Any) -> dict[str, Any]:
     """What a video's metadata says besides its request: enough to make it again, not when and where."""
     from kairos.weights.fingerprint import fingerprint
@@ -464,30 +350,6 @@ def said_of(options: RunOptions) -> dict[str, Any]:
     }
 
 
-def device_and_dtype(options: RunOptions) -> tuple[Any, Any]:
-    import torch
-
-    name = options.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        raise UserError(
-            f"device {options.device!r} cannot be used: {one_line(error)}; try --device cpu"
-        ) from error
-    if options.dtype == "auto":
-        return device, torch.float32 if device.type == "cpu" else torch.bfloat16
-    return device, getattr(torch, options.dtype)
-
-
-def dtype_named(name: str) -> Any:
-    import torch
-
-    return getattr(torch, name)
-
-
 def _watch(clock: Clock, pipeline: "KairosPipeline") -> None:
     """Have the clock tell the pipeline's parts apart."""
     import torch
@@ -500,46 +362,6 @@ def _watch(clock: Clock, pipeline: "KairosPipeline") -> None:
     clock.watch(pipeline.vae.decoder, "decode frames", synchronize)
 
 
-def peak_memory() -> str:
-    """The most memory that this process has held so far, on the machine and on the GPU."""
-    import torch
-
-    try:
-        import resource
-    except ImportError:  # Windows
-        said = "unknown"
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        said = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"
-    if torch.cuda.is_available():
-        said += f", {torch.cuda.max_memory_allocated() / 1e9:.2f} GB on the GPU"
-    return said
-
-
-def import_libraries() -> None:
-    """Import what a model runs on, and have it say nothing of its insides.
-
-    Thousands of modules are most of a cold start. Hardly any of what they make is garbage, and Python's
-    collector would go through all of it again and again: it rests meanwhile, and leaves it alone later.
-    """
-    hush()
-    first, collects = "kairos.pipeline" not in sys.modules, gc.isenabled()
-    gc.disable()
-    try:
-        from diffusers.utils import logging as diffusers_logging
-        from transformers.utils import logging as transformers_logging
-
-        import kairos.pipeline  # noqa: F401, for the rest that it imports
-    finally:
-        if collects:
-            gc.enable()
-    if first:
-        gc.freeze()
-    for library in (diffusers_logging, transformers_logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-
-
 def _report(path: Path, shape: tuple[int, ...], fps: float, scale: int | None) -> None:
     from kairos.data.media import shown_size
 
@@ -547,20 +369,3 @@ def _report(path: Path, shape: tuple[int, ...], fps: float, scale: int | None) -
     shown_height, shown_width = shown_size(height, width, scale)
     shown = f", shown at {shown_height} x {shown_width}" if shown_height > height else ""
     out.print(f"{path}: {frames} frames of {height} x {width} at {fps:g} fps{shown}")
-
-
-@contextmanager
-def explained_memory(
-    less: str = "a smaller size, fewer frames, --tiled or --free-encoder",
-) -> Iterator[None]:
-    """Too little memory, on whichever device, is the machine's failure and not a bug. `less`: what would need
-    less of it."""
-    try:
-        yield
-    except RuntimeError as error:
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            reason = (str(error).splitlines() or ["no reason given"])[0]
-            raise MachineError(f"compiling failed: {reason}; leave out --compile") from error
-        if type(error).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator" not in str(error):
-            raise
-        raise MachineError(f"not enough memory on the device; try {less}") from error
