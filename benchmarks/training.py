@@ -53,6 +53,7 @@ def main() -> None:
         what = description(source, [bucket])
         build_cache(Path(folder), source, [bucket], encoders, described=what)
         sets = load_clips(Path(folder), [bucket], encoders, described=what)
+        captions = dict(zip(sets[0].keys, sets[0].captions, strict=True))
 
         def cached(step: int) -> Any:
             return draw_batch(sets, stage, step, causal=True)
@@ -62,14 +63,14 @@ def main() -> None:
             batch = cached(step)
             needed = (batch.sample.shape[2] - 1) * 4 + 1
             made = []
-            for row in batch.rows:
-                index = int(sets[0].keys[row].split("/")[3])
+            for key in batch.keys:
+                index = int(key.split("/")[3])
                 pixels = source._reference(bucket, index).read()[:needed]
                 frames = torch.from_numpy(pixels).permute(3, 0, 1, 2)[None]
                 with torch.no_grad():
                     made.append(encode(encoders.vae.float(), frames.float() / 127.5 - 1))
             sample = torch.cat(made)
-            encoders.embed([sets[0].captions[row] for row in batch.rows])
+            encoders.embed([captions[key] for key in batch.keys])
             return replace(batch, sample=sample)
 
         # One after the other and back, so that a busy machine is busy for both.

@@ -25,10 +25,11 @@ from training_parts import MIX, clip_set, small_model, small_stage
 
 from kairos import MachineError, UserError
 from kairos.models.vae_layers import computed_in
+from kairos.schedulers import shift_for
 from kairos.training import ahead as ahead_module
 from kairos.training import checkpoint, loop, muon
 from kairos.training.ahead import Ahead
-from kairos.training.batches import draw_batch, draw_cut, row_at
+from kairos.training.batches import choose_set, draw_batch, draw_cut, row_at
 from kairos.training.checkpoint import load_checkpoint, save_checkpoint
 from kairos.training.clips import Bucket
 from kairos.training.flow import FlowMatching, flow_loss
@@ -107,6 +108,39 @@ def test_the_parts_of_a_batch_are_the_whole(clips):
 def test_a_batch_that_cannot_be_cut_in_equal_parts_is_refused(clips):
     with pytest.raises(UserError, match="cannot be cut in 3 equal parts"):
         draw_batch([clips], small_stage(), 5, causal=True, part=0, parts=3)
+
+
+def test_the_time_is_the_logistic_of_a_normal_variable_shifted_by_the_shape(clips):
+    """Its own for every clip: mean and spread are the stage's, and the shift is the sampler's."""
+    stage = small_stage(mix={"continuation": 1.0}, batch_size=64, time_mean=0.5, time_std=0.8)
+    tokens = (clips.bucket.height // 16) * (clips.bucket.width // 16)
+    shift = shift_for(clips.latent_frames, tokens)
+    assert shift > 1.2
+    times = torch.cat([draw_batch([clips], stage, step, causal=True).sigma[:, -1] for step in range(30)])
+    unshifted = times / (shift - (shift - 1) * times)
+    logits = torch.logit(unshifted)
+    assert logits.mean().item() == pytest.approx(0.5, abs=0.06)
+    assert logits.std().item() == pytest.approx(0.8, abs=0.05)
+    assert times.unique().numel() == times.numel()
+
+
+def test_captions_are_dropped_and_the_past_is_noisy_in_the_shares_that_the_stage_says(clips):
+    stage = small_stage(mix={"continuation": 1.0}, batch_size=8, text_dropout=0.3, past_noise=0.1)
+    empty, noisy = [], []
+    for step in range(200):
+        batch = draw_batch([clips], stage, step, causal=True)
+        empty += (batch.prompt_mask.sum(1) == 1).tolist()  # captions have two tokens or more
+        noisy.append(batch.sigma[:, : batch.cut.past].any().item())
+    assert np.mean(empty) == pytest.approx(0.3, abs=0.04)
+    assert np.mean(noisy) == pytest.approx(0.25, abs=0.08)
+
+
+def test_buckets_come_in_proportion_to_the_batches_that_they_hold(clips, tmp_path):
+    more = clip_set(tmp_path, 12, Bucket(9, 32, 32))
+    one_by_one = replace(more, bucket=replace(more.bucket, batch_size=1))
+    for other, share in ((more, 12 / 16), (one_by_one, 12 / 13)):
+        drawn = [choose_set(np.random.default_rng(i), [clips, other], small_stage()) for i in range(500)]
+        assert np.mean([one is other for one in drawn]) == pytest.approx(share, abs=0.05)
 
 
 def test_every_clip_comes_once_an_epoch(clips):
@@ -284,6 +318,31 @@ def test_muon_takes_matrices_together_that_are_alike_and_none_at_all(weight_deca
         assert torch.allclose(one, other, atol=2e-3)  # products are bfloat16, and a batch sums otherwise
 
 
+def test_a_step_of_muon_is_larger_for_a_tall_matrix():
+    """By the root of rows to columns, so that what goes through it changes as much."""
+    for rows, columns, scale in ((32, 8, 2.0), (8, 32, 1.0)):
+        matrix = nn.Parameter(torch.zeros(rows, columns))
+        matrix.grad = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+        Muon([{"params": [matrix], "muon": True, "lr": 0.1}]).step()
+        values = torch.linalg.svdvals(matrix.detach()) / (0.1 * scale)
+        assert values.min() > 0.6 and values.max() < 1.3
+
+
+def test_numbers_that_come_now_and_then_stand_in_the_next_line(tmp_path, caplog, monkeypatch):
+    now = iter(range(0, 10_000, 4))
+    monkeypatch.setattr("kairos.training.progress.time", SimpleNamespace(monotonic=lambda: next(now)))
+    progress = Progress(tmp_path, small_stage(steps=100), 1, 0, Processes())
+    with caplog.at_level(logging.INFO, "kairos"):
+        for step in range(1, 21):
+            progress.add(torch.tensor(1.0), 1)
+            extra = {"ratio": 0.9} if step == 9 else {}
+            progress.step(step, torch.tensor(1.0), 1.0, extra.copy)
+    lines = [line for line in caplog.messages if line.startswith("step ")]
+    assert not any(line.startswith("step 9/") for line in lines)
+    assert ["ratio 0.900" in line for line in lines].count(True) == 1
+    assert next(line for line in lines if "ratio" in line).startswith(("step 10/", "step 11/", "step 12/"))
+
+
 def test_numbers_that_are_read_later_are_those_that_are_read_at_once(tmp_path):
     def written(device: str) -> list[tuple[str, float, int]]:
         scalars: list[tuple[str, float, int]] = []
@@ -409,6 +468,46 @@ def test_an_accumulated_batch_gives_the_step_of_the_whole_one(clips, tmp_path):
         averages.append(train(small_model(), FlowMatching([clips], stage), stage, tmp_path / str(parts)))
     for name, value in averages[0].items():
         torch.testing.assert_close(value, averages[1][name], atol=1e-5, rtol=1e-4)
+
+
+def test_the_moving_average_follows_quickly_at_first(clips, tmp_path):
+    """It would hardly leave the random weights in a few steps: its decay rises to the stage's."""
+    stage, weights = small_stage(steps=3, ema=0.999), []
+
+    class Watched(FlowMatching):
+        def report(self, model, step):
+            weights.append(model.head.head.weight.detach().clone())
+            return {}
+
+    model = small_model()
+    average = model.head.head.weight.detach().clone()
+    made = train(model, Watched([clips], stage), stage, tmp_path)
+    for step, weight in enumerate(weights):
+        average = average.lerp(weight, 1 - (step + 1) / (step + 10))
+    torch.testing.assert_close(made["head.head.weight"], average)
+    stage, model = small_stage(steps=3, ema=0.05), small_model()  # below all of these
+    average, before = model.head.head.weight.detach().clone(), len(weights)
+    made = train(model, Watched([clips], stage), stage, tmp_path / "quick")
+    for weight in weights[before:]:
+        average = average.lerp(weight, 0.95)
+    torch.testing.assert_close(made["head.head.weight"], average)
+
+
+def test_a_gradient_is_cut_to_the_stages_norm(clips, tmp_path, monkeypatch):
+    norms = []
+
+    def optimizer(model, stage):
+        made = torch.optim.SGD(model.parameters(), lr=1e-3)
+        made.register_step_pre_hook(
+            lambda *_: norms.append(torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item())
+        )
+        return made
+
+    monkeypatch.setattr(loop, "build_optimizer", optimizer)
+    for clip_norm in (0.01, 1e6):
+        stage = small_stage(steps=1, clip_norm=clip_norm, mix={"continuation": 1.0})
+        train(small_model(), FlowMatching([clips], stage), stage, tmp_path / str(clip_norm))
+    assert norms[0] == pytest.approx(0.01, rel=1e-3) and norms[1] > 0.02
 
 
 def test_a_small_model_overfits_four_clips(clips, tmp_path):

@@ -16,7 +16,7 @@ from PIL import Image
 
 from kairos import UserError
 from kairos.data.media import write_video
-from kairos.training import cache
+from kairos.training import cache, clips
 from kairos.training.batches import draw_batch
 from kairos.training.cache import Encoders, build_cache, description, load_clips, shard
 from kairos.training.clips import (
@@ -29,9 +29,11 @@ from kairos.training.clips import (
     choose_bucket,
     decode,
     fit,
+    probe,
 )
 from kairos.training.stage import Stage
 from kairos.training.vae import build_vae
+from kairos.worlds import simulate
 
 SMALL = Bucket(9, 32, 32)
 
@@ -142,6 +144,9 @@ def test_a_path_that_leaves_the_root_is_refused(tmp_path, name):
         ("[1]", "line 1: must be like"),
         ('{"caption": "x"}', '"video" must be the path'),
         ('{"video": "a.mp4", "caption": 3}', '"caption" must be a text'),
+        ('{"video": "a.mp4", "text": "x"}', r'there is no "caption" beside \[\'text\'\]'),
+        ('{"video": "a.mp4", "Caption": "x"}', r'there is no "caption" beside \[\'Caption\'\]'),
+        ('{"video": "a.mp4", "caption": "x", "start": 2}', "unknown key 'start'; did you mean \"start_s\""),
         ('{"video": "a.mp4", "start_s": -1}', '"start_s" must be at least 0'),
         ('{"video": "a.mp4", "start_s": Infinity}', '"start_s" must be at least 0 and finite, got inf'),
         (r'{"video": "a\u0000.mp4"}', "line 1: no file can be read at 'a"),
@@ -153,6 +158,61 @@ def test_a_line_that_is_no_clip_is_refused_with_its_number(tmp_path, line, messa
     file.write_text(line)
     with pytest.raises(UserError, match=message):
         references(ManifestSource(file), SMALL)
+
+
+def test_a_line_may_hold_more_than_is_read_and_any_character(manifest):
+    """As those that kairos curate writes, with scores and names."""
+    more = {"caption": "one\u2028two", "end_s": 9, "text": 0.1, "physics_caption": None, "shard": "0.tar"}
+    line = json.dumps({"video": "clips/0.mp4", "start_s": 0} | more, ensure_ascii=False)
+    manifest.write_text(line + "\r\n" + json.dumps({"video": "clips/1.mp4", "caption": ""}), encoding="utf-8")
+    found, _ = references(ManifestSource(manifest), SMALL)
+    assert [reference.caption for reference in found] == ["one\u2028two", ""]
+
+
+def test_many_lines_of_one_long_file_read_it_once(tmp_path, monkeypatch):
+    write_video(tmp_path / "long.mp4", video(160), 16, scale=1)
+    file = tmp_path / "m.jsonl"
+    lines = [json.dumps({"video": "long.mp4", "caption": "c", "start_s": s}) for s in range(9)]
+    file.write_text("\n".join(lines))
+    probed, opened = [], []
+    open_file, look = type(file).open, clips.probe
+    monkeypatch.setattr(clips, "probe", lambda path, fps: (probed.append(path), look(path, fps))[1])
+    monkeypatch.setattr(
+        type(file), "open", lambda path, *o, **k: (opened.append(path.name), open_file(path, *o, **k))[1]
+    )
+    found, _ = references(ManifestSource(file), SMALL)
+    assert len(found) == 9 and len({reference.key for reference in found}) == 9
+    assert len(probed) == 1 and opened.count("long.mp4") == 1
+    assert found[0].key.startswith(clips.content_hash((tmp_path / "long.mp4").read_bytes()))
+    write_video(tmp_path / "long.mp4", video(64, seed=3), 16, scale=1)
+    changed, _ = references(ManifestSource(file), SMALL)
+    assert len(changed) == 4 and changed[0].key != found[0].key
+
+
+def test_how_much_of_the_videos_is_used_is_said(tmp_path, encoders, caplog):
+    write_video(tmp_path / "long.mp4", video(160), 16, scale=1)
+
+    def report(*starts):
+        caplog.clear()
+        lines = [json.dumps({"video": "long.mp4", "caption": "c", "start_s": s}) for s in starts]
+        (tmp_path / "m.jsonl").write_text("\n".join(lines))
+        with caplog.at_level(logging.INFO, "kairos"):
+            return build(tmp_path / "c", ManifestSource(tmp_path / "m.jsonl"), encoders, SMALL)[0]
+
+    few = report(0, 2)
+    assert (few["used_s"], few["of_s"]) == (1.1, 10.0)
+    assert "used 1 s of 10 s of video; cut with kairos curate or start_s" in caplog.text
+    assert report(*np.arange(0, 9.4, 0.5625).tolist())["used_s"] == 9.6 and "of video" not in caplog.text
+
+
+def test_shards_are_closed_by_their_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "SHARD_BYTES", 40)
+    writer = cache.ShardWriter(tmp_path, "embeds", {"text": "t"})
+    for number in range(7):
+        writer.add(str(number), torch.zeros(2, 4, dtype=torch.bfloat16))  # 16 bytes
+    writer.close()
+    rows = cache.stored_rows(tmp_path, "text", "t")
+    assert [rows[str(number)].file.stem for number in range(7)] == [f"{n // 3:05d}" for n in range(7)]
 
 
 def test_a_missing_manifest_or_folder_is_one_line(tmp_path):
@@ -203,11 +263,29 @@ def test_webdataset_shards_give_their_clips_and_name_what_they_skip(tmp_path):
     members = [("a.mp4", clip), ("a.json", caption), ("b.mp4", clip), ("c.mp4", clip), ("c.json", b"{}")]
     webdataset(tmp_path / "s" / "9x32x32", members)
     (tmp_path / "s" / "9x32x32" / "001.tar").write_bytes(b"torn")
-    webdataset(tmp_path / "s" / "81x480x640", members)
+    webdataset(tmp_path / "s" / "5x480x640", members)
     found, skipped = references(WebdatasetSource(tmp_path / "s"), SMALL)
     assert [(r.name, r.caption) for r in found] == [("9x32x32/000.tar/a", "a grey square")]
     assert found[0].read().shape == (9, 32, 32, 3)
-    assert set(skipped) == {"9x32x32/000.tar/b", "9x32x32/000.tar/c", "9x32x32/001.tar"}
+    assert set(skipped) == {"5x480x640", "9x32x32/000.tar/b", "9x32x32/000.tar/c", "9x32x32/001.tar"}
+    assert skipped["5x480x640"] == "5 frames at 16 fps, the shortest bucket takes 9"
+
+
+def test_webdataset_shards_of_any_shape_go_to_the_longest_bucket_that_they_fill(tmp_path):
+    write_video(tmp_path / "v.mp4", video(20, 32, 48), 16, scale=1)
+    members = [("a.mp4", (tmp_path / "v.mp4").read_bytes()), ("a.json", b'{"caption": "grey"}')]
+    webdataset(tmp_path / "s" / "20x32x48", members)
+    buckets = (SMALL, Bucket(17, 32, 32), Bucket(17, 16, 32), Bucket(21, 32, 32))
+    (found,), skipped = references(WebdatasetSource(tmp_path / "s"), *buckets)
+    assert (found.bucket.name, skipped) == ("17x16x32", {})
+    assert found.key.endswith("/17x16x32") and found.read().shape == (17, 16, 32, 3)
+
+
+def test_a_written_clip_has_all_of_its_frames_whatever_its_muxer_rounds(tmp_path):
+    for index in range(6):
+        clip = simulate("uniform", index=index, num_frames=33, size=64)
+        write_video(tmp_path / "a.mp4", clip.frames, 16)
+        assert probe(tmp_path / "a.mp4", 16)[2] == 33, index
 
 
 def test_a_picture_among_webdataset_clips_is_skipped_and_among_pictures_it_is_none(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
@@ -11,6 +12,7 @@ from training_parts import clip_set
 
 from kairos.models.vae import decode
 from kairos.schedulers import FewStepScheduler, FlowMatchScheduler
+from kairos.training import decoder
 from kairos.training.clips import Bucket, ClipReference
 from kairos.training.decoder import DecoderStage, decoder_loss, draw_latents, train_decoder
 from kairos.training.samples import sample_latents
@@ -109,6 +111,31 @@ def test_a_decoder_learns_what_a_model_means_and_the_encoder_stays(clips, tmp_pa
     written = AutoencoderKLWan.from_pretrained(tmp_path / "decoder").state_dict()
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], written[name])}
     assert changed == {"decoder", "post_quant_conv"}
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_a_decoder_sees_samples_in_the_stages_precision_and_learns_in_float32(
+    clips, tmp_path, monkeypatch, precision
+):
+    seen = []
+
+    def drawn(model, clips, rows, *_):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return clips.latents(rows)
+
+    def lost(difference, moving):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return decoder_loss(difference, moving)
+
+    monkeypatch.setattr("kairos.training.parallel.has_bfloat16", lambda device: True)
+    monkeypatch.setattr(decoder, "draw_latents", drawn)
+    monkeypatch.setattr(decoder, "decoder_loss", lost)
+    frames = np.zeros((9, 32, 32, 3), np.uint8)
+    references = {key: ClipReference(key, key, "", BUCKET, lambda: frames) for key in clips.keys}
+    options = {"scheduler": FewStepScheduler(), "defaults": {}, "precision": precision}
+    vae, model = build_vae(base_dim=8), Wrong(clips, offset=0.0)
+    train_decoder(tmp_path / "decoder", DecoderStage(steps=1), vae, model, clips, references, **options)
+    assert seen == [precision == "bfloat16", False]
 
 
 def test_a_sampled_clip_that_went_another_way_hardly_counts():

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from training_parts import clip_set, small_model, small_stage
+from training_parts import clip_set, small_model, small_stage, stirred
 
 from kairos import KairosTransformer3DModel, UserError
 from kairos.schedulers import FewStepScheduler
@@ -42,16 +42,6 @@ def clips(tmp_path_factory):
 
 def batch_of(clips):
     return FlowMatching([clips], small_stage(mix={"ti2v": 1.0})).batch(small_model(), 0, 0)
-
-
-def stirred(seed=0, **config):
-    """A model whose branches all do something."""
-    model = small_model(**config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    return model
 
 
 def losses_of(objective, model, steps):

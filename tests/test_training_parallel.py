@@ -7,15 +7,19 @@ import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
-from training_parts import MIX, clip_set, small_model, small_stage
+from torch import Tensor
+from training_parts import MIX, clip_set, small_model, small_stage, stirred
 
 from kairos.training import parallel
 from kairos.training.checkpoint import load_checkpoint
+from kairos.training.distillation import DistillationObjective
 from kairos.training.flow import FlowMatching
 from kairos.training.loop import train
 from kairos.training.run import train_only
+from kairos.training.stage import Distillation, Stage
 from kairos.weights import load_transformer_file
 
 # AdamW, and Muon, whose step needs whole matrices. Muon gets no second frames by themselves: their gradients
@@ -56,10 +60,11 @@ with processes() as here:
 """
 
 DISTILLATION = """
-import sys
+import json, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from training_parts import clip_set, small_model, small_stage
+from test_training_parallel import consistent, watch
+from training_parts import clip_set, small_model, small_stage, stirred
 from kairos.training.distillation import DistillationObjective
 from kairos.training.loop import train
 from kairos.training.parallel import prepare, processes
@@ -67,12 +72,41 @@ from kairos.training.stage import Distillation
 folder = Path({folder!r})
 options = Distillation(adversarial=0.5, score=0.1, truth=1.0, teacher_steps=2, motion_clips=2)
 stage, model = small_stage(steps=3, distillation=options, precision="float32"), small_model()
+losses = []
 with processes() as here:
     clips = clip_set(folder / "cache" / str(here.rank))
+    for steps in (2, 3):  # stopped, and gone on with
+        alike, pupil = consistent(steps), stirred()
+        taught = DistillationObjective(pupil, [clips], alike, alike.distillation, here)
+        watch(taught, losses)
+        prepare(pupil, here, checkpointing=False, compiled=False)
+        train(pupil, taught, alike, folder / "consistent", here=here)
+    if here.first:
+        (folder / "losses.json").write_text(json.dumps(losses))
     student = DistillationObjective(model, [clips], stage, options, here)
     prepare(model, here, checkpointing=False, compiled=False)
     train(model, student, stage, folder / "distilled", here=here)
 """
+
+
+def consistent(steps: int) -> Stage:
+    """A distillation by consistency alone, whose noise is that of its batches."""
+    options = Distillation(matching=0.0, guidance_scale=2.0, teacher_steps=2, motion_clips=2)
+    return small_stage(
+        steps=steps, decay_steps=0, distillation=options, precision="float32", muon_lr=None, ema=0.9
+    )
+
+
+def watch(objective: DistillationObjective, losses: list[float]) -> None:
+    """Note the losses of an objective, in the mean over the processes."""
+    loss = objective.loss
+
+    def noted(*asked: Any) -> tuple[Tensor, int]:
+        value, clips = loss(*asked)
+        losses.append(objective.processes.means(value[None])[0])
+        return value, clips
+
+    objective.loss = noted  # type: ignore[method-assign]
 
 
 def run_twofold(program: str, folder: Path, **values: str) -> None:
@@ -131,8 +165,19 @@ def test_the_others_wait_for_what_the_first_process_makes_however_long_it_takes(
 
 
 def test_two_processes_distil_together(tmp_path):
-    """Each has noise of its own; their steps are the same, for both must ask the networks equally often."""
+    """Each has noise of its own; their steps are the same, for both must ask the networks equally often. What
+    asks for no noise is what one process does, also where the two go on from their checkpoint."""
     run_twofold(DISTILLATION, tmp_path)
+    stage, model, alone = consistent(3), stirred(), []
+    taught = DistillationObjective(model, [clip_set(tmp_path / "one")], stage, stage.distillation)
+    watch(taught, alone)
+    average = train(model, taught, stage, tmp_path / "alone")
+    together = json.loads((tmp_path / "losses.json").read_text())
+    assert len(alone) == 3 and max(alone) > 1e-3
+    torch.testing.assert_close(torch.tensor(together), torch.tensor(alone), atol=1e-4, rtol=1e-3)
+    kept = load_checkpoint(tmp_path / "consistent")["ema"]
+    for name, value in average.items():
+        torch.testing.assert_close(kept[name], value, atol=1e-3, rtol=1e-2)
     state, start = load_checkpoint(tmp_path / "distilled"), small_model().state_dict()
     assert state["step"] == 3
     assert all(value.isfinite().all() for value in state["ema"].values())

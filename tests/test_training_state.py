@@ -7,10 +7,8 @@ import torch
 from training_parts import BUCKET, clip_set, small_model, small_stage
 
 from kairos import UserError
-from kairos.training import run as stage_run
 from kairos.training.clips import SimulatorSource
 from kairos.training.loop import train
-from kairos.training.recipe import Recipe
 from kairos.training.stage import StateMaps
 from kairos.training.state import SPREAD, StateObjective, state_maps
 from kairos.worlds import COLORS, WORLD, simulate
@@ -85,13 +83,6 @@ def test_maps_have_a_place_for_each_token_whatever_its_size(tmp_path):
         assert loss.isfinite() and task.report(model, 0)["state_error"] > 0
 
 
-def test_states_are_asked_of_the_simulator_alone(tmp_path):
-    stage = small_stage(state=StateMaps(), data={"source": "manifest", "file": "clips.jsonl"})
-    recipe = Recipe("r", tmp_path, stages=(stage,))
-    with pytest.raises(UserError, match="only the simulator knows states"):
-        stage_run.states(recipe, stage, small_model(), [], stage_run.Processes())
-    stage = small_stage(state=StateMaps(block=4), data={"source": "simulator", "scenes": ["uniform"]})
-    with pytest.raises(UserError, match=r"state.block must be from 0 to 3, got 4"):
-        stage_run.states(recipe, stage, small_model(), [], stage_run.Processes())
+def test_states_go_with_flow_matching():
     with pytest.raises(UserError, match="state goes with the objective flow, got 'distillation'"):
         small_stage(state=StateMaps(), objective="distillation")

@@ -32,6 +32,16 @@ def small_model(**config: Any) -> KairosTransformer3DModel:
     return KairosTransformer3DModel(**(sizes | config))
 
 
+def stirred(seed: int = 0, **config: Any) -> KairosTransformer3DModel:
+    """A model whose branches all do something."""
+    model = small_model(**config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return model
+
+
 def clip_set(folder: Path, count: int = 4, bucket: Bucket = BUCKET) -> ClipSet:
     """Clips of noise: latents (16, 5, 4, 4) for the bucket of 17 x 32 x 32, prompts of 2 to 5 tokens."""
     generator = torch.Generator().manual_seed(0)

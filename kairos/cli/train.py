@@ -43,20 +43,20 @@ def run(
     Ctrl-C saves and stops. Under torchrun the LinearDiT is laid over all processes (FSDP2).
     """
     show_log(verbose=True)
-    from kairos.cli.run import explained_memory, import_libraries
+    from kairos.cli.machine import explained_memory, import_libraries
 
     import_libraries()
     from kairos.training.recipe import read_recipe, run_recipe
 
     with explained_memory("a smaller batch_size, a larger accumulate or checkpointing: true"):
-        run_recipe(read_recipe(recipe), tuple(only.split(",")) if only else ())
+        run_recipe(read_recipe(recipe), tuple(name.strip() for name in only.split(",")) if only else ())
 
 
 @app.command()
 def cache(recipe: RecipeFile) -> None:
     """Compute the latents and prompt embeddings of a recipe's clips that are not there yet."""
     show_log(verbose=True)
-    from kairos.cli.run import explained_memory, import_libraries
+    from kairos.cli.machine import explained_memory, import_libraries
 
     import_libraries()
     from kairos.training.recipe import read_recipe, run_recipe
@@ -71,13 +71,14 @@ def plan(
     processes: Annotated[int, typer.Option(metavar="N", min=1, help="For so many processes.")] = 1,
     memory_gb: Annotated[
         float | None,
-        typer.Option(metavar="GB", help="Of a process's device. Default: what this machine has."),
+        typer.Option(metavar="GB", help="Of the GPU of each process. Default: this machine's device."),
     ] = None,
 ) -> None:
     """Say what every stage needs: parameters, memory by part, time of a step. Refuse what cannot fit."""
     show_log(verbose=False)
     import torch
 
+    from kairos.training.check import check_run
     from kairos.training.plan import (
         EFFICIENCY,
         available_gb,
@@ -91,7 +92,9 @@ def plan(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     speeds: dict[str, float] = {}
     available = available_gb(device) if memory_gb is None else memory_gb
-    plans = [(stage, plan_stage(content, stage, processes)) for stage in content.stages]
+    kind = device.type if memory_gb is None else "cuda"  # a machine that is told of is none like this
+    check_run(content, content.stages, processes)
+    plans = [(stage, plan_stage(content, stage, processes, kind)) for stage in content.stages]
     for stage, needed in plans:
         if stage.precision not in speeds:
             speeds[stage.precision] = measured_speed(device, stage.precision)

@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 SHARD_CLIPS = 240
 SHARD_BYTES = 1 << 28
+SPARE = 0.8
+"""Share of the videos' length below which it is said how much of it is used."""
 PROMPTS_AT_ONCE, PICTURES_AT_ONCE = 256, 8
 
 
@@ -224,6 +226,9 @@ def build_cache(
     listed.sort(key=lambda entry: (entry["bucket"], entry["key"], entry["caption"]))
     made = sum(len(writer.written) for writer in writers.values())
     report = {"made": made, "kept": max(len(listed) - made, 0), "skipped": skipped.clips}
+    used_s, there_s = skipped.used_s, sum(skipped.seconds.values())
+    if there_s:
+        report |= {"used_s": round(used_s, 1), "of_s": round(there_s, 1)}
     content = {"vae": vae_hash, "text": text_hash, "clips": listed}
     write_atomically(folder / f"clips-{digest(described)}.json", json.dumps(content).encode())
     write_atomically(folder / f"report-{digest(described)}.json", json.dumps(report, indent=1).encode())
@@ -234,6 +239,8 @@ def build_cache(
         report["kept"],
         len(skipped.clips),
     )
+    if used_s < SPARE * there_s:
+        logger.info("used %d s of %d s of video; cut with kairos curate or start_s", used_s, there_s)
     return report
 
 
@@ -325,10 +332,9 @@ def load_clips(
     Raises:
         UserError: where the cache was not built, or by other encoders.
     """
-    file = folder / f"clips-{digest(described)}.json"
-    if not file.exists():
+    content = listed(folder, described)
+    if not content:
         raise UserError(f"{folder} has no latents of this data set; run: kairos train cache RECIPE")
-    content = json.loads(file.read_text(encoding="utf-8"))
     vae_hash, text_hash = encoders.hashes()
     for part, (found, now) in {
         "VAE": (content["vae"], vae_hash),
@@ -367,6 +373,13 @@ def load_clips(
     return sets
 
 
+def listed(folder: Path, described: Any) -> dict[str, Any]:
+    """What `build_cache` has written down of a data set: hashes of "vae" and "text", and "clips"; empty where
+    it has not been there."""
+    file = folder / f"clips-{digest(described)}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
 class ShardWriter:
     """Collects tensors under keys and writes them, many to a file, rows one after the other."""
 
@@ -375,12 +388,13 @@ class ShardWriter:
         self.written: set[str] = set()
         self._keys: list[str] = []
         self._parts: list[Tensor] = []
+        self._bytes = 0
 
     def add(self, key: str, rows: Tensor) -> None:
         self._keys.append(key)
         self._parts.append(rows)
-        size = sum(part.numel() * part.element_size() for part in self._parts)
-        if size >= SHARD_BYTES or (self.tensor == "latents" and len(self._keys) >= SHARD_CLIPS):
+        self._bytes += rows.nbytes
+        if self._bytes >= SHARD_BYTES or (self.tensor == "latents" and len(self._keys) >= SHARD_CLIPS):
             self.close()
 
     def close(self) -> None:
@@ -394,7 +408,7 @@ class ShardWriter:
         write_atomically(file, save({self.tensor: torch.cat(self._parts)}, metadata=self.metadata | keys))
         logger.info("wrote %s", file)
         self.written |= set(self._keys)
-        self._keys, self._parts = [], []
+        self._keys, self._parts, self._bytes = [], [], 0
 
 
 def stored_rows(folder: Path, kind: str, wanted: str, *, remove: bool = False) -> dict[str, CachedTensor]:

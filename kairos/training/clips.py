@@ -16,7 +16,8 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
+from difflib import get_close_matches
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,12 +29,13 @@ from kairos.data.media import fill_frame, pixel_aspect, read_image, read_video
 from kairos.errors import KairosError, UserError, one_line
 from kairos.training.config import above_0, at_least, build
 from kairos.worlds import SCENES, simulate
-from kairos.worlds.world import drawn
+from kairos.worlds.world import SPLITS, drawn
 
 logger = logging.getLogger(__name__)
 
 Frames = NDArray[np.uint8]
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+_SHAPE = re.compile(r"[1-9]\d*x[1-9]\d*x[1-9]\d*")
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,10 @@ class Skipped:
     """What could not be used, by name, with the reason."""
 
     clips: list[dict[str, str]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of each video of a manifest that is used; clips are cut from it."""
+    used_s: float = 0.0
+    """Of those, how much is."""
 
     def add(self, name: str, reason: object) -> None:
         self.clips.append({"clip": name, "reason": " ".join(str(reason).split())})
@@ -110,6 +116,8 @@ class SimulatorSource:
         for scene in self.scenes:
             if scene not in SCENES:
                 raise UserError(f"unknown scene {scene!r}; one of {', '.join(SCENES)}")
+        if self.split not in SPLITS:
+            raise UserError(f"unknown split {self.split!r}; one of {', '.join(SPLITS)}")
         at_least(1, self, "clips", where="data.")
         at_least(0, self, "pictures", "seed", where="data.")
 
@@ -169,7 +177,7 @@ class ManifestSource:
             if not path.is_file():
                 skipped.add(video, "no such file")
                 continue
-            key = f"{content_hash(path.read_bytes())}/{self.fps:g}/{start_s:g}"
+            key = f"{file_hash(path)}/{self.fps:g}/{start_s:g}"
             reference = fitted(video, key, caption, buckets, path, self.fps, start_s, skipped)
             if reference is not None:
                 yield reference
@@ -177,7 +185,10 @@ class ManifestSource:
 
 @dataclass(frozen=True)
 class WebdatasetSource:
-    """Folders FRAMESxHEIGHTxWIDTH of tars that hold KEY.mp4 (or an image) and KEY.json with a "caption"."""
+    """Folders FRAMESxHEIGHTxWIDTH of tars that hold KEY.mp4 (or an image) and KEY.json with a "caption".
+
+    The name of its folder says what a clip is, so that no clip is opened to find its bucket.
+    """
 
     folder: Path
     fps: float = 16.0
@@ -188,16 +199,17 @@ class WebdatasetSource:
     def references(self, buckets: Sequence[Bucket], skipped: Skipped) -> Iterator[ClipReference]:
         if not self.folder.is_dir():
             raise UserError(f"no folder of shards at {self.folder}")
-        named = {bucket.name: bucket for bucket in buckets}
-        folders = sorted(path for path in self.folder.iterdir() if re.fullmatch(r"\d+x\d+x\d+", path.name))
+        folders = sorted(path for path in self.folder.iterdir() if _SHAPE.fullmatch(path.name))
         if not folders:
             raise UserError(f"{self.folder} has no folders named FRAMESxHEIGHTxWIDTH, such as 81x480x640")
         for folder in folders:
-            if folder.name not in named:
-                logger.info("%s is of no bucket of this stage", folder)
+            frames, height, width = map(int, folder.name.split("x"))
+            bucket = choose_bucket(buckets, frames, height, width, still=frames == 1)
+            if bucket is None:
+                skipped.add(folder.name, _too_short(frames, self.fps, buckets))
                 continue
             for tar in sorted(folder.glob("*.tar")):
-                yield from self._shard(tar, named[folder.name], skipped)
+                yield from self._shard(tar, bucket, skipped)
 
     def _shard(self, tar: Path, bucket: Bucket, skipped: Skipped) -> Iterator[ClipReference]:
         label = f"{tar.parent.name}/{tar.name}"
@@ -258,7 +270,7 @@ def build_source(mapping: Any, where: str) -> ClipSource:
 def read_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The dictionaries of a file of JSON lines, with their numbers."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         raise UserError(f"no manifest at {file}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -276,7 +288,18 @@ def read_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_entry(entry: dict[str, Any], where: str) -> tuple[str, str, float]:
-    """Path, caption and start of a manifest's line."""
+    """Path, caption and start of a manifest's line.
+
+    It may hold more; but where one of the two is left out, what looks like it is not passed over.
+    """
+    others = [key for key in entry if key not in ("video", "caption", "start_s")]
+    if "caption" not in entry and others:
+        raise UserError(
+            f'{where}: there is no "caption" beside {others}; call the words of the clip so, or give it "" '
+            "for none"
+        )
+    if "start_s" not in entry and (near := get_close_matches("start_s", others, 1, 0.8)):
+        raise UserError(f'{where}: unknown key {near[0]!r}; did you mean "start_s"?')
     video, caption, start_s = entry.get("video"), entry.get("caption", ""), entry.get("start_s", 0)
     if not isinstance(video, str) or not video:
         raise UserError(f'{where}: "video" must be the path of a clip, got {video!r}')
@@ -313,21 +336,28 @@ def fitted(
     """The clip in the bucket that suits its shape and length, or None where it fits none."""
     suffix = path.suffix.lower()
     try:
-        height, width, available = (*shape_of_image(path), 1) if suffix in IMAGES else probe(path, fps)
+        height, width, available = (*shape_of_image(path), 1) if suffix in IMAGES else probe_once(path, fps)
     except KairosError as error:
         skipped.add(name, error)
         return None
-    available = max(available - round(start_s * fps), 0)
+    length_s, available = available / fps, max(available - round(start_s * fps), 0)
     bucket = choose_bucket(buckets, available, height, width, still=suffix in IMAGES)
     if bucket is None:
-        shortest = min((b.frames for b in buckets), default=0)
-        skipped.add(name, f"{available} frames at {fps:g} fps, the shortest bucket takes {shortest}")
+        skipped.add(name, _too_short(available, fps, buckets))
         return None
+    if bucket.frames > 1:
+        skipped.seconds[name] = length_s
+        skipped.used_s += bucket.frames / fps
 
     def read() -> Frames:
         return fit(decode(path, suffix, fps, bucket.frames, start_s), bucket)
 
     return ClipReference(name, f"{key}/{bucket.name}", caption, bucket, read)
+
+
+def _too_short(frames: int, fps: float, buckets: Sequence[Bucket]) -> str:
+    shortest = min((bucket.frames for bucket in buckets), default=0)
+    return f"{frames} frames at {fps:g} fps, the shortest bucket takes {shortest}"
 
 
 def choose_bucket(
@@ -390,9 +420,20 @@ def probe(path: Path, fps: float) -> tuple[int, int, int]:
             height, width = first.height, max(1, round(first.width * pixel_aspect(stream)))
             if round(first.rotation / 90) % 2:
                 height, width = width, height
-            return height, width, int(duration_s * fps + 1e-3)
+            # A written duration lacks up to a few ticks of the container's clock.
+            return height, width, int(duration_s * fps + 0.05)
     except (av.error.FFmpegError, ZeroDivisionError) as error:
         raise UserError(f"cannot be read: {one_line(error)}") from error
+
+
+def probe_once(path: Path, fps: float) -> tuple[int, int, int]:
+    """`probe`, which many lines of a manifest may ask of one long file."""
+    return _probe(path, fps, stamp_of(path))
+
+
+@lru_cache(maxsize=256)
+def _probe(path: Path, fps: float, stamp: tuple[int, int]) -> tuple[int, int, int]:
+    return probe(path, fps)
 
 
 def shape_of_image(path: Path) -> tuple[int, int]:
@@ -402,6 +443,26 @@ def shape_of_image(path: Path) -> tuple[int, int]:
 
 def content_hash(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """`content_hash` of a file, which is read in pieces, and once as long as it stays as it is."""
+    return _file_hash(path, stamp_of(path))
+
+
+@lru_cache(maxsize=1 << 16)
+def _file_hash(path: Path, stamp: tuple[int, int]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def stamp_of(path: Path) -> tuple[int, int]:
+    """Size and time of a file: what changes with its content."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def part_of(tar: Path, span: tuple[int, int]) -> bytes:

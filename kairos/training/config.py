@@ -17,7 +17,14 @@ from kairos.request import did_you_mean
 
 T = TypeVar("T")
 
-KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", dict: "a mapping"}
+KINDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    dict: "a mapping",
+    Path: "a path",
+}
 
 
 def check_keys(mapping: Any, known: Iterable[str], where: str) -> None:

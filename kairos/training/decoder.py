@@ -26,6 +26,7 @@ from kairos.training.cache import ClipSet
 from kairos.training.clips import ClipReference
 from kairos.training.config import above_0, at_least
 from kairos.training.muon import Muon, split_parameters
+from kairos.training.parallel import ALONE, Processes
 from kairos.training.samples import sample_latents
 from kairos.training.vae import pixels, placement_errors
 
@@ -70,8 +71,9 @@ def train_decoder(
     *,
     scheduler: FlowMatchScheduler,
     defaults: Mapping[str, float | bool],
+    precision: str = "float32",
     seed: int = 0,
-    device: torch.device | str = "cpu",
+    here: Processes = ALONE,
 ) -> None:
     """Train the decoder of `vae` and write the VAE to `output`, a diffusers folder.
 
@@ -82,7 +84,9 @@ def train_decoder(
     Args:
         references: where the frames of each of `clips.keys` are read.
         defaults: of the model's pipeline: num_inference_steps, guidance_scale, guide_continuation.
+        precision: in which it samples.
     """
+    device = here.device
     sampling = {
         "steps": int(defaults.get("num_inference_steps", 20)),
         "guidance_scale": float(defaults.get("guidance_scale", 3.0)),
@@ -101,7 +105,8 @@ def train_decoder(
         for group, full in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = full * rate
         rows = [row_at(seed, clips, stage.batch_size * step + i) for i in range(stage.batch_size)]
-        latents = draw_latents(model, clips, rows, sampling, seed_of(seed, step), device)
+        with here.autocast(precision):
+            latents = draw_latents(model, clips, rows, sampling, seed_of(seed, step), device)
         frames = 4 * (latents.shape[2] - 1) + 1
         true = [torch.from_numpy(references[clips.keys[row]].read()[:frames].copy()) for row in rows]
         difference = decode(vae, latents) - pixels(torch.stack(true), device)

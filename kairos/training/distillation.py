@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kairos.errors import UserError
 from kairos.schedulers import FewStepScheduler
 from kairos.training.batches import Batch, seed_of
 from kairos.training.cache import ClipSet
@@ -25,14 +24,11 @@ from kairos.training.flow import FlowMatching, predict
 from kairos.training.frames import FrameErrors
 from kairos.training.parallel import ALONE, Processes, average_gradients, prepare
 from kairos.training.samples import motion, sample_latents
-from kairos.training.stage import Distillation, Stage
+from kairos.training.stage import CLEAR_SIGMA, Distillation, Stage
 from kairos.training.visible import seen
 
 CRITIC_SIGMA = 0.5
 """The critic sees clips under noise up to this sigma; above it there is little left to tell them by."""
-
-CLEAR_SIGMA = 0.4
-"""Noise up to which a clip can be told from what it is under."""
 
 UNROLLED = 100
 """From here on are the draws of steps for unrolled chunks; before it those of single ones."""
@@ -80,11 +76,6 @@ class DistillationObjective(FlowMatching):
         self.options, self.frames = options, frames
         self.scheduler = FewStepScheduler(sampling_times=options.sampling_times, shift=options.shift)
         self.sigmas: list[float] = self.scheduler.sigmas.tolist()
-        if not options.asks and not (options.truth and self.sigmas[-2] <= CLEAR_SIGMA):
-            raise UserError(
-                "distillation has nothing to teach: consistency, matching, adversarial or score must exceed "
-                f"0, or truth with sampling_times whose last sigma is at most {CLEAR_SIGMA}"
-            )
         self.teacher = (teacher or copy.deepcopy(student)).to(here.device).requires_grad_(False).eval()
         self.fake_score = copy.deepcopy(self.teacher).requires_grad_(True)
         self.critic = Critic(self.fake_score, stage.seed) if options.adversarial else None

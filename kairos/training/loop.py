@@ -59,11 +59,12 @@ def train(
     *,
     here: Processes = ALONE,
     make_samples: Callable[[Any, Path, int], Any] | None = None,
+    origins: dict[str, str] | None = None,
 ) -> dict[str, Tensor]:
     """Train `model` up to step `stage.steps`, going on from the checkpoint in `output` if there is one.
 
     Returns the moving average of the trained parameters, also written to `output`/ema. On Ctrl-C or SIGTERM
-    it saves, and raises KeyboardInterrupt.
+    it saves, and raises KeyboardInterrupt. `origins`, of `made_of`, are kept in its checkpoints.
     """
     if here.first:
         prepare_folder(output)
@@ -73,7 +74,7 @@ def train(
     ema = {name: parameter.detach().clone() for name, parameter in trained.items()}
     step = resume(output, trained, ema, optimizer, objective)
     if step >= stage.steps:  # its last checkpoint is there, its weights are not
-        store(output, model, trained, ema, optimizer, objective, step, here)
+        store(output, model, trained, ema, optimizer, objective, step, here, origins)
     model.train()
     progress = Progress(output, stage, sum(p.numel() for p in trained.values()), step, here)
     saved = time.monotonic()
@@ -96,15 +97,14 @@ def train(
             progress.step(
                 step, whole(norm), stage.learning_rate(step - 1), partial(objective.report, model, step)
             )
-            stopped = here.any(stop())
             if make_samples and stage.samples_every and step % stage.samples_every == 0:
                 progress.show(make_samples(model, output, step), step)
-            due = here.any(time.monotonic() - saved > stage.save_every_s)
+            stopped, due = here.any(stop(), time.monotonic() - saved > stage.save_every_s)
             if stopped or due or step == stage.steps:
                 progress.catch_up()
-                store(output, model, trained, ema, optimizer, objective, step, here)
+                store(output, model, trained, ema, optimizer, objective, step, here, origins)
                 saved = time.monotonic()
-                stopped = here.any(stop())  # it may have come while saving
+                (stopped,) = here.any(stop())  # it may have come while saving
             if stopped:
                 logger.info("stopped and saved at step %d of %d", step, stage.steps)
                 raise KeyboardInterrupt
@@ -169,6 +169,7 @@ def store(
     objective: Objective,
     step: int,
     here: Processes,
+    origins: dict[str, str] | None = None,
 ) -> None:
     """Write the moving average as a model of its own, then the checkpoint: one of the last step says that all
     is there."""
@@ -180,6 +181,7 @@ def store(
         "optimizer": gathered(optimizer.state_dict(), here),
         "step": step,
         "objective": gathered(objective.state(), here),
+        "origins": origins or {},
     }
     if here.first:
         save_weights(output / "ema", model, weights)

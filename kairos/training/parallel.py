@@ -52,13 +52,13 @@ class Processes:
             values /= self.world
         return values.tolist()
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is raised in one of the processes."""
+    def any(self, *flags: bool) -> list[bool]:
+        """Whether each flag is raised in one of the processes."""
         if self.world == 1:
-            return flag
-        raised = torch.tensor(float(flag), device=self.device)
+            return list(flags)
+        raised = torch.tensor(flags, dtype=torch.float32, device=self.device)
         dist.all_reduce(raised, op=dist.ReduceOp.MAX)
-        return bool(raised.item())
+        return [value > 0 for value in raised.tolist()]
 
     def wait(self) -> None:
         """Until all are here, however long one works alone."""

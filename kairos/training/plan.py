@@ -23,7 +23,7 @@ from kairos.training.batches import LONGEST_CHUNK
 from kairos.training.loop import build_optimizer
 from kairos.training.parallel import Processes
 from kairos.training.precision import has_bfloat16
-from kairos.training.recipe import Recipe, base_config, config_of
+from kairos.training.recipe import UNSHAPED, Recipe, base_config, config_of
 from kairos.training.stage import Distillation, Stage
 from kairos.weights import infer_transformer_config, open_weights
 from kairos.weights.transformer import transformer_config
@@ -38,12 +38,14 @@ ROOM = 0.95
 class StagePlan:
     """Of one process; memory in GB."""
 
-    stage: str
+    stage: Stage
     parameters: int
     trained: int
     memory_gb: dict[str, float]
     tokens: int
     """Of the largest batch, over all processes."""
+    clips: float
+    """Of the bucket with the most activations, that a process has at once: one cannot be cut."""
     flops: float
     """Of one step with that batch, over all processes."""
 
@@ -52,9 +54,11 @@ class StagePlan:
         return sum(self.memory_gb.values())
 
 
-def plan_stage(recipe: Recipe, stage: Stage, world: int = 1) -> StagePlan:
-    """Count what the stage needs on each of `world` processes."""
-    config = model_config(recipe)
+def plan_stage(recipe: Recipe, stage: Stage, world: int = 1, device: str = "") -> StagePlan:
+    """Count what the stage needs on each of `world` processes; their device is a "cuda" or a "cpu", this
+    machine's where it is not said."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    config = stage_config(recipe, stage)
     parameters = sizes.transformer_parameters(config)
     trained, by_muon = trained_parameters(config, stage, parameters)
     gb = 1e9 * world
@@ -64,29 +68,32 @@ def plan_stage(recipe: Recipe, stage: Stage, world: int = 1) -> StagePlan:
         "optimizer": (8 * trained - 4 * by_muon) / gb,
         "moving average": 4 * trained / gb,
     }
-    taught_by = teacher_config(recipe, stage, config)
+    teacher = stage.distillation.teacher if stage.distillation is not None else ""
+    taught_by = config_at(recipe, teacher, teaches=True) if teacher else config
     if stage.objective == "distillation":
-        teacher = sizes.transformer_parameters(taught_by)
-        memory["teacher"] = 4 * teacher / gb
-        memory["fake score"] = 16 * teacher / gb
+        taught = sizes.transformer_parameters(taught_by)
+        memory["teacher"] = 4 * taught / gb
+        memory["fake score"] = 16 * taught / gb
     if stage.objective == "preference":
         memory["reference"] = 4 * parameters / gb
     options = stage.distillation or Distillation()
-    tokens, activations = 0, 0.0
+    tokens, activations, clips = 0, 0.0, 1.0
     for bucket in stage.buckets:
         shape = sizes.clip_shape(config, bucket.height, bucket.width, bucket.frames)
-        batch = stage.batch_of(bucket) * (2 if stage.objective == "preference" else 1)
+        together = 2 if stage.objective == "preference" else 1  # of a pair one clip is not computed alone
+        batch = stage.batch_of(bucket) * together
         learned = shape.tokens
         if stage.only_unrolls(bucket):  # what is behind the past, which is read without a gradient
             latents = (bucket.frames - 1) // 4 + 1
             learned = learned * min(options.unrolled * LONGEST_CHUNK, latents) // latents
-        part = max(batch / (stage.accumulate * world), 1) * learned
+        part = max(batch / (stage.accumulate * world), together) * learned
         tokens = max(tokens, batch * shape.tokens)
-        kept = activation_bytes(config, part, stage)
+        kept = activation_bytes(config, part, stage, device)
         learns = stage.objective == "distillation" and (options.matching or options.adversarial)
         if learns and not stage.only_unrolls(bucket):
-            kept = max(kept, fake_score_bytes(taught_by, part, stage))
-        activations = max(activations, kept)
+            kept = max(kept, fake_score_bytes(taught_by, part, stage, device))
+        if kept > activations:
+            activations, clips = kept, batch / (together * stage.accumulate * world)
     memory["activations"] = activations / 1e9
     updates, critic = options.fake_score_updates, 1 if options.adversarial else 0
     distilling = 14.5 + 5.5 * updates + critic * (3 + 9 * updates)
@@ -103,12 +110,35 @@ def plan_stage(recipe: Recipe, stage: Stage, world: int = 1) -> StagePlan:
         )
         memory["decoder"] = pixels * base * (80 + 52 * blocks) / 1e9
         flops += 2 * parts * pixels * VAE_FLOP["decode"] * (base / 96) ** 2 * (1 + blocks) / 3
-    return StagePlan(stage.name, parameters, trained, memory, tokens, flops)
+    return StagePlan(stage, parameters, trained, memory, tokens, clips, flops)
 
 
 def model_config(recipe: Recipe) -> dict[str, Any]:
-    """The LinearDiT's configuration, as far as it is known before anything is loaded."""
+    """The configuration of a LinearDiT that begins with random weights."""
     return sizes.RELEASED_TRANSFORMER | base_config(recipe) | recipe.model
+
+
+def stage_config(recipe: Recipe, stage: Stage) -> dict[str, Any]:
+    """The configuration of the LinearDiT that a stage trains; of weights no more than headers are read."""
+    return config_at(recipe, recipe.start_of(stage))
+
+
+def config_at(recipe: Recipe, source: str, *, teaches: bool = False) -> dict[str, Any]:
+    """The configuration of what `load_start` would load."""
+    named = {one.name: one for one in recipe.stages}
+    if source in named:  # trained here, as `recipe.model` says
+        return stage_config(recipe, named[source])
+    if source in ("", "random"):
+        return model_config(recipe)
+    own = {} if teaches else recipe.model
+    path = Path(source)
+    if not path.exists() or (path / presets.MARK).exists():
+        return sizes.RELEASED_TRANSFORMER | config_of(source) | own
+    path = path / "transformer" if (path / "transformer").is_dir() else path
+    stored, otherwise = open_weights(path), base_config(recipe) | recipe.model
+    unshaped = {key: otherwise[key] for key in UNSHAPED if key in otherwise}
+    known = unshaped | transformer_config(path, stored) | own
+    return infer_transformer_config(stored, source=source, **known) | known
 
 
 def decoder_size(recipe: Recipe) -> tuple[int, int]:
@@ -145,58 +175,50 @@ def trained_parameters(config: Mapping[str, Any], stage: Stage, parameters: int)
     return count, count if stage.muon_lr is not None else 0
 
 
-def activation_bytes(config: Mapping[str, Any], tokens: float, stage: Stage) -> float:
+def activation_bytes(config: Mapping[str, Any], tokens: float, stage: Stage, device: str = "cpu") -> float:
     """What is kept for the way back: of every block, or with checkpointing its input and one block's all."""
     dim, ffn = config["hidden_size"], config["ffn_dim"]
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    number = 2 if stage.precision == "bfloat16" and has_bfloat16(here) else 4
+    number = 2 if stage.precision == "bfloat16" and has_bfloat16(device) else 4
     block = tokens * number * (26 * dim + 3 * ffn)
     if stage.checkpointing:
         return config["num_layers"] * tokens * 4 * dim + block
     return config["num_layers"] * block
 
 
-def fake_score_bytes(config: Mapping[str, Any], tokens: float, stage: Stage) -> float:
+def fake_score_bytes(config: Mapping[str, Any], tokens: float, stage: Stage, device: str) -> float:
     """`activation_bytes` of the fake score. Of the critic's three verdicts, which it goes back through at
     once, two hold the blocks up to the middle alone."""
-    kept = activation_bytes(config, tokens, stage)
+    kept = activation_bytes(config, tokens, stage, device)
     if stage.distillation is None or not stage.distillation.adversarial:
         return kept
     layers = config["num_layers"]
     return kept * (1 + 2 * (layers // 2 + 1) / layers)
 
 
-def teacher_config(recipe: Recipe, stage: Stage, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The configuration of a distillation's teacher; `config` is the student's."""
-    source = stage.distillation.teacher if stage.distillation is not None else ""
-    if not source or source in [one.name for one in recipe.stages]:
-        return config
-    path = Path(source)
-    if path.exists() and not (path / presets.MARK).exists():
-        path = path / "transformer" if (path / "transformer").is_dir() else path
-        stored = open_weights(path)
-        said = transformer_config(path, stored)
-        return infer_transformer_config(stored, source=source, **said) | said
-    return sizes.RELEASED_TRANSFORMER | config_of(source)
-
-
 def check_memory(recipe: Recipe, stage: Stage, here: Processes) -> None:
     """Raise MachineError where the stage cannot fit."""
-    refuse_too_large(plan_stage(recipe, stage, here.world), available_gb(here.device))
+    plan = plan_stage(recipe, stage, here.world, here.device.type)
+    refuse_too_large(plan, available_gb(here.device))
 
 
 def refuse_too_large(plan: StagePlan, memory_gb: float) -> None:
-    if plan.total_gb > ROOM * memory_gb:
-        largest = max(plan.memory_gb, key=lambda part: plan.memory_gb[part])
-        fixes = {
-            "activations": "checkpointing: true or a larger accumulate",
-            "decoder": "fewer frame_clips or shorter clips",
-        }
-        fix = fixes.get(largest, "more processes, lora")
-        raise MachineError(
-            f"stage {plan.stage} needs about {plan.total_gb:.1f} GB a process ({largest} "
-            f"{plan.memory_gb[largest]:.1f}), there are {memory_gb:.1f}; try {fix} or a smaller batch_size"
-        )
+    """Raise MachineError where the stage needs more; it says what would make it less."""
+    if plan.total_gb <= ROOM * memory_gb:
+        return
+    largest = max(plan.memory_gb, key=lambda part: plan.memory_gb[part])
+    fixes = []
+    if largest == "activations":
+        fixes += [] if plan.stage.checkpointing else ["checkpointing: true"]
+        fixes += ["a larger accumulate or more processes"] if plan.clips > 1 else []
+        fixes += ["shorter or smaller clips"]
+    elif largest == "decoder":
+        fixes += ["fewer frame_clips", "shorter clips"]
+    else:
+        fixes += ["more processes", *([] if plan.stage.lora else ["lora"])]
+    raise MachineError(
+        f"stage {plan.stage.name} needs about {plan.total_gb:.1f} GB a process ({largest} "
+        f"{plan.memory_gb[largest]:.1f}), there are {memory_gb:.1f}; try {' or '.join(fixes)}"
+    )
 
 
 def available_gb(device: torch.device) -> float:

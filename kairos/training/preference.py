@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from kairos.data.files import write_atomically
 from kairos.data.media import read_video
-from kairos.errors import UserError, one_line
+from kairos.errors import UserError
 from kairos.evaluation.reading import read
 from kairos.evaluation.scores import velocity_error
 from kairos.models.vae import decode, encode
@@ -44,7 +44,8 @@ from kairos.training.cache import (
     prompt_name,
     stored_rows,
 )
-from kairos.training.clips import Bucket, SimulatorSource, check_square, content_hash, fit, inside, read_lines
+from kairos.training.clips import Bucket, SimulatorSource, check_square, file_hash, fit, inside, read_lines
+from kairos.training.config import check_keys
 from kairos.training.flow import is_causal, latents_a_token
 from kairos.training.parallel import ALONE, Processes, shard
 from kairos.training.stage import Preference, Stage
@@ -77,6 +78,7 @@ def rollout_pairs(
     options: Preference,
     *,
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> dict[str, float]:
     """Make `options.pairs` pairs of the pipeline's own continuations and write them to `folder`, unless those
     of the same model, clips and options are there.
@@ -93,7 +95,7 @@ def rollout_pairs(
     of = digest([asked, asdict(source), bucket.name, seed, model, sampler, encoders.hashes()])
     if (kept := read_list(folder)).get("of") == of:
         return kept["said"]
-    writer = PairWriter(folder, encoders, of)
+    writer = PairWriter(folder, encoders, of, device)
     errors: list[tuple[float, float]] = []
     for index in range(options.pairs):
         scene = source.scenes[index % len(source.scenes)]
@@ -133,50 +135,69 @@ def rollout_pairs(
     return said
 
 
-def manifest_pairs(folder: Path, manifest: Path, bucket: Bucket, encoders: Encoders, fps: float) -> None:
+def manifest_pairs(
+    folder: Path,
+    manifest: Path,
+    bucket: Bucket,
+    encoders: Encoders,
+    fps: float,
+    device: torch.device | str = "cpu",
+) -> None:
     """Pairs from lines {"better": "a.mp4", "worse": "b.mp4", "caption": "...", "given_frames": 1}; those that
     are there already are not made again."""
-    try:
-        content = content_hash(manifest.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read the manifest {manifest}: {one_line(error)}") from None
-    of = digest([content, str(manifest.resolve()), bucket.name, fps, encoders.hashes()])
+    listed = [read_pair(manifest, bucket, *numbered) for numbered in read_lines(manifest)]
+    content = [[*map(file_hash, files), *said] for _, files, *said in listed]
+    of = digest([content, bucket.name, fps, encoders.hashes()])
     if read_list(folder).get("of") == of:
         return
-    writer = PairWriter(folder, encoders, of)
-    root, vae = manifest.parent.resolve(), encoders.vae
-    for line, entry in read_lines(manifest):
-        where = f"{manifest}, line {line}"
-        given = entry.get("given_frames", 0)
-        if not isinstance(given, int) or (given and given % 4 != 1) or not 0 <= given < bucket.frames:
-            raise UserError(f"{where}: given_frames must be 0 or 4n + 1 below {bucket.frames}, got {given!r}")
+    writer, vae = PairWriter(folder, encoders, of, device), encoders.vae
+    for line, files, caption, given in listed:
         latents, firsts = [], []
-        for side in ("better", "worse"):
-            if not isinstance(entry.get(side), str):
-                raise UserError(f'{where}: "{side}" must be the path of a clip, got {entry.get(side)!r}')
-            frames = read_video(inside(root, entry[side], where), fps=fps, max_frames=bucket.frames)
+        for file in files:
+            frames = read_video(file, fps=fps, max_frames=bucket.frames)
             if len(frames) < bucket.frames:
                 raise UserError(
-                    f"{where}: {entry[side]} has {len(frames)} frames, {bucket.frames} are needed"
+                    f"{manifest}, line {line}: {file} has {len(frames)} frames, {bucket.frames} are needed"
                 )
             firsts.append((frames := fit(frames, bucket))[0])
             pixels = torch.from_numpy(frames.copy()).permute(3, 0, 1, 2)[None]
             with torch.no_grad():
                 latents.append(encode(vae, pixels.to(vae.device, vae.dtype) / 127.5 - 1))
         past = (given - 1) // 4 + 1 if given else 0
-        caption = str(entry.get("caption", ""))
         writer.add(f"{manifest.name}/{line}", caption, past, latents[0], latents[1], firsts[0])
     writer.close({})
+
+
+def read_pair(
+    manifest: Path, bucket: Bucket, line: int, entry: dict[str, Any]
+) -> tuple[int, list[Path], str, int]:
+    """Number, the better and the worse clip, caption and given frames of a line."""
+    where, root = f"{manifest}, line {line}", manifest.parent.resolve()
+    check_keys(entry, ("better", "worse", "caption", "given_frames"), where)
+    given, caption = entry.get("given_frames", 0), entry.get("caption", "")
+    if not isinstance(given, int) or (given and given % 4 != 1) or not 0 <= given < bucket.frames:
+        raise UserError(f"{where}: given_frames must be 0 or 4n + 1 below {bucket.frames}, got {given!r}")
+    if not isinstance(caption, str):
+        raise UserError(f'{where}: "caption" must be a text, got {caption!r}')
+    files = []
+    for side in ("better", "worse"):
+        if not isinstance(entry.get(side), str):
+            raise UserError(f'{where}: "{side}" must be the path of a clip, got {entry.get(side)!r}')
+        files.append(inside(root, entry[side], where))
+        if not files[-1].is_file():
+            raise UserError(f"{where}: no file {entry[side]!r} in {root}")
+    return line, files, caption, given
 
 
 class PairWriter:
     """Pairs into shards; the list is written last, so what was stopped is made again.
 
-    `of`: what decides about the pairs, in short; where it changes they are made anew.
+    `of`: what decides about the pairs, in short; where it changes they are made anew. `device`: where prompts
+    are embedded.
     """
 
-    def __init__(self, folder: Path, encoders: Encoders, of: str) -> None:
-        self.folder, self.encoders, self.of = folder, encoders, of
+    def __init__(self, folder: Path, encoders: Encoders, of: str, device: torch.device | str = "cpu") -> None:
+        self.folder, self.encoders, self.of, self.device = folder, encoders, of, device
         (folder / LIST).unlink(missing_ok=True)
         self.hashes = encoders.hashes()
         for file in (folder / "latents").glob("*.safetensors"):
@@ -191,7 +212,7 @@ class PairWriter:
         """`first`: the frame (H, W, 3) that both begin with, where any is given."""
         self.pairs.append({"key": key, "caption": caption, "past": past})
         if self.encoders.pictured and past:
-            (embedding,) = self.encoders.embed([caption], images=[Image.fromarray(first)])
+            (embedding,) = self.encoders.embed([caption], self.device, [Image.fromarray(first)])
             self.prompts.add(prompt_name(caption, f"{key}/better"), embedding)
         for side, latents in (("better", better), ("worse", worse)):
             self.shards.add(f"{key}/{side}", latents.to("cpu", torch.bfloat16))
@@ -201,7 +222,7 @@ class PairWriter:
         self.shards.close()
         self.prompts.close()
         captions = {"", *(pair["caption"] for pair in self.pairs)}
-        embed_captions(self.folder / "prompts", captions, self.encoders, self.hashes[1])
+        embed_captions(self.folder / "prompts", captions, self.encoders, self.hashes[1], self.device)
         content = {"of": self.of, "said": said, "pairs": self.pairs}
         write_atomically(self.folder / LIST, json.dumps(content).encode())
 

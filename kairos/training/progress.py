@@ -41,6 +41,7 @@ class Progress:
         self._waiting: list[tuple[int, Tensor, Tensor, float]] = []
         self._clips = self._since_clips = 0
         self._average: float | None = None
+        self._extra: dict[str, float] = {}
         self._began = self._reported = time.monotonic()
         self._first = self._reported_step = step
         if here.first:
@@ -80,6 +81,7 @@ class Progress:
         self._waiting.append((step, torch.stack(self._losses).mean(), norm.detach(), rate))
         self._losses.clear()
         extra = more()
+        self._extra |= extra
         now = time.monotonic()
         last = step == self.stage.steps
         # Reading a number waits for all that a GPU has to do, so there it is put off; on all ranks alike.
@@ -104,8 +106,9 @@ class Progress:
             clips / seconds,
             memory(self.here.device),
             duration((self.stage.steps - step) * seconds / max(steps, 1)),
-            "".join(f", {name} {value:.3f}" for name, value in extra.items()),
+            "".join(f", {name} {value:.3f}" for name, value in self._extra.items()),
         )
+        self._extra = {}
         self._reported, self._reported_step, self._since_clips = now, step, self._clips
         if last:
             logger.info("%s: %s", self.stage.name, json.dumps(self.summary(step)))

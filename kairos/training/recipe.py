@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kairos.data.files import locked, prepare_folder
 from kairos.errors import UserError
-from kairos.training.config import arguments, at_least, build, check_keys
+from kairos.training.config import above_0, arguments, at_least, build
 from kairos.training.decoder import DecoderStage
 from kairos.training.stage import Distillation, Stage
 from kairos.training.vae import VAEStage
@@ -32,15 +35,36 @@ BEFORE, AFTER = ("vae", "conditioner", "cache"), ("decoder", "assemble")
 UNSHAPED = ("layer_pattern", "window_frames", "dilation", "pad_dilated", "eps", "causal")
 """What the shapes of a LinearDiT's weights do not tell."""
 
-DEFAULTS = (
-    "height",
-    "width",
-    "num_frames",
-    "fps",
-    "num_inference_steps",
-    "guidance_scale",
-    "guide_continuation",
-)
+NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+"""Of a recipe or a stage: each is a folder's as well."""
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a call of the finished pipeline takes where it is not told; None leaves it to the base."""
+
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    fps: float | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    guide_continuation: bool | None = None
+
+    def __post_init__(self) -> None:
+        where = "defaults."
+        above_0(self, "height", "width", "num_frames", "fps", "num_inference_steps", where=where)
+        if (self.guidance_scale or 0) < 0:
+            raise UserError(f"defaults.guidance_scale must be at least 0, got {self.guidance_scale}")
+        for name in ("height", "width"):
+            if (getattr(self, name) or 0) % 16:
+                raise UserError(f"defaults.{name} must be a multiple of 16 pixels, got {getattr(self, name)}")
+        if self.num_frames is not None and self.num_frames % 4 != 1:
+            raise UserError(f"defaults.num_frames must be 4n + 1, got {self.num_frames}")
+
+    def said(self) -> dict[str, float | bool]:
+        """Those that are there."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -57,7 +81,7 @@ class Recipe:
         model: the LinearDiT's configuration; beside `base`, what is different from it.
         stages: of the LinearDiT, in order.
         decoder: a stage of the VAE's decoder on what the LinearDiT of the last stage makes.
-        defaults: of the finished pipeline, see DEFAULTS.
+        defaults: of the finished pipeline.
         seed: of everything; a stage's own is added to it.
         threads: of the CPU.
     """
@@ -72,7 +96,7 @@ class Recipe:
     model: dict[str, Any] = field(default_factory=dict)
     stages: tuple[Stage, ...] = ()
     decoder: DecoderStage | None = None
-    defaults: dict[str, float | bool] = field(default_factory=dict)
+    defaults: Defaults = Defaults()
     seed: int = 0
     threads: int | None = None
 
@@ -106,19 +130,37 @@ class Recipe:
         where = f"stage {stage.name}: data" if stage.data else "data"
         return build_source(dict(stage.data or self.data), where)
 
+    def data_fps(self, stage: Stage) -> float | None:
+        """Of the clips of a stage, where their source has a rate."""
+        there = stage.data or self.data
+        return getattr(self.source(stage), "fps", None) if there else None
+
+    @property
+    def fps(self) -> float:
+        """Of the finished pipeline: what is said, else that of the last clips, else the base's."""
+        from kairos import presets, sizes
+
+        base = presets.defaults_of(self.base) if self.base else sizes.RELEASED_DEFAULTS
+        learned = self.data_fps(self.stages[-1]) if self.stages else None
+        return self.defaults.fps or learned or base["fps"]
+
 
 def read_recipe(path: Path) -> Recipe:
     """The recipe of a YAML file. Raises UserError, in one line, for what cannot be used."""
     try:
         import yaml
+
+        from kairos.data.yaml_text import load_yaml
     except ModuleNotFoundError:
         raise UserError('training needs more packages; pip install "kairos-world[train]"') from None
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no recipe at {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the recipe {path}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -129,9 +171,9 @@ def read_recipe(path: Path) -> Recipe:
 def build_recipe(content: dict[str, Any], where: str) -> Recipe:
     """The recipe of a mapping, checked as far as it can be without data."""
     from kairos.models.transformer import KairosTransformer3DModel
+    from kairos.training.check import check_stage, learns_from_clips
 
     recipe = build(Recipe, content, where)
-    check_keys(recipe.defaults, DEFAULTS, f"{where}.defaults")
     recipe = replace(
         recipe, model=arguments(KairosTransformer3DModel.__init__, recipe.model, f"{where}.model")
     )
@@ -159,10 +201,22 @@ def build_recipe(content: dict[str, Any], where: str) -> Recipe:
         )
     if recipe.vae and recipe.vae[0].anchor and not recipe.base:
         raise UserError(f"{where}: vae[0].anchor: a VAE from nothing has no latents to be held to")
+    if not recipe.steps:
+        raise UserError(f"{where}: there is nothing to do: give it stages, or vae and conditioner")
     names = [one.name for one in recipe.stages]
+    for name in (recipe.name, *names):
+        if not NAME.fullmatch(name) or name == "random":
+            raise UserError(
+                f"{where}: {name!r} is no name: it must be of letters, digits, '_', '.' and '-', begin with "
+                "a letter or a digit, and not be random"
+            )
     for name in names:
         if names.count(name) > 1 or name in (*BEFORE, *AFTER):
             raise UserError(f"{where}: two stages are named {name!r}; name them apart")
+    if recipe.name in (*BEFORE, *AFTER, *names):
+        raise UserError(
+            f"{where}: the recipe is named {recipe.name!r}, and so is one of its stages; rename it"
+        )
     if recipe.stages and not recipe.base and not recipe.vae:
         raise UserError(f"{where}: the key 'base' is missing: a model that lends its VAE and text encoder")
     if recipe.stages and not recipe.model and not recipe.base and not recipe.stages[0].start_from:
@@ -174,57 +228,14 @@ def build_recipe(content: dict[str, Any], where: str) -> Recipe:
         )
     for number, one in enumerate(recipe.stages):
         check_stage(recipe, one, names[:number])
-        if one.objective != "preference" or one.preference is None or one.preference.manifest is None:
-            recipe.source(one)
     return recipe
-
-
-def check_stage(recipe: Recipe, stage: Stage, before: Sequence[str]) -> None:
-    """Refuse what a stage could not do, and options that would do nothing; `before` names earlier stages."""
-
-    def refuse(rule: str) -> None:
-        raise UserError(f"stage {stage.name}: {rule}")
-
-    if not stage.buckets:
-        refuse("the key 'buckets' is missing")
-    for objective in ("distillation", "preference"):
-        if getattr(stage, objective) is not None and stage.objective != objective:
-            refuse(f"{objective} goes with objective: {objective}, got objective: {stage.objective}")
-    if stage.objective == "distillation" and (stage.lora is not None or stage.train):
-        refuse("distillation trains all weights; leave out lora and train")
-    if stage.objective == "preference" and len(stage.buckets) > 1:
-        refuse(f"preference has one bucket, got {len(stage.buckets)}; make a stage of each")
-    pictures = [bucket for bucket in stage.buckets if bucket.frames == 1]
-    if stage.images and not pictures:
-        refuse(f"images is the share of buckets of one frame, got {stage.images} and no such bucket")
-    if not stage.images and pictures and len(pictures) < len(stage.buckets):
-        refuse(f"images is 0, so bucket {pictures[0].name} would never be drawn; give it a share")
-    for bucket in stage.buckets:
-        if stage.batch_of(bucket) % stage.accumulate:
-            refuse(
-                f"batch_size must be a multiple of accumulate, got {stage.batch_of(bucket)} and "
-                f"{stage.accumulate}"
-            )
-    named = {one.name: one for one in recipe.stages}
-    teacher = stage.distillation.teacher if stage.distillation is not None else ""
-    for key, source in (("start_from", stage.start_from), ("distillation.teacher", teacher)):
-        if source in named and source not in before:
-            refuse(f"{key} must name an earlier stage, got {source!r}")
-    for name in (recipe.start_of(stage), teacher):
-        if name in named and named[name].lora is not None:
-            refuse(f"{name} makes a LoRA, no weights to start from; let start_from name a whole model")
-
-
-def learns_from_clips(stage: Stage) -> bool:
-    """Whether a stage trains a whole LinearDiT on cached clips that are longer than the start of a sample."""
-    long = any(bucket.frames > 5 for bucket in stage.buckets)
-    return stage.objective != "preference" and stage.lora is None and long
 
 
 def run_recipe(recipe: Recipe, only: tuple[str, ...] = ()) -> None:
     """Run the stages of `recipe`, or those named in `only`, in order."""
     import torch
 
+    from kairos.training.check import check_run, check_there
     from kairos.training.parallel import processes
     from kairos.training.plan import check_memory
 
@@ -233,17 +244,37 @@ def run_recipe(recipe: Recipe, only: tuple[str, ...] = ()) -> None:
             raise UserError(f"unknown stage {name!r}; stages are {', '.join(recipe.steps)}")
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    with processes() as here:
-        for stage in recipe.stages:
-            if not only or stage.name in only:
-                check_memory(recipe, stage, here)
-        for name in recipe.steps:
-            if only and name not in only:
-                continue
+    steps = [name for name in recipe.steps if not only or name in only]
+    stages = [stage for stage in recipe.stages if stage.name in steps]
+    with processes() as here, ExitStack() as held:
+        check_run(recipe, stages, here.world)
+        for stage in stages:
+            check_memory(recipe, stage, here)
+        if here.first:
+            check_there(recipe, steps)
+            warn_of_rates(recipe, stages)
+            prepare_folder(recipe.output)
+            busy = f"another kairos train works in {recipe.output}; wait for it, or name another output"
+            held.enter_context(locked(recipe.output, busy))
+        for name in steps:
             if here.first:
                 logger.info("stage %s", name)
             run_step(recipe, name, here)
             here.wait()
+
+
+def warn_of_rates(recipe: Recipe, stages: Sequence[Stage]) -> None:
+    """Say where the finished model would play its videos faster or slower than it has seen them."""
+    for stage in stages:
+        fps = recipe.data_fps(stage)
+        if fps is not None and fps != recipe.fps:
+            logger.warning(
+                "stage %s learns from clips at %g fps, and the finished model says %g; give data.fps and "
+                "defaults.fps one value",
+                stage.name,
+                fps,
+                recipe.fps,
+            )
 
 
 def run_step(recipe: Recipe, name: str, here: Processes) -> None:
@@ -406,23 +437,34 @@ def load_start(recipe: Recipe, source: str, dtype: str = "float32", *, teaches: 
     from kairos.weights import load_transformer_file
 
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), **({} if teaches else recipe.model)}
+    path = weights_at(recipe, source)
     if source in [stage.name for stage in recipe.stages]:
-        folder = recipe.output / source / "ema"
-        if not (folder / "config.json").exists():
-            raise UserError(f"stage {source} has no weights in {folder}; run it first")
-        return load_transformer_file(folder, **options)
+        if not (path / "config.json").exists():
+            raise UserError(f"stage {source} has no weights in {path}; run it first")
+        return load_transformer_file(path, **options)
+    if path == Path(source):
+        otherwise = base_config(recipe) | recipe.model
+        otherwise = {key: otherwise[key] for key in UNSHAPED if key in otherwise}
+    else:
+        preset, _ = presets.locate(source)
+        otherwise = dict(preset.transformer_config) if preset is not None else {}
+    return load_transformer_file(path, otherwise=otherwise, **options)
+
+
+def weights_at(recipe: Recipe, source: str) -> Path:
+    """The file or folder of the LinearDiT that `source` names. UserError for a model that is not here."""
+    from kairos import presets
+
+    if source in [stage.name for stage in recipe.stages]:
+        return recipe.output / source / "ema"
     path = Path(source)
     if path.exists() and not (path / presets.MARK).exists():
-        otherwise = base_config(recipe) | recipe.model
-        return load_transformer_file(
-            path, otherwise={key: otherwise[key] for key in UNSHAPED if key in otherwise}, **options
-        )
-    preset, base = presets.locate(source)
+        return path
+    preset, folder = presets.locate(source)
     if preset is not None and preset.kind == "released":
-        files = presets.local_files(preset, base)["transformer"]
-        return load_transformer_file(files, otherwise=preset.transformer_config, **options)
-    assert base is not None
-    return load_transformer_file(base / "transformer", **options)
+        return presets.local_files(preset, folder)["transformer"]
+    assert folder is not None
+    return folder / "transformer"
 
 
 def base_config(recipe: Recipe) -> dict[str, Any]:
@@ -445,10 +487,12 @@ def config_of(model: str) -> dict[str, Any]:
 def make_decoder(recipe: Recipe, here: Processes) -> None:
     """The VAE whose decoder has seen what the last stage makes of its own clips."""
     from kairos.training.decoder import GIVEN, train_decoder
+    from kairos.training.origins import hash_of, is_finished, made_of
 
     assert recipe.decoder is not None
     output, stage = recipe.output / "decoder", recipe.stages[-1]
-    if (output / "finished").exists():
+    origins = made_of(recipe, stage) | {"weights": hash_of(recipe, stage.name)}
+    if is_finished("decoder", output, origins):
         logger.info("%s is finished", output)
         return
     encoders = load_encoders(recipe)
@@ -466,10 +510,11 @@ def make_decoder(recipe: Recipe, here: Processes) -> None:
         read_again(recipe, stage, [clips]),
         scheduler=scheduler,
         defaults=defaults,
+        precision=stage.precision,
         seed=recipe.seed,
-        device=here.device,
+        here=here,
     )
-    (output / "finished").touch()
+    (output / "finished").write_text(json.dumps(origins))
 
 
 def read_again(recipe: Recipe, stage: Stage, sets: Sequence[ClipSet]) -> dict[str, ClipReference]:
@@ -495,22 +540,23 @@ def sampler_of(recipe: Recipe, stage: Stage) -> tuple[Any, dict[str, float | boo
     from kairos.schedulers import FewStepScheduler, FlowMatchScheduler
 
     base = dict(presets.defaults_of(recipe.base)) if recipe.base else {}
+    said = {**recipe.defaults.said(), "fps": recipe.fps}
     named = {one.name: one for one in recipe.stages}
     while stage.objective == "preference" and recipe.start_of(stage) in named:
         stage = named[recipe.start_of(stage)]
     if stage.objective == "preference":
         for source in (recipe.start_of(stage), recipe.base):
             if (own := own_sampler(source)) is not None:
-                return own, {**presets.defaults_of(source), **recipe.defaults}
-        return FlowMatchScheduler(), base | recipe.defaults
+                return own, {**presets.defaults_of(source), **said}
+        return FlowMatchScheduler(), base | said
     if stage.objective == "distillation":
         options = stage.distillation or Distillation()
         few = {"num_inference_steps": len(options.sampling_times), "guidance_scale": 1.0}
         scheduler = FewStepScheduler(sampling_times=options.sampling_times, shift=options.shift)
-        return scheduler, base | recipe.defaults | few
+        return scheduler, base | said | few
     if isinstance(own_sampler(recipe.base), FewStepScheduler):
         base |= {name: sizes.RELEASED_DEFAULTS[name] for name in ("num_inference_steps", "guidance_scale")}
-    return FlowMatchScheduler(), base | recipe.defaults
+    return FlowMatchScheduler(), base | said
 
 
 def own_sampler(source: str) -> FewStepScheduler | FlowMatchScheduler | None:

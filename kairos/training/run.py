@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from kairos.errors import UserError
 from kairos.models.transformer import KairosTransformer3DModel
-from kairos.training.cache import ClipSet, Encoders
+from kairos.training.cache import Encoders
 from kairos.training.checkpoint import load_checkpoint
-from kairos.training.flow import FlowMatching, is_causal
+from kairos.training.clips import SimulatorSource
+from kairos.training.flow import FlowMatching
 from kairos.training.frames import FrameErrors
 from kairos.training.loop import Objective, train
+from kairos.training.origins import check_origins, made_of
 from kairos.training.parallel import Processes, prepare
 from kairos.training.plan import model_config
 from kairos.training.recipe import Recipe, clip_sets, load_encoders, load_start, read_again, sampler_of
@@ -32,12 +31,14 @@ def run_stage(recipe: Recipe, number: int, here: Processes) -> None:
     stage = replace(recipe.stages[number], seed=recipe.seed + recipe.stages[number].seed)
     output = recipe.output / stage.name
     state = load_checkpoint(output) if output.is_dir() else None
+    origins = made_of(recipe, stage) if here.first else {}
+    if state is not None:
+        check_origins(stage.name, output, state.get("origins", {}), origins)
     if state is not None and state["step"] >= stage.steps and any((output / "ema").glob("*.safetensors")):
         logger.info("%s is finished", output)
         return
     del state
     model = starting_model(recipe, stage)
-    check_mix(model, stage)
     if stage.lora is not None:
         from kairos.training.lora import add_lora
 
@@ -52,18 +53,20 @@ def run_stage(recipe: Recipe, number: int, here: Processes) -> None:
     if stage.samples_every and clips is not None:
         from kairos.training.samples import SampleVideos
 
+        said = recipe.defaults.said()
         make_samples = SampleVideos(
             clips,
             encoders,
             here,
             few_step=few_step,
-            steps=int(recipe.defaults.get("num_inference_steps", 20)),
-            guidance_scale=recipe.defaults.get("guidance_scale", 3.0),
-            guide_continuation=bool(recipe.defaults.get("guide_continuation", True)),
-            fps=recipe.defaults.get("fps", 16),
+            steps=int(said.get("num_inference_steps", 20)),
+            guidance_scale=said.get("guidance_scale", 3.0),
+            guide_continuation=bool(said.get("guide_continuation", True)),
+            fps=recipe.fps,
+            precision=stage.precision,
         )
     try:
-        train(model, objective, stage, output, here=here, make_samples=make_samples)
+        train(model, objective, stage, output, here=here, make_samples=make_samples, origins=origins)
     finally:
         objective.close()
 
@@ -77,21 +80,10 @@ def starting_model(recipe: Recipe, stage: Stage) -> Any:
     return KairosTransformer3DModel(**model_config(recipe))
 
 
-def check_mix(model: Any, stage: Stage) -> None:
-    """A rollout needs a model that sees no later chunk."""
-    if not is_causal(model) and stage.has_rollouts:
-        raise UserError(
-            f'stage {stage.name}: the task rollout needs model.causal "chunk"; give its share to continuation'
-        )
-
-
 def train_only(model: Any, stage: Stage) -> None:
     """Freeze all but the parts that the stage names."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(part in name for part in stage.train))
-    for part in stage.train:
-        if not any(part in name for name, _ in model.named_parameters()):
-            raise UserError(f"stage {stage.name}: train names {part!r}, which no parameter has in its name")
 
 
 def build_objective(
@@ -119,30 +111,12 @@ def build_objective(
         distilled = DistillationObjective(model, sets, stage, options, here, teacher, root, frames)
         return distilled, longest, distilled.scheduler
     if stage.state is not None:
-        return states(recipe, stage, model, sets, here, root), longest, None
+        from kairos.training.state import StateObjective
+
+        source = recipe.source(stage)
+        assert isinstance(source, SimulatorSource)
+        return StateObjective(model, sets, stage, stage.state, source, here, root), longest, None
     return FlowMatching(sets, stage, here, root), longest, None
-
-
-def states(
-    recipe: Recipe,
-    stage: Stage,
-    model: Any,
-    sets: Sequence[ClipSet],
-    here: Processes,
-    root: Tensor | None = None,
-) -> Objective:
-    """Flow matching with the simulator's states beside it."""
-    from kairos.training.clips import SimulatorSource
-    from kairos.training.state import StateObjective
-
-    assert stage.state is not None
-    source = recipe.source(stage)
-    if not isinstance(source, SimulatorSource):
-        raise UserError(f"stage {stage.name}: only the simulator knows states; leave out state")
-    if not 0 <= stage.state.block < len(model.blocks):
-        most = len(model.blocks) - 1
-        raise UserError(f"stage {stage.name}: state.block must be from 0 to {most}, got {stage.state.block}")
-    return StateObjective(model, sets, stage, stage.state, source, here, root)
 
 
 def preference(
@@ -151,7 +125,6 @@ def preference(
     """Pairs of a manifest, or of the model's own rollouts; they are made once."""
     from kairos.pipeline import KairosPipeline
     from kairos.schedulers import FewStepScheduler
-    from kairos.training.clips import SimulatorSource
     from kairos.training.preference import (
         PreferenceObjective,
         load_pairs,
@@ -161,16 +134,13 @@ def preference(
 
     options, bucket, folder = stage.preference or Preference(), stage.buckets[0], output / "pairs"
     if here.first:
-        encoders.vae.to(here.device)
+        for part in (encoders.vae, encoders.text_encoder):
+            part.to(here.device)
         if options.manifest is not None:
-            manifest_pairs(folder, options.manifest, bucket, encoders, recipe.defaults.get("fps", 16))
+            manifest_pairs(folder, options.manifest, bucket, encoders, recipe.fps, here.device)
         else:
             source = recipe.source(stage)
-            if not isinstance(source, SimulatorSource):
-                raise UserError(
-                    f"stage {stage.name}: rollouts can be measured in the simulator's scenes alone; give "
-                    "data.source simulator, or preference.manifest"
-                )
+            assert isinstance(source, SimulatorSource)
             scheduler, defaults = sampler_of(recipe, stage)
             if isinstance(scheduler, FewStepScheduler):
                 options = replace(options, guidance_scale=1.0)  # it was distilled to do without
@@ -185,7 +155,8 @@ def preference(
                 defaults=defaults,
             )
             pipeline.set_progress_bar_config(disable=True)
-            rollout_pairs(folder, pipeline, source, bucket, options, seed=stage.seed)
+            rollout_pairs(folder, pipeline, source, bucket, options, seed=stage.seed, device=here.device)
+        encoders.text_encoder.to("cpu")
     here.wait()
     model.to(here.device)
     return PreferenceObjective(model, load_pairs(folder, bucket, encoders), stage, options, here)

@@ -99,8 +99,10 @@ class SampleVideos:
         guidance_scale: float = 3.0,
         guide_continuation: bool = True,
         fps: float = 16,
+        precision: str = "float32",
     ) -> None:
         self.clips, self.encoders, self.here, self.fps = clips, encoders, here, fps
+        self.precision = precision
         self.rows = list(range(min(count, len(clips))))
         self.options: dict[str, Any] = {
             "steps": steps,
@@ -113,9 +115,10 @@ class SampleVideos:
         """The videos, (F, H, W, 3); a captionless data set gives clips that go on from their first frame."""
         told = self.clips.latent_frames == 1 or any(self.clips.captions[row] for row in self.rows)
         known = 0 if told else 1
-        latents = sample_latents(
-            model, self.clips, self.rows, known_frames=known, device=self.here.device, **self.options
-        )
+        with self.here.autocast(self.precision):
+            latents = sample_latents(
+                model, self.clips, self.rows, known_frames=known, device=self.here.device, **self.options
+            )
         if not self.here.first:
             return []
         vae = self.encoders.vae.to(self.here.device)

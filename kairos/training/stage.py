@@ -8,11 +8,15 @@ from pathlib import Path
 
 from kairos.errors import UserError
 from kairos.request import did_you_mean
+from kairos.schedulers import FewStepScheduler
 from kairos.training.clips import Bucket
 from kairos.training.config import above_0, at_least
 
 TASKS = ("t2v", "ti2v", "i2v", "continuation", "rollout", "unconditional")
 OBJECTIVES = ("flow", "distillation", "preference")
+
+CLEAR_SIGMA = 0.4
+"""Noise up to which a clip can be told from what it is under."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,12 @@ class Distillation:
             raise UserError(
                 "distillation.sampling_times must fall from 1000, where sampling starts from noise alone, "
                 f"to above 0, got {times}"
+            )
+        last = FewStepScheduler(sampling_times=self.sampling_times, shift=self.shift).sigmas[-2]
+        if not self.asks and not (self.truth and last <= CLEAR_SIGMA):
+            raise UserError(
+                "distillation has nothing to teach: consistency, matching, adversarial or score must exceed "
+                f"0, or truth with sampling_times whose last sigma is at most {CLEAR_SIGMA}"
             )
         if len(self.sigma_range) != 2 or not 0 <= self.sigma_range[0] < self.sigma_range[1] <= 1:
             raise UserError(
@@ -223,6 +233,8 @@ class Stage:
             refuse("lora and train exclude each other", self.train)
         if self.visible and self.objective == "preference":
             refuse("visible goes with the objectives flow and distillation", self.visible)
+        if self.samples_every and self.objective == "preference":
+            refuse("samples_every goes with the objectives flow and distillation", self.samples_every)
         decoded = self.distillation is not None and self.distillation.frames > 0
         whole = [bucket.frames for bucket in self.buckets if not self.only_unrolls(bucket)]
         if decoded and max(whole, default=1) <= 5:
