@@ -30,7 +30,8 @@ from kairos.training.cache import build_cache, description, load_clips
 from kairos.training.checkpoint import trained_parameters
 from kairos.training.flow import flow_loss
 from kairos.training.loop import build_optimizer, update_ema
-from kairos.training.recipe import load_encoders, read_recipe
+from kairos.training.materials import load_encoders
+from kairos.training.recipe import read_recipe
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "kairos-tiny-teacher.yaml"
 

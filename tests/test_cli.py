@@ -510,7 +510,7 @@ def test_too_little_memory_for_training_is_told_in_its_words(
     def fails(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr("kairos.training.recipe.run_recipe", fails)
+    monkeypatch.setattr("kairos.training.steps.run_recipe", fails)
     recipe = Path(__file__).parents[1] / "recipes" / "kairos-tiny.yaml"
     status, _, complaint = kairos("train", command, recipe)
     assert status == 1

@@ -16,13 +16,15 @@ import torch
 from test_training_recipe import RECIPES, TINY, changed, distilled, one
 
 from kairos import MachineError, UserError
-from kairos.data.files import locked
+from kairos.data.files import lock
 from kairos.presets import ASSETS
-from kairos.training import recipe as recipe_module
+from kairos.training import steps
 from kairos.training.check import check_run
+from kairos.training.materials import sampler_of
 from kairos.training.origins import is_finished
 from kairos.training.plan import config_at, plan_stage, refuse_too_large
-from kairos.training.recipe import build_recipe, read_recipe, run_recipe, sampler_of
+from kairos.training.recipe import build_recipe, read_recipe
+from kairos.training.steps import run_recipe
 
 CLIP = TINY["stages"][0]["buckets"][0]
 LINES = {
@@ -81,7 +83,7 @@ def test_what_a_run_would_fail_at_is_refused_before_its_first_step(
     monkeypatch.chdir(tmp_path)
     for name, lines in LINES.items():
         (tmp_path / f"{name}.jsonl").write_text(lines)
-    monkeypatch.setattr(recipe_module, "run_step", lambda *_: pytest.fail("a step was run"))
+    monkeypatch.setattr(steps, "run_step", lambda *_: pytest.fail("a step was run"))
     with pytest.raises(UserError, match=message) as caught:
         run_recipe(build_recipe(content | {"output": "out"}, "recipe"))
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
@@ -168,7 +170,7 @@ def test_a_batch_that_processes_cannot_share_is_refused_before_it_comes_up(tmp_p
 
 def test_names_of_steps_may_have_spaces_around_them(tmp_path, kairos, monkeypatch):
     ran = []
-    monkeypatch.setattr(recipe_module, "run_step", lambda recipe, name, here: ran.append(name))
+    monkeypatch.setattr(steps, "run_step", lambda recipe, name, here: ran.append(name))
     file = tmp_path / "recipe.yaml"
     file.write_text(json.dumps(of_base(output=str(tmp_path / "out"))))
     status, _, said = kairos("train", file, "--only", "cache, transformer")
@@ -177,15 +179,15 @@ def test_names_of_steps_may_have_spaces_around_them(tmp_path, kairos, monkeypatc
 
 
 def test_two_trainings_do_not_work_in_one_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(recipe_module, "run_step", lambda *_: None)
+    monkeypatch.setattr(steps, "run_step", lambda *_: None)
     recipe = build_recipe(of_base(output=str(tmp_path)), "recipe")
-    with locked(tmp_path, "busy"), pytest.raises(UserError, match="another kairos train works in"):
+    with lock(tmp_path, "busy"), pytest.raises(UserError, match="another kairos train works in"):
         run_recipe(recipe)
     run_recipe(recipe)  # the other one has ended
 
 
 def test_a_model_plays_its_videos_as_fast_as_it_has_seen_them(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(recipe_module, "run_step", lambda *_: None)
+    monkeypatch.setattr(steps, "run_step", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "good.jsonl").write_text(LINES["good"])
 

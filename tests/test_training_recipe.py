@@ -20,16 +20,11 @@ from kairos import KairosTransformer3DModel, MachineError, UserError
 from kairos.presets import ASSETS
 from kairos.training import run as stage_run
 from kairos.training.loop import build_optimizer
+from kairos.training.materials import encoder_dtype, load_start, sampler_of
 from kairos.training.parallel import ALONE
 from kairos.training.plan import check_memory, plan_stage, refuse_too_large
-from kairos.training.recipe import (
-    build_recipe,
-    encoder_dtype,
-    load_start,
-    read_recipe,
-    run_recipe,
-    sampler_of,
-)
+from kairos.training.recipe import build_recipe, read_recipe
+from kairos.training.steps import run_recipe
 from kairos.weights import save_original
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))

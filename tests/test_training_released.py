@@ -12,8 +12,9 @@ from transformers import Qwen2VLImageProcessorPil
 
 from kairos import presets
 from kairos.presets import load_pipeline
-from kairos.training import plan
-from kairos.training.recipe import build_recipe, run_recipe
+from kairos.training import steps
+from kairos.training.recipe import build_recipe
+from kairos.training.steps import run_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("kairos-4b*.yaml"))
 SHORT = {
@@ -60,7 +61,7 @@ def shortened(content: dict[str, Any], pipeline: Any, output: Path) -> dict[str,
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_a_recipe_of_the_4b_models_runs_to_its_end(file, released, pipeline, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "check_memory", lambda *_: None)  # which counts the released sizes
+    monkeypatch.setattr(steps, "check_memory", lambda *_: None)  # which counts the released sizes
     content = shortened(yaml.safe_load(file.read_text()), pipeline, tmp_path / "runs")
     presets.download(content["base"])
     recipe = build_recipe(content, file.stem)

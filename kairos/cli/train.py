@@ -46,7 +46,8 @@ def run(
     from kairos.cli.machine import explained_memory, import_libraries
 
     import_libraries()
-    from kairos.training.recipe import read_recipe, run_recipe
+    from kairos.training.recipe import read_recipe
+    from kairos.training.steps import run_recipe
 
     with explained_memory("a smaller batch_size, a larger accumulate or checkpointing: true"):
         run_recipe(read_recipe(recipe), tuple(name.strip() for name in only.split(",")) if only else ())
@@ -59,7 +60,8 @@ def cache(recipe: RecipeFile) -> None:
     from kairos.cli.machine import explained_memory, import_libraries
 
     import_libraries()
-    from kairos.training.recipe import read_recipe, run_recipe
+    from kairos.training.recipe import read_recipe
+    from kairos.training.steps import run_recipe
 
     with explained_memory("smaller or shorter buckets"):
         run_recipe(read_recipe(recipe), ("cache",))

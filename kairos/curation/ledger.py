@@ -6,7 +6,6 @@ says is done, is done. A kill between two rows costs the work between them and n
 
 from __future__ import annotations
 
-import fcntl
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,9 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kairos.errors import MachineError, UserError
-
-LOCK = ".lock"
+from kairos.data.files import lock
+from kairos.errors import MachineError
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, stamp TEXT NOT NULL, sha256 TEXT NOT NULL);
@@ -34,12 +32,7 @@ class Ledger:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (folder / LOCK).open("a")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise UserError(f"{folder.parent} is being curated by another process; wait for it") from None
+        self._lock = lock(folder, f"{folder.parent} is being curated by another process; wait for it")
         self._file = folder / "ledger.sqlite"
         try:
             self._db = sqlite3.connect(self._file)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kairos.curation.intake import FORMATS, Source, take_in
-from kairos.curation.ledger import LOCK, Ledger
+from kairos.curation.ledger import Ledger
 from kairos.curation.plugins.captions import Captions
 from kairos.curation.scoring import ScoreTask, score_clip
 from kairos.curation.selection import choose
@@ -31,7 +31,7 @@ from kairos.curation.source import SplitTask, clip_file, split_source
 from kairos.curation.stages import Stage, hashes_of, stages_of
 from kairos.curation.tables import HIDDEN, read_rows, write_lines, write_manifest, write_sources
 from kairos.curation.workers import run_locally, run_on_ray
-from kairos.data.files import prepare_folder, write_atomically
+from kairos.data.files import LOCK, prepare_folder, write_atomically
 from kairos.errors import MachineError, UserError
 
 logger = logging.getLogger(__name__)

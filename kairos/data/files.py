@@ -6,8 +6,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from kairos.errors import MachineError, UserError
+
+LOCK = ".lock"
+"""In a folder in which one process works at a time."""
 
 # The disk or its quota is at its end, or it fails: not something that the user typed.
 _MACHINE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
@@ -62,20 +66,23 @@ def prepare_file(path: str | os.PathLike[str]) -> None:
         _refuse_folder(path)
 
 
-@contextmanager
-def locked(folder: Path, busy: str) -> Iterator[None]:
-    """Be the one process that works in `folder`, by its file .lock. Raises UserError, `busy`, where another
-    one is. Without locks, on Windows and some network file systems, nobody is refused."""
-    with (folder / ".lock").open("a") as file:
-        try:
-            import fcntl
+def lock(folder: Path, busy: str) -> IO[str]:
+    """Be the one process that works in `folder`, until the file that this returns is closed.
 
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(busy) from None
-        except (ImportError, OSError):
-            pass
-        yield
+    Raises UserError, `busy`, where another one is. Without locks, on Windows and some network file systems,
+    nobody is refused.
+    """
+    file = (folder / LOCK).open("a")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(busy) from None
+    except (ImportError, OSError):
+        pass
+    return file
 
 
 def _refuse_folder(path: Path) -> None:

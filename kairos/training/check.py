@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,9 +18,12 @@ from kairos.training.clips import (
     read_entry,
     read_lines,
 )
+from kairos.training.materials import base_config, encoders_of_base, weights_at
 from kairos.training.plan import stage_config
-from kairos.training.recipe import Recipe, base_config, encoders_of_base, weights_at
 from kairos.training.stage import Preference, Stage
+
+if TYPE_CHECKING:
+    from kairos.training.recipe import Recipe
 
 
 def check_stage(recipe: Recipe, stage: Stage, before: Sequence[str]) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 from kairos.errors import UserError
 from kairos.training.cache import description, listed
 from kairos.training.clips import file_hash
-from kairos.training.recipe import Recipe, weights_at
+from kairos.training.materials import weights_at
+from kairos.training.recipe import Recipe
 from kairos.training.stage import Stage
 from kairos.weights import open_weights
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,12 +21,15 @@ from kairos.errors import MachineError
 from kairos.memory import VAE_FLOP
 from kairos.training.batches import LONGEST_CHUNK
 from kairos.training.loop import build_optimizer
+from kairos.training.materials import UNSHAPED, base_config, config_of
 from kairos.training.parallel import Processes
 from kairos.training.precision import has_bfloat16
-from kairos.training.recipe import UNSHAPED, Recipe, base_config, config_of
 from kairos.training.stage import Distillation, Stage
 from kairos.weights import infer_transformer_config, open_weights
 from kairos.weights.transformer import transformer_config
+
+if TYPE_CHECKING:
+    from kairos.training.recipe import Recipe
 
 EFFICIENCY = 0.4
 """Share of a machine's speed at large matrix products that training reaches."""

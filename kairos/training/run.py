@@ -16,10 +16,11 @@ from kairos.training.clips import SimulatorSource
 from kairos.training.flow import FlowMatching
 from kairos.training.frames import FrameErrors
 from kairos.training.loop import Objective, train
+from kairos.training.materials import clip_sets, load_encoders, load_start, read_again, sampler_of
 from kairos.training.origins import check_origins, made_of
 from kairos.training.parallel import Processes, prepare
 from kairos.training.plan import model_config
-from kairos.training.recipe import Recipe, clip_sets, load_encoders, load_start, read_again, sampler_of
+from kairos.training.recipe import Recipe
 from kairos.training.stage import Distillation, Preference, Stage
 from kairos.training.visible import visible_root
 

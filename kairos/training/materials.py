@@ -1,0 +1,179 @@
+"""What a stage is given: the weights that it starts from, its encoders, its clips, and its sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kairos import presets, sizes
+from kairos.conditioning import TEMPLATES, load_text_encoder
+from kairos.errors import UserError
+from kairos.models.vae import quickest_dtype
+from kairos.schedulers import FewStepScheduler, FlowMatchScheduler
+from kairos.training.cache import ClipSet, Encoders, description, load_clips
+from kairos.training.clips import ClipReference, Skipped
+from kairos.training.stage import Distillation, Stage
+from kairos.weights import load_transformer_file, load_vae_file
+
+if TYPE_CHECKING:
+    from kairos.training.recipe import Recipe
+
+UNSHAPED = ("layer_pattern", "window_frames", "dilation", "pad_dilated", "eps", "causal")
+"""What the shapes of a LinearDiT's weights do not tell."""
+
+
+def load_start(recipe: Recipe, source: str, dtype: str = "float32", *, teaches: bool = False) -> Any:
+    """The LinearDiT that `source` names: a stage of the recipe, a model, a file or a folder.
+
+    The recipe's `model` overrides what it says of itself, unless it `teaches`: a teacher may be larger than
+    what learns from it, and see whole clips where that sees chunks.
+    """
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), **({} if teaches else recipe.model)}
+    path = weights_at(recipe, source)
+    if source in [stage.name for stage in recipe.stages]:
+        if not (path / "config.json").exists():
+            raise UserError(f"stage {source} has no weights in {path}; run it first")
+        return load_transformer_file(path, **options)
+    if path == Path(source):
+        otherwise = base_config(recipe) | recipe.model
+        otherwise = {key: otherwise[key] for key in UNSHAPED if key in otherwise}
+    else:
+        preset, _ = presets.locate(source)
+        otherwise = dict(preset.transformer_config) if preset is not None else {}
+    return load_transformer_file(path, otherwise=otherwise, **options)
+
+
+def weights_at(recipe: Recipe, source: str) -> Path:
+    """The file or folder of the LinearDiT that `source` names. UserError for a model that is not here."""
+    if source in [stage.name for stage in recipe.stages]:
+        return recipe.output / source / "ema"
+    path = Path(source)
+    if path.exists() and not (path / presets.MARK).exists():
+        return path
+    preset, folder = presets.locate(source)
+    if preset is not None and preset.kind == "released":
+        return presets.local_files(preset, folder)["transformer"]
+    assert folder is not None
+    return folder / "transformer"
+
+
+def base_config(recipe: Recipe) -> dict[str, Any]:
+    """What the configuration of the base's LinearDiT says; nothing without a base."""
+    return config_of(recipe.base) if recipe.base else {}
+
+
+def config_of(model: str) -> dict[str, Any]:
+    """What the configuration of a LinearDiT says, of a model by name or folder; nothing is loaded."""
+    preset, folder = presets.locate(model)
+    if preset is not None and preset.kind == "released":
+        return dict(preset.transformer_config)
+    file = folder / "transformer" / "config.json" if folder is not None else None
+    config = presets.read_json(file) if file is not None and file.exists() else {}
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def load_encoders(recipe: Recipe) -> Encoders:
+    """VAE and text encoder: the recipe's own, or those of its base."""
+    if not recipe.vae or recipe.conditioner is None:
+        vae_file, text_folder, template = encoders_of_base(recipe.base)
+    if recipe.vae:
+        vae_file = made_before(recipe, "vae")
+    if recipe.conditioner is not None:
+        text_folder, template = made_before(recipe, "conditioner"), "tiny"
+    encoder, tokenizer, processor = load_text_encoder(text_folder, dtype=encoder_dtype(text_folder))
+    if TEMPLATES[template].image_in_prompt and processor is None:
+        raise UserError(
+            f"the prompts of {recipe.base} hold pictures, and {text_folder} has no image processor"
+        )
+    return Encoders(load_vae_file(vae_file, dtype=vae_dtype()), encoder, tokenizer, template, processor)
+
+
+def made_before(recipe: Recipe, part: str) -> Path:
+    """The folder of what an earlier step of the recipe has finished."""
+    if not (recipe.output / part / "finished").exists():
+        raise UserError(f"{recipe.output} has no {part} yet; run the recipe's stage {part} first")
+    return recipe.output / part
+
+
+def encoders_of_base(base: str) -> tuple[Path, Path, str]:
+    """Where a model's VAE and text encoder lie, and the template of its prompts."""
+    preset, folder = presets.locate(base)
+    if preset is not None and preset.kind == "released":
+        files = presets.local_files(preset, folder)
+        return files["vae"], files["text_encoder"], preset.template
+    assert folder is not None
+    return folder, folder, str(presets.read_json(folder / "model_index.json").get("prompt_template"))
+
+
+def vae_dtype() -> Any:
+    """bfloat16 where it is the quicker one; else float32, which is more exact as well."""
+    return torch.bfloat16 if torch.cuda.is_available() else quickest_dtype("cpu") or torch.float32
+
+
+def encoder_dtype(folder: Path) -> Any:
+    """bfloat16 for a large encoder beside a GPU, whose memory is for training; else float32, which is more
+    exact and on a CPU quicker. `folder` is the encoder's, or a whole model's."""
+    own = folder / "text_encoder"
+    size = sum(file.stat().st_size for file in (own if own.is_dir() else folder).rglob("*.safetensors"))
+    return torch.bfloat16 if torch.cuda.is_available() and size > 1e9 else torch.float32
+
+
+def clip_sets(recipe: Recipe, stage: Stage, encoders: Encoders) -> list[ClipSet]:
+    """The cached clips of a stage."""
+    source = recipe.source(stage)
+    what = description(source, stage.buckets)
+    return load_clips(recipe.output / "cache", stage.buckets, encoders, described=what)
+
+
+def read_again(recipe: Recipe, stage: Stage, sets: Sequence[ClipSet]) -> dict[str, ClipReference]:
+    """Where the frames of a stage's cached clips are read, by their keys."""
+    found = recipe.source(stage).references([clips.bucket for clips in sets], Skipped())
+    references = {reference.key: reference for reference in found}
+    gone = sum(key not in references for clips in sets for key in clips.keys)
+    if gone:
+        raise UserError(
+            f"stage {stage.name}: {gone} cached clips are not in the data any more; run the stage cache"
+        )
+    return references
+
+
+def sampler_of(recipe: Recipe, stage: Stage) -> tuple[Any, dict[str, float | bool]]:
+    """The sampler of what a stage has trained, and the defaults of its pipeline.
+
+    Preferences leave a model the sampler that it had. Flow matching makes one of many steps of any.
+    """
+    base = dict(presets.defaults_of(recipe.base)) if recipe.base else {}
+    said = {**recipe.defaults.said(), "fps": recipe.fps}
+    named = {one.name: one for one in recipe.stages}
+    while stage.objective == "preference" and recipe.start_of(stage) in named:
+        stage = named[recipe.start_of(stage)]
+    if stage.objective == "preference":
+        for source in (recipe.start_of(stage), recipe.base):
+            if (own := own_sampler(source)) is not None:
+                return own, {**presets.defaults_of(source), **said}
+        return FlowMatchScheduler(), base | said
+    if stage.objective == "distillation":
+        options = stage.distillation or Distillation()
+        few = {"num_inference_steps": len(options.sampling_times), "guidance_scale": 1.0}
+        scheduler = FewStepScheduler(sampling_times=options.sampling_times, shift=options.shift)
+        return scheduler, base | said | few
+    if isinstance(own_sampler(recipe.base), FewStepScheduler):
+        base |= {name: sizes.RELEASED_DEFAULTS[name] for name in ("num_inference_steps", "guidance_scale")}
+    return FlowMatchScheduler(), base | said
+
+
+def own_sampler(source: str) -> FewStepScheduler | FlowMatchScheduler | None:
+    """The sampler of a model by name or folder; None for weights alone, which say nothing of it."""
+    marks = (presets.MARK, "model_index.json")
+    if not source or not (presets.is_name(source) or any((Path(source) / mark).exists() for mark in marks)):
+        return None
+    preset, folder = presets.locate(source)
+    if preset is not None and preset.kind == "released":
+        return FewStepScheduler() if preset.scheduler == "few_step" else FlowMatchScheduler()
+    assert folder is not None
+    config = presets.read_json(folder / "scheduler" / "scheduler_config.json")
+    kind = FewStepScheduler if config.get("_class_name") == FewStepScheduler.__name__ else FlowMatchScheduler
+    return kind.from_config(config)
