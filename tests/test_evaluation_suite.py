@@ -18,8 +18,11 @@ from kairos import presets
 from kairos.cli import main
 from kairos.data.media import read_video, write_video
 from kairos.errors import UserError
+from kairos.evaluation import scores
+from kairos.evaluation.drift import by_second
 from kairos.evaluation.models import DiffusersModel, KairosModel, generate
-from kairos.evaluation.suite import Settings, evaluate
+from kairos.evaluation.reading import read
+from kairos.evaluation.suite import Case, Settings, evaluate
 from kairos.worlds import simulate
 from kairos.worlds.export import export
 
@@ -85,7 +88,99 @@ def test_results_have_value_interval_and_floors_for_each_split(tmp_path):
                 assert entry["ci"][0] <= entry["value"] <= entry["ci"][1]
     page = (tmp_path / "report.html").read_text()
     assert page.count("<video") == 8 and "<svg" in page and "oracle" in page
+    assert page.count(">&quot;") == page.count("&quot;: truth | model</figcaption>") == 8
+    assert simulate("occlusion", split="out", index=1).caption in page and "on the VAE's" not in page
     assert not re.search(r'(src|href)="(?!data:)', page)
+
+
+def test_the_report_says_what_stands_beside_what_and_of_which_caption(tmp_path):
+    class Both(Oracle):
+        from_text = True
+        reconstruct = staticmethod(lambda videos: videos)
+
+        def __call__(self, prompt, first_frames, num_frames):
+            if not len(first_frames):
+                return next(iter(self.clips.values()))
+            return super().__call__(prompt, first_frames, num_frames)
+
+    caption = simulate("uniform", split="in", index=0).caption
+    evaluate(Both(), ONE_CLIP, output=tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert f"&quot;{caption}&quot;: truth | VAE | model<" in page and "on the VAE's reconstruction" in page
+    assert f"&quot;{caption}&quot;: from these words alone<" in page
+    evaluate(Both(), replace(ONE_CLIP, given=0), output=tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert f"&quot;{caption}&quot;: truth | VAE<" in page and "model<" not in page
+
+
+def test_the_floor_of_a_vae_is_that_of_its_reconstruction():
+    class Freezes(Oracle):
+        def reconstruct(self, videos):
+            return np.stack([freeze(video, 1) for video in videos])
+
+    measures = evaluate(Freezes(), ONE_CLIP)["scenes"]["uniform"]
+    case = Case.of("uniform", "in", 0, 0, 33, 64)
+    still = case.score(freeze(case.clip.frames, 1), 5)
+    assert measures["velocity_error"]["floor_vae"] == pytest.approx(still["velocity_error"])
+    assert measures["velocity_error"]["floor_vae"] > 0.5 > measures["velocity_error"]["floor_truth"]
+    assert measures["motion_ratio"]["floor_vae"] < 0.05 and measures["psnr"]["value"] < 40
+
+
+def test_a_model_that_knows_the_clip_prefers_it_to_its_twin_with_noise_of_each_clips_own():
+    class Knowing(Oracle):
+        def surprise(self, prompts, videos, given, seeds):
+            self.asked.append(tuple(seeds))
+            true = [self.clips[video[:given].tobytes()] for video in videos]
+            return torch.tensor(np.abs(videos.astype(float) - true).mean((1, 2, 3, 4)))
+
+        def batch(self, prompts, first, num_frames, seeds):
+            self.drawn.append(tuple(seeds))
+            return np.stack([self.clips[frames.tobytes()] for frames in first])
+
+    def run():
+        model = Knowing()
+        model.asked, model.drawn = [], []
+        measures = evaluate(model, Settings(**SMALL))["scenes"]
+        assert all(measures[scene]["expectation"]["value"] == 1 for scene in SMALL["scenes"])
+        return model.asked, model.drawn
+
+    asked, drawn = run()
+    assert asked[::2] == asked[1::2]  # a clip and its twin have the same noise
+    every = [seed for seeds in (*asked[::2], *drawn) for seed in seeds]
+    assert len(set(every)) == len(every) == 16
+    assert (asked, drawn) == run()
+
+
+def test_videos_that_do_not_begin_with_the_given_frames_are_told(caplog):
+    def only_what_was_made(frames, given):
+        return np.concatenate([frames[given:], np.repeat(frames[-1:], given, 0)])
+
+    with caplog.at_level(logging.WARNING, "kairos.evaluation"):
+        evaluate(Oracle(), Settings(**SMALL))
+        evaluate(Oracle(freeze), Settings(**SMALL))
+        assert not caplog.messages
+        evaluate(Oracle(only_what_was_made), Settings(**SMALL))
+    assert caplog.messages == [
+        "7 of 8 videos do not begin with the 5 given frames, such as uniform-in-0-00000: put those before "
+        "what was made, or say --given 0"  # one in "out" is too slow to tell
+    ]
+
+
+def test_a_callable_may_take_and_make_any_number_of_frames(chunk_causal_pipeline):
+    settings = replace(ONE_CLIP, given=4, num_frames=32)
+    measures = evaluate(lambda prompt, first, n: first[-1:].repeat(n, 0), settings)["scenes"]["uniform"]
+    assert measures["velocity_error"]["value"] > 0.5
+    with pytest.raises(UserError, match=re.escape("num_frames must be 4n + 1, got 32; try 33")):
+        evaluate(KairosModel(chunk_causal_pipeline), settings)
+
+
+def test_drift_leaves_out_the_frames_that_were_given():
+    case = Case.of("bounce", "in", 0, 0, 33, 64)
+    still = freeze(case.clip.frames, 5)
+    reading = read(still, case.scenery)
+    first, _ = by_second(still, reading, case.clip, 5)
+    assert first["velocity_error"] == scores.velocity_error(reading, case.clip, 5, 16)
+    assert first["velocity_error"] > 1.3 * scores.velocity_error(reading, case.clip, 0, 16)
 
 
 def test_a_run_that_stopped_goes_on_and_one_with_more_clips_keeps_what_there_is(tmp_path):
@@ -164,7 +259,7 @@ def test_a_plot_has_the_scenes_of_every_split(tmp_path):
 )
 def test_what_cannot_be_measured_is_said_in_one_line(wrong, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        Settings(**wrong)
+        Settings(**wrong).check_latents()
 
 
 def test_a_model_that_returns_something_else_is_refused():
@@ -224,6 +319,24 @@ def test_surprise_is_the_flow_loss_and_the_same_for_the_same_noise(chunk_causal_
     first, second = model.surprise(["a ball"] * 2, videos, 5, [7, 7]).tolist()
     assert first == pytest.approx(second, rel=1e-5) and first > 0
     assert model.surprise(["a ball"], videos[:1], 5, [8]).item() != first
+
+
+def test_surprise_is_at_what_follows_the_given_frames_only(chunk_causal_pipeline):
+    model = KairosModel(chunk_causal_pipeline, steps=1)
+    videos = simulate("bounce", index=0, num_frames=13, size=32).frames[None]
+
+    def surprise(part):
+        def wrong(module, inputs, outputs):
+            outputs[0][:, :, part] += 10
+
+        hook = chunk_causal_pipeline.transformer.register_forward_hook(wrong)
+        found = model.surprise(["a ball"], videos, 5, [7]).item()
+        hook.remove()
+        return found
+
+    plain = model.surprise(["a ball"], videos, 5, [7]).item()
+    assert surprise(slice(None, 2)) == plain  # five frames are two latent ones
+    assert surprise(slice(2, None)) > plain + 50
 
 
 def test_a_rollout_begins_with_each_clips_own_frames(chunk_causal_pipeline):
@@ -305,6 +418,22 @@ def test_a_pipeline_is_asked_for_what_its_call_names_in_the_unit_of_its_vae():
     assert pipeline.got == 29
     assert "colors" not in evaluate(DiffusersModel(pipeline), ONE_CLIP)["scenes"]["uniform"]
     assert DiffusersModel(pipeline, from_text=True).from_text
+
+
+def test_an_option_that_the_pipeline_does_not_know_is_refused():
+    with pytest.raises(
+        UserError, match="ImageToVideo takes no guidence_scale; it takes image, prompt, height"
+    ):
+        DiffusersModel(ImageToVideo(), guidence_scale=7.0)
+
+    class Any:
+        def __call__(self, image, **options):
+            self.got = options["guidence_scale"]
+            return SimpleNamespace(frames=[[image] * 9])
+
+    pipeline = Any()
+    DiffusersModel(pipeline, guidence_scale=7.0)("", np.zeros((5, 64, 64, 3), np.uint8), 13)
+    assert pipeline.got == 7.0
 
 
 def test_a_pipelines_records_are_those_of_its_weights():
@@ -396,6 +525,7 @@ def test_the_command_measures_a_model_and_says_so_in_a_table(
     command, chunk_causal_pipeline, monkeypatch, tmp_path
 ):
     monkeypatch.setattr(presets, "load_pipeline", lambda *_, **__: chunk_causal_pipeline)
+    monkeypatch.setattr(presets, "defaults_of", lambda _: chunk_causal_pipeline.config.defaults)
     choice = ("--scenes", "uniform", "--split", "in", "--clips", 1, "--steps", 1, "--drift-seconds", 0)
     status, out, _ = command(*choice, "-o", tmp_path / "results")
     assert status == 0 and "uniform" in out and "velocity" in out
@@ -404,15 +534,35 @@ def test_the_command_measures_a_model_and_says_so_in_a_table(
     assert max(map(len, out.splitlines()[:6])) <= 80
 
 
+def test_what_a_model_makes_by_itself_is_known_before_it_is_loaded(command, monkeypatch):
+    def load(*_, **__):
+        raise UserError("loaded")
+
+    monkeypatch.setattr(presets, "load_pipeline", load)
+    monkeypatch.setattr(presets, "defaults_of", lambda _: {"num_frames": 81, "height": 64})
+    assert "loaded" in command("--given", 41)[2]
+    assert "num_frames must be above given + 1 = 86, got 81" in command("--given", 85)[2]
+    assert "given must be 4n + 1, got 6; try 5" in command("--given", 6)[2]
+
+
 def test_exported_videos_are_scored_without_a_model(command, tmp_path):
     export(tmp_path / "data", scenes=("uniform", "occlusion"), splits=("in",), clips=2)
-    status, out, _ = command("--videos", "data", "-o", "scored")
-    assert status == 0 and "occlusion" in out
+    status, out, error = command("--videos", "data", "-o", "scored")
+    assert status == 0 and "occlusion" in out and "do not begin" not in error
+    assert command("--videos", "data", "--given", 3)[0] == 0
     measures = json.loads((tmp_path / "scored" / "results.json").read_text())["scenes"]
     for scene in ("uniform", "occlusion"):
         assert measures[scene]["velocity_error"]["value"] < 0.08
         assert measures[scene]["conserved"]["value"] == 1
     assert measures["occlusion"]["permanence"]["value"] == 1
+    write_video(
+        tmp_path / "data" / "uniform-in-0-00000.mp4",
+        simulate("uniform", split="in", num_frames=38).frames[5:],
+        fps=16,
+    )
+    error = command("--videos", "data")[2]
+    assert "1 of 1 videos do not begin with the 5 given frames, such as uniform-in-0-00000" in error
+    (tmp_path / "data" / "uniform-in-0-00000.mp4").unlink()
     status, out, _ = command("--videos", "data", "--given", 0, "-o", "said")
     assert (
         json.loads((tmp_path / "said" / "results.json").read_text())["scenes"]["uniform"]["all"]["value"] == 1

@@ -52,7 +52,16 @@ def test_there_are_eight_scenes():
 
 
 # What the shipped model was trained on: change a scene and its weights no longer fit the world.
-CHECKSUMS = {"uniform": 805101754, "collision": 1679529862, "parabola": 54608346}
+CHECKSUMS = {
+    "uniform": 805101754,
+    "collision": 1679529862,
+    "parabola": 54608346,
+    "bounce": 1491938737,
+    "pendulum": 1107281792,
+    "occlusion": 2520763626,
+    "ramp": 742041208,
+    "push": 947904977,
+}
 
 
 @pytest.mark.parametrize("scene", CHECKSUMS)

@@ -58,7 +58,7 @@ def evaluate(
     ] = "in,interpolation,out",
     clips: Annotated[int, typer.Option(help="Clips of each scene and split.", rich_help_panel=WHAT)] = 16,
     given: Annotated[
-        int, typer.Option(metavar="FRAMES", help="Frames given, 4n + 1.", rich_help_panel=WHAT)
+        int, typer.Option(metavar="FRAMES", help="Frames given; to a model 4n + 1.", rich_help_panel=WHAT)
     ] = 5,
     frames: Annotated[
         int | None,
@@ -120,12 +120,17 @@ def evaluate(
     Request("any", num_inference_steps=steps, guidance_scale=guidance)
     if suite != "physics":
         raise UserError(f"unknown suite {suite!r}; physics is the only one")
+    model = model or presets.DEFAULT
+    defaults = presets.defaults_of(model)
+    if videos is not None:
+        frames = given + 2  # theirs are as long as they are; this is only what Settings asks for at least
     settings = Settings(
         scenes=tuple(SCENES if scenes is None else names(scenes, "scene")),
         splits=tuple(names(splits, "split")),
         clips=clips,
         given=given,
-        num_frames=33 if frames is None else frames,
+        num_frames=int(defaults["num_frames"]) if frames is None else frames,
+        size=int(defaults["height"]),
         seed=seed,
         batch=batch,
         drift_seconds=drift_seconds,
@@ -143,9 +148,8 @@ def evaluate(
                 raise UserError(f"--{said} goes with a model; --videos scores what is there already")
         results = score_videos(videos, settings, output=output)
     else:
-        results = measured(
-            model or presets.DEFAULT, settings, frames, steps, guidance, device, dtype, teacher, output
-        )
+        settings.check_latents()
+        results = measured(model, settings, steps, guidance, device, dtype, teacher, output)
     out.print(table(results))
     out.print(LEGEND, style="dim")
     if output is not None:
@@ -155,7 +159,6 @@ def evaluate(
 def measured(
     model: str,
     settings: Any,
-    frames: int | None,
     steps: int | None,
     guidance: float | None,
     device: str,
@@ -164,12 +167,11 @@ def measured(
     output: Path | None,
 ) -> dict[str, Any]:
     """Load the model and measure it, with a bar where there is a terminal."""
-    from dataclasses import replace
-
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from kairos.cli.console import err
-    from kairos.cli.run import RunOptions, check_model, device_and_dtype, explained_memory, import_libraries
+    from kairos.cli.machine import device_and_dtype, explained_memory, import_libraries
+    from kairos.cli.run import RunOptions, check_model
 
     options = RunOptions(model=model, device=device, dtype=dtype)
     check_model(options)
@@ -177,15 +179,9 @@ def measured(
     from kairos.evaluation.models import KairosModel
     from kairos.evaluation.suite import evaluate as run_suite
 
-    where, kind = device_and_dtype(options)
+    where, kind = device_and_dtype(options.device, options.dtype)
     with explained_memory("a smaller --batch or fewer --frames"):
         pipeline = presets.load_pipeline(model, device=where, dtype=kind)
-        defaults = pipeline.config.defaults
-        settings = replace(
-            settings,
-            size=int(defaults["height"]),
-            num_frames=int(defaults["num_frames"]) if frames is None else frames,
-        )
         total = settings.clips * len(settings.scenes) * len(settings.splits)
         columns = (TextColumn("clips"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=err, disable=not err.is_terminal) as progress:

@@ -14,21 +14,22 @@ import numpy as np
 from kairos.evaluation import scores
 from kairos.evaluation.models import Frames
 from kairos.evaluation.reading import Reading, read
-from kairos.evaluation.summary import average, finite_mean
+from kairos.evaluation.summary import average
 from kairos.streaming import DriftMeter
 from kairos.worlds import Clip
+from kairos.worlds.export import FPS
 
 Record = dict[str, Any]
 MEASURES = ("velocity_error", "size_error", "conserved_frames", "fidelity", "sharpness", "colour")
 """Of each second: three of the suite's, and what `kairos.streaming.DriftMeter` sees in the pictures."""
 
 
-def by_second(frames: Frames, reading: Reading, clip: Clip, given: int, fps: int) -> list[scores.Scores]:
+def by_second(frames: Frames, reading: Reading, clip: Clip, given: int) -> list[scores.Scores]:
     """The measures of each whole second of a video, the given frames left out."""
     meter = DriftMeter()
     rows = []
-    for start in range(0, len(frames) - fps + 1, fps):
-        end = start + fps
+    for start in range(0, len(frames) - FPS + 1, FPS):
+        end = start + FPS
         seen = meter.measure(frames[start:end] / np.float32(255)).to_dict()
         first = max(start, given)
         rows.append(
@@ -43,7 +44,7 @@ def by_second(frames: Frames, reading: Reading, clip: Clip, given: int, fps: int
 
 
 def drift_of(
-    videos: dict[str, Frames], clips: Sequence[Clip], sceneries: Sequence[Frames], given: int, fps: int
+    videos: dict[str, Frames], clips: Sequence[Clip], sceneries: Sequence[Frames], given: int
 ) -> list[Record]:
     """For each clip {"model", "truth" and maybe "vae": the measures of each second}.
 
@@ -51,7 +52,7 @@ def drift_of(
     """
     return [
         {
-            kind: by_second(batch[i], read(batch[i], sceneries[i]), clips[i], given, fps)
+            kind: by_second(batch[i], read(batch[i], sceneries[i]), clips[i], given)
             for kind, batch in videos.items()
         }
         for i in range(len(clips))
@@ -74,7 +75,7 @@ def summarise_drift(records: Sequence[Record], seed: int) -> dict[str, Any]:
 
             entry = average(column("model"), seed)
             if entry["clips"]:
-                floors = {f"floor_{kind}": finite_mean(column(kind)) for kind in ("truth", "vae")}
+                floors = {f"floor_{kind}": average(column(kind), seed)["value"] for kind in ("truth", "vae")}
                 rows.append({"second": second + 1} | entry | floors)
         if rows:
             result[name] = rows

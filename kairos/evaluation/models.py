@@ -258,8 +258,13 @@ class DiffusersModel:
         self.height, self.width, self.from_text = height, width, from_text
         units = (getattr(pipeline, name, None) for name in TEMPORAL_UNITS)
         self.frames_unit = frames_unit or next((int(unit) for unit in units if unit), TEMPORAL)
-        signature = inspect.signature(pipeline.__call__)
-        self.known = set(signature.parameters)
+        parameters = inspect.signature(pipeline.__call__).parameters
+        self.known = set(parameters)
+        self.takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+        if not self.takes_any and (unknown := sorted(set(options) - self.known)):
+            raise UserError(
+                f"{type(pipeline).__name__} takes no {', '.join(unknown)}; it takes {', '.join(parameters)}"
+            )
         self.given = given or (
             "video" if {"image", "video"} <= self.known or "image" not in self.known else "image"
         )
@@ -288,7 +293,7 @@ class DiffusersModel:
         call["height"], call["width"] = self.height or size[0], self.width or size[1]
         call["generator"] = torch.Generator().manual_seed(torch.initial_seed())
         call |= self.options
-        if "kwargs" not in self.known:
+        if not self.takes_any:
             call = {key: value for key, value in call.items() if key in self.known}
         made = frames_of(self.pipeline(**call))
         if len(made) < wanted:

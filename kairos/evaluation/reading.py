@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from kairos.worlds import BACKGROUND, COLORS, WORLD
 
 Floats = NDArray[np.float64]
 Frames = NDArray[np.uint8]
+Mask = NDArray[np.bool_]
 
 NAMES = tuple(COLORS)
 SOLID = 0.5
@@ -34,6 +34,8 @@ FAINT = 20.0
 """Steps across grey up to which a pixel has no colour: none covers half of a pixel with so little."""
 EDGE = 2
 """Pixels around the solid part of a ball, in a picture of 64 x 64, that belong to its soft edge."""
+BRIDGE = 0.75
+"""Share of a thin part of a colour that lies beside another one's, from which it is no ball."""
 SIZE = 64
 """Larger pictures are averaged down to this before they are read."""
 
@@ -43,12 +45,13 @@ class Reading:
     """What is seen of each colour, in the order of `NAMES`, in each frame.
 
     `centers` (8, F, 2) in world units, y up; `areas` (8, F) in square units; `blobs` (8, F): how many
-    separate parts of the size of a ball.
+    separate parts of the size of a ball; `floods` (F,): how many parts are too large for one.
     """
 
     centers: Floats
     areas: Floats
     blobs: NDArray[np.int64]
+    floods: NDArray[np.int64]
 
     def __len__(self) -> int:
         return self.areas.shape[1]
@@ -72,7 +75,7 @@ class Track:
 
     centers: Floats
     areas: Floats
-    there: NDArray[np.bool_]
+    there: Mask
 
 
 def read(frames: Frames, scenery: Frames | None = None) -> Reading:
@@ -91,25 +94,30 @@ def read(frames: Frames, scenery: Frames | None = None) -> Reading:
     centers = np.zeros((len(NAMES), len(frames), 2))
     areas = np.zeros((len(NAMES), len(frames)))
     blobs = np.zeros((len(NAMES), len(frames)), np.int64)
+    floods = np.zeros(len(frames), np.int64)
     for number, frame in enumerate(frames):
         nearest = hues(frame)
-        found: dict[int, tuple[Floats, NDArray[np.bool_]]] = {}
-        for color in np.unique(nearest[nearest >= 0]):
-            cover = covers(frame, behind[number], NAMES[color])
-            solid = (cover > SOLID) & (nearest == color)
-            blobs[color, number] = sum(least <= pixels < most for pixels in blob_sizes(solid))
-            if blobs[color, number]:
-                found[int(color)] = cover, grown(solid, edge)
-        for color, (cover, near) in found.items():
+        cover = {int(c): covers(frame, behind[number], NAMES[c]) for c in np.unique(nearest[nearest >= 0])}
+        solid = {color: (cover[color] > SOLID) & (nearest == color) for color in cover}
+        near = {color: grown(solid[color], edge) for color in cover}
+        for color in cover:
+            beside = np.any([near[other] for other in near if other != color], axis=0)
+            parts = [part for part in blobs_of(solid[color]) if part.sum() >= least]
+            large = sum(part.sum() >= most for part in parts)
+            floods[number] += large
+            blobs[color, number] = sum(not bridges(part, beside) for part in parts) - large
+        found = [color for color in cover if blobs[color, number]]
+        for color in found:
             # The soft edge of a ball is its own, whatever hue it seems to have, but for that of another ball.
-            for other, (_, theirs) in found.items():
+            own = near[color].copy()
+            for other in found:
                 if other != color:
-                    near = near & ~(theirs & (nearest == other))
-            cover = np.where(near, cover, 0.0)
-            mass = cover.sum()
+                    own &= ~(near[other] & (nearest == other))
+            share = np.where(own, cover[color], 0.0)
+            mass = share.sum()
             areas[color, number] = mass * unit**2
-            centers[color, number] = cover.sum(0) @ axis / mass, WORLD - cover.sum(1) @ axis / mass
-    return Reading(centers, areas, blobs)
+            centers[color, number] = share.sum(0) @ axis / mass, WORLD - share.sum(1) @ axis / mass
+    return Reading(centers, areas, blobs, floods)
 
 
 def covers(frame: Frames, behind: Frames, color: str) -> Floats:
@@ -149,14 +157,28 @@ def hues(frame: Frames) -> NDArray[np.int64]:
 
 
 def shrunk(frames: Frames) -> Frames:
-    """Averaged down to `SIZE` where the picture is larger: exact places stay exact, for a mean is linear."""
-    if frames.shape[1] <= SIZE:
-        return frames
-    small = [Image.fromarray(frame).resize((SIZE, SIZE), Image.Resampling.BOX) for frame in frames]
-    return np.stack([np.asarray(picture) for picture in small])
+    """Averaged down to `SIZE` where the picture is larger."""
+    return frames if frames.shape[1] <= SIZE else averaged(frames, SIZE, SIZE)
 
 
-def grown(mask: NDArray[np.bool_], steps: int) -> NDArray[np.bool_]:
+def averaged(frames: Frames, height: int, width: int) -> Frames:
+    """Frames made smaller: a pixel is the mean of the area that it covers, of some pixels but a part.
+
+    A mean is linear, so exact places stay exact, also where the new side does not divide the old one.
+    """
+    rows, columns = area_shares(frames.shape[1], height), area_shares(frames.shape[2], width)
+    small = [np.einsum("ay,yxc,bx->abc", rows, frame, columns, optimize=True) for frame in frames]
+    return np.rint(small).astype(np.uint8)
+
+
+def area_shares(old: int, new: int) -> Floats:
+    """(new, old): which share each of `old` pixels has of the area of each of `new` ones."""
+    edges, places = np.arange(new + 1) * old / new, np.arange(old)
+    overlap = np.minimum(places + 1, edges[1:, None]) - np.maximum(places, edges[:-1, None])
+    return overlap.clip(0) * new / old
+
+
+def grown(mask: Mask, steps: int) -> Mask:
     """The mask and what is at most `steps` pixels from it, corners included."""
     for axis in (0, 1):
         wide = mask.copy()
@@ -169,17 +191,28 @@ def grown(mask: NDArray[np.bool_], steps: int) -> NDArray[np.bool_]:
     return mask
 
 
-def blob_sizes(mask: NDArray[np.bool_]) -> list[int]:
-    """Sizes in pixels of the connected parts (four neighbours) of a mask (H, W)."""
+def bridges(part: Mask, beside: Mask) -> bool:
+    """Whether a part of a mask is but the mixed edge of others: thin, and mostly `beside` their colours.
+
+    Where two balls come close, a soft video has a strip of a third colour between them. A ball too small
+    for a core of 3 x 3 pixels is beside another one with about half of it.
+    """
+    across = part[:-2] & part[1:-1] & part[2:]
+    thin = not (across[:, :-2] & across[:, 1:-1] & across[:, 2:]).any()
+    return bool(thin and (part & beside).sum() >= BRIDGE * part.sum())
+
+
+def blobs_of(mask: Mask) -> list[Mask]:
+    """The connected parts (four neighbours) of a mask (H, W), each a mask."""
     left = {(int(y), int(x)) for y, x in np.argwhere(mask)}
-    sizes = []
+    parts = []
     while left:
-        front, size = [left.pop()], 0
+        front, part = [left.pop()], np.zeros_like(mask)
         while front:
             y, x = front.pop()
-            size += 1
+            part[y, x] = True
             near = {(y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)} & left
             left -= near
             front += near
-        sizes.append(size)
-    return sizes
+        parts.append(part)
+    return parts

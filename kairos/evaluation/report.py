@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from kairos.evaluation.summary import MEASURES
 VIDEOS = 2
 """Clips of each scene and split whose videos are in the report."""
 COLORS = {"in": "#1f6feb", "interpolation": "#2da44e", "out": "#d1242f", "train": "#8250df"}
+BESIDE = {"truth": "truth", "vae": "VAE", "model": "model"}
+"""What stands side by side in a video, where there is such a thing, and what it is called."""
 WIDTH, ROW, LABEL = 520, 22, 110
 
 STYLE = """
@@ -24,12 +26,17 @@ th:first-child, td:first-child { text-align: left }
 figcaption { font-size: 13px } small, .quiet { color: #59636e }
 svg text { font-size: 11px; fill: #1f2328 }
 video { image-rendering: pixelated; height: 128px; display: block }
-.videos { display: flex; flex-wrap: wrap; gap: 0.7rem }
+.videos { display: flex; flex-wrap: wrap; gap: 0.7rem } .videos figure { width: min-content }
 """
 
 
-def report(results: Mapping[str, Any], videos: Path | None) -> str:
-    """The page of what `results.json` holds; `videos` is the folder of the side-by-side videos, if any."""
+def report(
+    results: Mapping[str, Any],
+    videos: Path | None,
+    records: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]],
+) -> str:
+    """The page of what `results.json` holds; `videos` is the folder of the side-by-side videos, if any, and
+    `records`, {split: {scene: records}}, says what they show."""
     splits = {split: entry["scenes"] for split, entry in results["splits"].items()}
     title = escape(f"{results['model']}: the physics suite")
     about = ", ".join(
@@ -38,10 +45,13 @@ def report(results: Mapping[str, Any], videos: Path | None) -> str:
         if name in results
     )
     key = " ".join(f'<b style="color:{COLORS[split]}">{split}</b>' for split in splits)
+    entries = (entry for scenes in splits.values() for found in scenes.values() for entry in found.values())
+    with_vae = any(entry["floor_vae"] is not None for entry in entries)
+    reconstructed = ", ¦ on the VAE's reconstruction of them" if with_vae else ""
     parts = [
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>',
-        f'<h1>{title}</h1><p class="quiet">{about}. Splits: {key}. Dots are means, bars 95 % bootstrap ',
-        "intervals; | is the floor on the simulator's own frames, ¦ on the VAE's reconstruction of them.</p>",
+        f'<h1>{title}</h1><p class="quiet">{about}. Splits: {key}. Dots are means, bars 95 % intervals; ',
+        f"| is the floor on the simulator's own frames{reconstructed}.</p>",
         f'<div class="plots">{"".join(plot(name, splits) for name in MEASURES)}</div>',
         *(
             drift_section(split, entry["drift"])
@@ -49,7 +59,7 @@ def report(results: Mapping[str, Any], videos: Path | None) -> str:
             if "drift" in entry
         ),
         *(
-            f"<h2>{split}</h2>{table(scenes)}{shown(videos / split, list(scenes)) if videos else ''}"
+            f"<h2>{split}</h2>{table(scenes)}{shown(videos / split, records[split]) if videos else ''}"
             for split, scenes in splits.items()
         ),
         "</html>\n",
@@ -81,7 +91,8 @@ def plot(name: str, splits: Mapping[str, Mapping[str, Any]]) -> str:
         y = ROW * rows.index(scene) + ROW * (order.index(split) + 0.5) / len(order)
         low, high = entry["ci"]
         color = COLORS[split]
-        marks.append(line(x(low), y, x(high), y, color, 2))
+        if low is not None:
+            marks.append(line(x(low), y, x(high), y, color, 2))
         marks.append(f'<circle cx="{x(entry["value"]):.1f}" cy="{y:.1f}" r="3.2" fill="{color}"/>')
         for floor, dashes in (("floor_truth", ""), ("floor_vae", "2 2")):
             if entry.get(floor) is not None:
@@ -155,37 +166,40 @@ def table(scenes: Mapping[str, Any]) -> str:
         for name, entry in measures.items():
             digits = MEASURES[name].decimals
             low, high = entry["ci"]
+            between = "" if low is None else f"{low:.{digits}f} to {high:.{digits}f}"
             floors = "".join(
                 f"<td>{'' if entry[key] is None else f'{entry[key]:.{digits}f}'}</td>"
                 for key in ("floor_truth", "floor_vae")
             )
             rows.append(
                 f"<tr><td>{escape(scene)}</td><td>{name}</td><td>{entry['value']:.{digits}f}</td>"
-                f"<td>{low:.{digits}f} to {high:.{digits}f}</td>{floors}<td>{entry['clips']}</td></tr>"
+                f"<td>{between}</td>{floors}<td>{entry['clips']}</td></tr>"
             )
     heads = ("scene", "measure", "value", "95 % interval", "truth", "VAE", "clips")
     head = "".join(f"<th>{name}</th>" for name in heads)
     return f"<details><summary>All numbers</summary><table><tr>{head}</tr>{''.join(rows)}</table></details>"
 
 
-def shown(folder: Path, scenes: list[str]) -> str:
+def shown(folder: Path, records: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """The first videos of each scene: truth, reconstruction, model in a row; and from the caption alone."""
     parts = []
-    for scene in scenes:
-        files = [
-            folder / f"{scene}-{index:03d}{kind}.mp4" for index in range(VIDEOS) for kind in ("", "-text")
-        ]
-        videos = [embedded(file) for file in files if file.exists()]
+    for scene, rows in records.items():
+        videos = []
+        for index, row in enumerate(rows[:VIDEOS]):
+            beside = " | ".join(name for kind, name in BESIDE.items() if kind in row["scores"])
+            for kind, what in (("", beside), ("-text", "from these words alone")):
+                file = folder / f"{scene}-{index:03d}{kind}.mp4"
+                if file.exists():
+                    videos.append(embedded(file, f'"{row["caption"]}": {what}'))
         if videos:
             parts.append(f'<h3>{escape(scene)}</h3><div class="videos">{"".join(videos)}</div>')
     return "".join(parts)
 
 
-def embedded(file: Path) -> str:
+def embedded(file: Path, caption: str) -> str:
     """A video inside the page, with what it shows."""
-    what = "from the caption" if file.stem.endswith("text") else "truth, VAE, model"
     data = base64.b64encode(file.read_bytes()).decode()
     return (
         f'<figure><video src="data:video/mp4;base64,{data}" autoplay loop muted playsinline></video>'
-        f'<figcaption class="quiet">{what}</figcaption></figure>'
+        f'<figcaption class="quiet">{escape(caption)}</figcaption></figure>'
     )

@@ -20,6 +20,8 @@ Scores = dict[str, float]
 
 LOST_ERROR = 1.0
 """The least velocity error of a ball that cannot be seen, so that losing one at rest is no gain."""
+ASTRAY = 0.15
+"""World units from its place, about a pixel, beyond which a ball is not where the given frames have it."""
 LATE = 2
 """Frames that a ball may come out from behind a wall too early or too late."""
 SIZE_SLACK = 0.25
@@ -30,6 +32,8 @@ ADRIFT = 0.02
 """World units in two frames from which a ball moves towards a border."""
 FIT_FRAMES = 6
 """Frames before and after a contact that velocities are fitted to."""
+BEGINNING = 8
+"""Frames in which a video shows what its caption names, before anything leaves the picture."""
 STARTS = 0.15
 """World units along x from which a ball has begun to move."""
 
@@ -37,16 +41,27 @@ STARTS = 0.15
 def score(reading: Reading, clip: Clip, given: int, truth: Reading) -> Scores:
     """Every measure that the clip's scene has, of the frames after the `given` ones.
 
-    `truth` is the reading of the clip's own frames, by which it is judged when a ball comes out.
+    `truth` is the reading of the clip's own frames, by which it is judged when a ball comes out, and whether
+    the video begins as the clip does.
     """
     return {
         "velocity_error": velocity_error(reading, clip, given),
         "displacement": displacement(reading, clip, given),
         "size_error": size_error(reading, clip, given),
+        "begins": begins(reading, truth, given),
         **conservation(reading, clip, given),
         **(collision(reading, clip, given) if clip.parameters["scene"] == "collision" else {}),
-        **(permanence(reading, clip, truth) if "hidden_times" in clip.parameters else {}),
+        **(permanence(reading, clip, truth, given) if "hidden_times" in clip.parameters else {}),
     }
+
+
+def begins(reading: Reading, truth: Reading, given: int) -> float:
+    """1 where the first `given` frames are the clip's: its balls are mostly in their places there; else 0."""
+    there, shown = truth.blobs[:, :given] > 0, reading.blobs[:, :given] > 0
+    if not there.any():
+        return math.nan
+    away = np.linalg.norm(reading.centers[:, :given] - truth.centers[:, :given], axis=-1)
+    return float(np.median(np.where(shown, away, math.inf)[there]) <= ASTRAY)
 
 
 def visible(clip: Clip) -> Mask:
@@ -125,14 +140,15 @@ def true_area(clip: Clip, ball: int) -> float:
 def conservation(reading: Reading, clip: Clip, given: int, end: int | None = None) -> Scores:
     """Whether count and colours stay: `conserved_frames`, the share of frames; `conserved`, whether all do.
 
-    A frame is right where each of the clip's colours is shown at most once and nothing else is, and each
-    visible one is there, unless it was last seen at an edge that it may have left by.
+    A frame is right where each of the clip's colours is shown at most once and nothing else is, a flood of
+    colour no more than a ball, and each visible one is there, unless it was last seen at an edge that it may
+    have left by.
     """
     seen = visible(clip)
     right = []
     for frame in range(given, end or len(clip.positions)):
         shown = reading.shown(frame)
-        fine = len(set(shown)) == len(shown) and set(shown) <= set(clip.colors)
+        fine = len(set(shown)) == len(shown) and set(shown) <= set(clip.colors) and not reading.floods[frame]
         for ball, color in enumerate(clip.colors):
             if seen[frame, ball] and color not in shown:
                 fine &= may_have_left(reading.ball(color), clip, ball, frame)
@@ -168,7 +184,8 @@ def collision(reading: Reading, clip: Clip, given: int) -> Scores:
     the furthest that one could be off. `momentum_before`, `_after`, `energy_before`, `_after`: |measured -
     true|, momentum as a share of the balls' true momenta added up, energy of the true one; mass is radius
     squared; 1 where the balls cannot be seen. `penetration`: the deepest overlap in world units. A side on
-    which truth itself leaves less than two frames to judge by is NaN.
+    which truth itself leaves less than two frames to judge by is NaN, and so is a contact that the given
+    frames show.
     """
     paths = [reading.ball(color) for color in clip.colors]
     reach = clip.radii[:, None] - 0.1
@@ -196,7 +213,7 @@ def collision(reading: Reading, clip: Clip, given: int) -> Scores:
     scale = float(mass @ np.linalg.norm(true, axis=-1))
     time = true_time if measured is None else measured
     made = np.arange(len(times)) >= given
-    early, late = usable & made & (times < time - 1e-9), usable & (times > time + 1e-9)
+    early, late = usable & made & (times < time - 1e-9), usable & made & (times > time + 1e-9)
     for side, frames in (
         ("before", np.flatnonzero(early)[-FIT_FRAMES:]),
         ("after", np.flatnonzero(late)[:FIT_FRAMES]),
@@ -212,16 +229,18 @@ def collision(reading: Reading, clip: Clip, given: int) -> Scores:
     if not before:
         scores |= dict.fromkeys(("momentum_before", "energy_before"), math.nan)
     if not after:
-        scores |= dict.fromkeys(("contact", "contact_time_error", "momentum_after", "energy_after"), math.nan)
+        scores |= dict.fromkeys(("momentum_after", "energy_after"), math.nan)
+    if not after or true_time <= (given - 1) * clip.dt:
+        scores |= dict.fromkeys(("contact", "contact_time_error"), math.nan)
     return scores
 
 
 def judged(clip: Clip, given: int) -> tuple[bool, bool]:
-    """Whether both balls are in the picture, in truth, in two frames from `given` on that are before the
-    contact, and in two whole ones after it."""
+    """Whether both balls are in the picture, in truth, in two frames before the contact and in two that are
+    a whole one after it, from `given` on."""
     both, times, contact = visible(clip).all(-1), frame_times(clip), clip.parameters["contact_time"]
-    before, after = (both & (times < contact - 1e-9))[given:], both & (times > contact + clip.dt)
-    return int(before.sum()) >= 2, int(after.sum()) >= 2
+    before, after = both & (times < contact - 1e-9), both & (times > contact + clip.dt)
+    return int(before[given:].sum()) >= 2, int(after[given:].sum()) >= 2
 
 
 def contact_time(times: Floats, gap: Floats, usable: Mask) -> float | None:
@@ -248,14 +267,14 @@ def slopes(times: Floats, places: Floats) -> Floats:
     return np.polyfit(times, places, 1)[0]
 
 
-def permanence(reading: Reading, clip: Clip, truth: Reading) -> Scores:
+def permanence(reading: Reading, clip: Clip, truth: Reading, given: int) -> Scores:
     """`permanence`: 1 where the ball is hidden and comes out at the far side, in its colour and size, within
-    two frames of the truth; else 0."""
+    two frames of the truth; else 0. NaN where the `given` frames show it come out, or none does."""
     times = frame_times(clip)
     hidden = clip.parameters["hidden_times"]
     whole = np.flatnonzero(visible(clip)[:, 0] & (times >= hidden[3]))
     due = comes_out(truth, clip)
-    if due is None or not len(whole):
+    if due is None or due < given or not len(whole):
         return {"permanence": math.nan}
     found = comes_out(reading, clip)
     path = reading.ball(clip.colors[0])
@@ -277,37 +296,48 @@ def comes_out(reading: Reading, clip: Clip) -> int | None:
     if not len(out):
         return None
     _, gone, back, _ = clip.parameters["hidden_times"]
-    behind = (times >= gone) & (times <= back)
-    slack = np.convolve(behind, np.ones(2 * LATE + 1), "same") > 0
-    if behind.any() and not (path.areas[slack] < area / 4).any():
+    slack = LATE * clip.dt
+    behind = (times >= gone - slack) & (times <= back + slack)
+    if not (path.areas[behind] < area / 4).any():
         return None  # it passed in front of the wall
     return int(out[0])
 
 
-def agreement(reading: Reading, said: dict[str, Any]) -> Scores:
+def agreement(reading: Reading, said: dict[str, Any], truth: Reading) -> Scores:
     """Whether a video shows what its caption names: colours, count and directions of motion, and all of it.
 
     Colours and count are those of most of the first eight frames that show any, before anything leaves the
-    picture. What the caption leaves open is not judged: NaN. A ball whose colour is not named is the only one
-    of those shown whose colour is not.
+    picture. What the caption leaves open is not judged: NaN; nor is a direction that the `truth`, the reading
+    of the clip's own frames, does not show, as of a ball that is struck before it has got anywhere.
     """
-    pictures = [shown for frame in range(min(8, len(reading))) if (shown := reading.shown(frame))]
-    shown = max(pictures, key=pictures.count) if pictures else []
-    named = [color for color in said["colors"] if color]
-    unnamed = [color for color in shown if color not in named]
-    other = unnamed[0] if len(unnamed) == 1 else None
-    balls = [color or other for color in said["colors"]]
+    shown = first_shown(reading)
+    own, true = directions(reading, said), directions(truth, said)
     right = {
-        "colors": [color in shown for color in named],
-        "count": [len(shown) == said["count"]],
+        "colors": [color in shown for color in said["colors"] if color],
+        "count": [len(shown) == said["count"] and not reading.floods[:BEGINNING].any()],
         "direction": [
-            direction(reading.ball(ball)) == side
-            for ball, side in zip(balls, said["directions"], strict=True)
-            if ball and side in ("left", "right")
+            mine == side
+            for mine, side, seen in zip(own, said["directions"], true, strict=True)
+            if mine and side in ("left", "right") and seen == side
         ],
     }
     answers = right | {"all": [all(each) for each in right.values()]}
     return {name: float(all(each)) if each else math.nan for name, each in answers.items()}
+
+
+def first_shown(reading: Reading) -> list[str]:
+    """The colours of the balls in most of the first frames that show any."""
+    pictures = [shown for frame in range(min(BEGINNING, len(reading))) if (shown := reading.shown(frame))]
+    return max(pictures, key=pictures.count) if pictures else []
+
+
+def directions(reading: Reading, said: dict[str, Any]) -> list[str | None]:
+    """Where each ball of a caption goes first. One whose colour is not named is the only one shown whose
+    colour is not, or None."""
+    unnamed = [color for color in first_shown(reading) if color not in said["colors"]]
+    other = unnamed[0] if len(unnamed) == 1 else None
+    balls = [color or other for color in said["colors"]]
+    return [direction(reading.ball(ball)) if ball else None for ball in balls]
 
 
 def direction(path: Track) -> str:

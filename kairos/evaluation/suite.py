@@ -21,29 +21,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kairos.data.files import prepare_folder, write_atomically
-from kairos.data.media import write_video
+from kairos.data.media import Frames, write_video
 from kairos.errors import UserError
 from kairos.evaluation import scores
 from kairos.evaluation.drift import drift_of, summarise_drift
-from kairos.evaluation.models import VideoModel, generate
-from kairos.evaluation.reading import Reading, read
-from kairos.evaluation.report import report
+from kairos.evaluation.models import KairosModel, VideoModel, generate
+from kairos.evaluation.reading import SIZE, Reading, read
+from kairos.evaluation.report import BESIDE, report
 from kairos.evaluation.summary import summarise
+from kairos.models.vae import TEMPORAL
 from kairos.worlds import SCENES, SPLITS, VIOLATIONS, Clip, impossible_twin, scenery, simulate
+from kairos.worlds.export import FPS, ClipName
 
 logger = logging.getLogger(__name__)
 
-Frames = NDArray[np.uint8]
 Record = dict[str, Any]
-VERSION = 2
+VERSION = 3
 """Of the measures: records of another version are measured again."""
 SHOWN = 4
 """Clips of each scene and split whose videos are kept."""
-FPS = 16
-PLAIN_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Settings:
     seed: int = 0
     num_frames: int = 33
     given: int = 5
-    size: int = PLAIN_SIZE
+    size: int = SIZE
     batch: int = 8
     drift_seconds: int = 4
     drift_clips: int = 4
@@ -83,12 +81,16 @@ class Settings:
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise UserError(f"{name} must be at least {bound}, got {getattr(self, name)}")
-        for name in ("num_frames", "given"):
-            value = getattr(self, name)
-            if value and value % 4 != 1:
-                raise UserError(f"{name} must be 4n + 1, got {value}; try {value // 4 * 4 + 1}")
         if self.num_frames <= self.given + 1:
             raise UserError(f"num_frames must be above given + 1 = {self.given + 1}, got {self.num_frames}")
+
+    def check_latents(self) -> None:
+        """Raises UserError where the frames are no whole latent ones, as a Kairos model's are."""
+        for name in ("num_frames", "given"):
+            value = getattr(self, name)
+            if value and value % TEMPORAL != 1:
+                near = value // TEMPORAL * TEMPORAL + 1
+                raise UserError(f"{name} must be {TEMPORAL}n + 1, got {value}; try {near}")
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,8 @@ def evaluate(
     name: of the model, as results show it. teacher: the output folder of another model, measured on the same
     clips, whose motion this one's is compared with. `on_clips` is told how many clips are done, now and then.
     """
+    if isinstance(model, KairosModel):
+        settings.check_latents()
     if output is not None:
         prepare_folder(output)
     if not settings.given and not getattr(model, "from_text", False):
@@ -135,9 +139,10 @@ def evaluate(
     taught = None if teacher is None else Records.of_results(teacher, settings)
     every = range(settings.clips)
     result: dict[str, Any] = {}
+    known: dict[str, Any] = {}
     drift: dict[str, Any] = {}
     for split in settings.splits:
-        result[split] = {}
+        result[split], known[split] = {}, {}
         for scene in settings.scenes:
             missing = [index for index in every if records.get(split, scene, index) is None]
             on_clips(settings.clips - len(missing))
@@ -146,11 +151,12 @@ def evaluate(
                 for index, record in measure(model, settings, scene, split, part, videos):
                     records.put(split, scene, index, record)
                 on_clips(len(part))
-            known = list(filter(None, (records.get(split, scene, index) for index in every)))
+            rows = list(filter(None, (records.get(split, scene, index) for index in every)))
             beside = [taught.get(split, scene, index) for index in every] if taught else None
-            result[split][scene] = summarise(known, settings.seed, beside)
-            if rows := rollouts(model, settings, scene, split, records):
-                drift.setdefault(split, {})[scene] = summarise_drift(rows, settings.seed)
+            known[split][scene] = rows
+            result[split][scene] = summarise(rows, settings.seed, beside)
+            if rolled := rollouts(model, settings, scene, split, records):
+                drift.setdefault(split, {})[scene] = summarise_drift(rolled, settings.seed)
             logger.info("%s, %s: %s", scene, split, short(result[split][scene]))
     about = {
         "model": name,
@@ -161,20 +167,23 @@ def evaluate(
         "given_frames": settings.given,
         "num_frames": settings.num_frames,
     }
-    return written(about, result, drift, output, videos)
+    return written(about, result, known, drift, output, videos)
 
 
 def written(
     about: Record,
     result: dict[str, Any],
+    records: dict[str, dict[str, list[Record]]],
     drift: dict[str, Any],
     output: Path | None,
     videos: Path | None = None,
 ) -> dict[str, Any]:
     """The results of all splits, {split: {scene: measures}}, as `results.json` has them, and the files.
 
-    videos: the folder of those that the report shows.
+    records: those behind them, {split: {scene: records}}. videos: the folder of those that the report shows.
     """
+    every = [row for scenes in records.values() for rows in scenes.values() for row in rows]
+    warn_of_beginnings(every, about["given_frames"])
     first = next(iter(result))
     splits: dict[str, Any] = {split: {"scenes": scenes} for split, scenes in result.items()}
     for split, scenes in drift.items():
@@ -182,8 +191,23 @@ def written(
     results = about | {"split": first, "scenes": result[first], "splits": splits}
     if output is not None:
         write_atomically(output / "results.json", dump(results))
-        write_atomically(output / "report.html", report(results, videos).encode())
+        write_atomically(output / "report.html", report(results, videos, records).encode())
     return results
+
+
+def warn_of_beginnings(records: Sequence[Record], given: int) -> None:
+    """Say how many videos do not begin with the given frames: one of only what was made is ahead of its clip
+    throughout."""
+    begin = [(row["clip"], row["scores"].get("model", {}).get("begins")) for row in records]
+    if wrong := [clip for clip, right in begin if right == 0]:
+        logger.warning(
+            "%d of %d videos do not begin with the %d given frames, such as %s: put those before what was "
+            "made, or say --given 0",
+            len(wrong),
+            len(begin),
+            given,
+            wrong[0],
+        )
 
 
 def measure(
@@ -222,12 +246,14 @@ def measure(
             if kind != "text":
                 of_kind[kind] |= scores.score(reading, case.clip, settings.given, case.truth)
             if kind != "model":
-                of_kind[kind] |= scores.agreement(reading, said)
+                of_kind[kind] |= scores.agreement(reading, said, case.truth)
             if kind == "vae":
                 of_kind[kind]["psnr"] = psnr(frames, case.clip.frames)
         if shown is not None and index < SHOWN:
             keep(shown / split, scene, index, {kind: batch[number] for kind, batch in videos.items()})
-        yield index, {"caption": case.clip.caption, "scores": of_kind, "expectation": preferred[number]}
+        name = str(ClipName(scene, split, settings.seed, index))
+        about = {"clip": name, "caption": case.clip.caption}
+        yield index, about | {"scores": of_kind, "expectation": preferred[number]}
 
 
 def rollouts(model: VideoModel, settings: Settings, scene: str, split: str, records: Records) -> list[Record]:
@@ -248,7 +274,7 @@ def rollouts(model: VideoModel, settings: Settings, scene: str, split: str, reco
         videos = {"truth": truth, "model": model.rollout(captions, truth[:, :given], frames, seeds)}  # type: ignore[attr-defined]
         if hasattr(model, "reconstruct"):
             videos["vae"] = model.reconstruct(truth)
-        rows = drift_of(videos, [case.clip for case in cases], [case.scenery for case in cases], given, FPS)
+        rows = drift_of(videos, [case.clip for case in cases], [case.scenery for case in cases], given)
         for index, row in zip(some, rows, strict=True):
             records.put(part, scene, index, row)
     return list(filter(None, (records.get(part, scene, index) for index in wanted)))
@@ -378,7 +404,7 @@ def seed_of(scene: str, split: str, seed: int, index: int, purpose: str) -> int:
 def keep(folder: Path, scene: str, index: int, videos: dict[str, Frames]) -> None:
     """Write truth, reconstruction and model side by side, and what was made from the caption alone."""
     folder.mkdir(parents=True, exist_ok=True)
-    beside = [videos[kind] for kind in ("truth", "vae", "model") if kind in videos]
+    beside = [videos[kind] for kind in BESIDE if kind in videos]
     gap = np.full((*beside[0].shape[:2], 2, 3), 255, np.uint8)
     row = [part for video in beside for part in (video, gap)][:-1]
     write_video(folder / f"{scene}-{index:03d}.mp4", np.concatenate(row, 2), fps=FPS)

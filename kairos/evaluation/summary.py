@@ -1,4 +1,4 @@
-"""From the records of clips to numbers: means with bootstrap intervals, beside the floors."""
+"""From the records of clips to numbers: means with their intervals, beside the floors."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import numpy as np
 
 Record = dict[str, Any]
 RESAMPLES = 1000
+NORMAL = 1.96
+"""Standard deviations on either side of a normal mean that hold 95 %."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,11 @@ def summarise(
             add(name, average(right, seed))
             if name in result:
                 result[name]["violations"] = {
-                    str(kind): finite_mean(right[kinds == kind]) for kind in np.unique(kinds)
+                    str(kind): average(right[kinds == kind], seed)["value"] for kind in np.unique(kinds)
                 }
         else:
             kind = "text" if name in TEXT else "vae" if name == "psnr" else "model"
-            floors = [finite_mean(column(floor, name)) for floor in ("truth", "vae")]
+            floors = [average(column(floor, name), seed)["value"] for floor in ("truth", "vae")]
             add(name, average(column(kind, name), seed), *floors)
     return result
 
@@ -102,13 +104,16 @@ def preferred(possible: float | None, impossible: float | None) -> float:
 
 
 def average(values: Any, seed: int) -> Record:
-    """The mean of what is finite, with its 95 % bootstrap interval."""
+    """The mean of what is finite, with its 95 % interval: Wilson's of yes and no, else a bootstrap's."""
     known = np.asarray(values, np.float64)
     known = known[np.isfinite(known)]
     if not len(known):
         return {"value": None, "ci": [None, None], "clips": 0}
-    draws = np.random.default_rng(seed).choice(known, (RESAMPLES, len(known))).mean(1)
-    return {"value": float(known.mean()), "ci": interval(draws), "clips": len(known)}
+    if np.isin(known, (0, 1)).all():
+        ci = wilson(known)
+    else:
+        ci = interval(np.random.default_rng(seed).choice(known, (RESAMPLES, len(known))).mean(1), len(known))
+    return {"value": float(known.mean()), "ci": ci, "clips": len(known)}
 
 
 def ratio(above: np.ndarray, below: np.ndarray, seed: int) -> Record:
@@ -120,14 +125,21 @@ def ratio(above: np.ndarray, below: np.ndarray, seed: int) -> Record:
     draws = np.random.default_rng(seed).integers(len(below), size=(RESAMPLES, len(below)))
     total = below[draws].sum(1)
     ratios = above[draws].sum(1)[total > 0] / total[total > 0]
-    return {"value": float(above.sum() / below.sum()), "ci": interval(ratios), "clips": len(below)}
+    return {
+        "value": float(above.sum() / below.sum()),
+        "ci": interval(ratios, len(below)),
+        "clips": len(below),
+    }
 
 
-def interval(draws: np.ndarray) -> list[float]:
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return [float(low), float(high)]
+def interval(draws: np.ndarray, clips: int) -> list[float | None]:
+    """Of the draws of a bootstrap, which from one clip says nothing."""
+    return np.percentile(draws, [2.5, 97.5]).tolist() if clips > 1 else [None, None]
 
 
-def finite_mean(values: np.ndarray) -> float | None:
-    known = values[np.isfinite(values)]
-    return float(known.mean()) if len(known) else None
+def wilson(answers: np.ndarray) -> list[float | None]:
+    """Of the share of ones among zeros and ones (Wilson 1927): it has a width where all answers are one."""
+    ones, count, square = answers.sum(), len(answers), NORMAL**2
+    middle = (ones + square / 2) / (count + square)
+    half = NORMAL * math.sqrt(ones * (count - ones) / count + square / 4) / (count + square)
+    return np.array([middle - half, middle + half]).clip(0, 1).round(9).tolist()

@@ -63,7 +63,10 @@ def score_videos(folder: Path, settings: Settings, *, output: Path | None = None
         "given_frames": settings.given,
         "num_frames": next(iter(lengths)),
     }
-    return written(about, result, {}, output)
+    records = {
+        split: {scene: found[split, scene] for scene in measures} for split, measures in result.items()
+    }
+    return written(about, result, records, {}, output)
 
 
 def named(folder: Path) -> dict[ClipName, Path]:
@@ -93,10 +96,11 @@ def record(path: Path, name: ClipName, given: int) -> tuple[int, Record]:
     frames = shrunk(frames)
     case = Case.of(**asdict(name), num_frames=len(frames), size=frames.shape[1])
     said = case.clip.parameters["said"]
-    truth = scores.score(case.truth, case.clip, given, case.truth) | scores.agreement(case.truth, said)
+    truth = scores.score(case.truth, case.clip, given, case.truth)
+    truth |= scores.agreement(case.truth, said, case.truth)
     reading = read(frames, case.scenery)
     if given:
         own = {"model": scores.score(reading, case.clip, given, case.truth)}
     else:
-        own = {"text": scores.agreement(reading, said)}
-    return len(frames), {"caption": case.clip.caption, "scores": own | {"truth": truth}}
+        own = {"text": scores.agreement(reading, said, case.truth)}
+    return len(frames), {"clip": str(name), "caption": case.clip.caption, "scores": own | {"truth": truth}}

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from kairos.errors import UserError
 from kairos.worlds.palette import COLORS
-from kairos.worlds.world import DT, GRAVITY, Floats, Motion, drawn, paint
+from kairos.worlds.world import DT, GRAVITY, Motion, drawn, paint
 
 Frames = NDArray[np.uint8]
 ENOUGH = 0.25
@@ -184,13 +184,10 @@ def picked(motion: Motion, frames: NDArray[np.int64]) -> Motion:
         }
         return replace(part, **arrays)  # type: ignore[type-var]
 
-    def floats(array: Floats) -> Floats:
-        return array[frames]
-
     return replace(
         motion,
-        positions=floats(motion.positions),
-        velocities=floats(motion.velocities),
+        positions=motion.positions[frames],
+        velocities=motion.velocities[frames],
         behind=tuple(shape(part) for part in motion.behind),  # type: ignore[misc]
         before=tuple(shape(part) for part in motion.before),  # type: ignore[misc]
     )
