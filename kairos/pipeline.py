@@ -389,8 +389,10 @@ class KairosPipeline(DiffusionPipeline):
         if output_type == "latent":
             return latents
         # One video at a time: a batch would need its memory all at once.
-        videos = [video_vae.decode(self.vae, one.to(self.vae.dtype), tiled=tiled) for one in latents.split(1)]
-        frames = (torch.cat(videos).float() / 2 + 0.5).clamp(0, 1).transpose(1, 2).cpu()
+        frames = torch.cat(
+            [video_vae.decode(self.vae, one.to(self.vae.dtype), tiled=tiled) for one in latents.split(1)]
+        )
+        frames = frames.float().div_(2).add_(0.5).clamp_(0, 1).transpose(1, 2).cpu()
         if output_type == "pt":
             return frames
         array = frames.permute(0, 1, 3, 4, 2).numpy()

@@ -372,11 +372,14 @@ def test_a_mean_has_an_interval_that_holds_it_and_is_a_function_of_the_seed():
 
 
 def test_an_interval_has_a_width_where_all_clips_are_alike_and_none_where_there_is_but_one():
-    sure = average([1.0] * 16, seed=0)["ci"]
+    sure = average([1.0] * 16, seed=0, answers=True)["ci"]
     assert sure == pytest.approx([0.806, 1.0], abs=1e-3) and sure[1] == 1
-    assert average([0.0] * 16, seed=0)["ci"] == pytest.approx([0.0, 0.194], abs=1e-3)
-    assert average([1.0, 0.0, 1.0, 1.0], seed=0)["ci"] == pytest.approx([0.301, 0.954], abs=1e-3)
-    assert average([1.0], seed=0)["ci"] == pytest.approx([0.207, 1.0], abs=1e-3)
+    assert average([0.0] * 16, seed=0, answers=True)["ci"] == pytest.approx([0.0, 0.194], abs=1e-3)
+    assert average([1.0, 0.0, 1.0, 1.0], seed=0, answers=True)["ci"] == pytest.approx(
+        [0.301, 0.954], abs=1e-3
+    )
+    assert average([1.0], seed=0, answers=True)["ci"] == pytest.approx([0.207, 1.0], abs=1e-3)
+    assert average([0.0] * 16, seed=0)["ci"] == [0, 0]  # a length, which happens to be 0
     assert average([0.3], seed=0)["ci"] == [None, None]
     assert ratio(np.array([1.0]), np.array([2.0]), seed=0) == {"value": 0.5, "ci": [None, None], "clips": 1}
 

@@ -81,8 +81,10 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_uint8(frames: NDArray[np.floating]) -> Frames:
-    """Frames in [0, 1] as uint8."""
-    return (frames * 255).round().clip(0, 255).astype(np.uint8)
+    """Frames in [0, 1] as uint8. In place as far as it can be: a long video is large."""
+    scaled = frames * 255
+    np.clip(np.rint(scaled, out=scaled), 0, 255, out=scaled)
+    return scaled.astype(np.uint8)
 
 
 def fill_frame(image: Image.Image, height: int, width: int) -> Image.Image:

@@ -103,9 +103,8 @@ def read(frames: Frames, scenery: Frames | None = None) -> Reading:
         for color in cover:
             beside = np.any([near[other] for other in near if other != color], axis=0)
             parts = [part for part in blobs_of(solid[color]) if part.sum() >= least]
-            large = sum(part.sum() >= most for part in parts)
-            floods[number] += large
-            blobs[color, number] = sum(not bridges(part, beside) for part in parts) - large
+            floods[number] += sum(part.sum() >= most for part in parts)
+            blobs[color, number] = sum(part.sum() < most and not bridges(part, beside) for part in parts)
         found = [color for color in cover if blobs[color, number]]
         for color in found:
             # The soft edge of a ball is its own, whatever hue it seems to have, but for that of another ball.

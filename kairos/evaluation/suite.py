@@ -201,8 +201,8 @@ def warn_of_beginnings(records: Sequence[Record], given: int) -> None:
     begin = [(row["clip"], row["scores"].get("model", {}).get("begins")) for row in records]
     if wrong := [clip for clip, right in begin if right == 0]:
         logger.warning(
-            "%d of %d videos do not begin with the %d given frames, such as %s: put those before what was "
-            "made, or say --given 0",
+            "%d of %d videos do not begin with the %d given frames, such as %s; where they hold only what "
+            "comes after those, put the given frames before it",
             len(wrong),
             len(begin),
             given,

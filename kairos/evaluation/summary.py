@@ -24,6 +24,11 @@ class Measure:
     better: str
     decimals: int = 3
 
+    @property
+    def answers(self) -> bool:
+        """Whether each clip says yes, 1, or no, 0."""
+        return self.unit in ("share of clips", "share of pairs")
+
 
 WORLD_SPEED = "world units per unit of time"
 MEASURES: dict[str, Measure] = {
@@ -84,7 +89,7 @@ def summarise(
             pairs = [row["expectation"] for row in records if row.get("expectation")]
             right = np.array([preferred(pair["possible"], pair["impossible"]) for pair in pairs], np.float64)
             kinds = np.array([pair["violation"] for pair in pairs])
-            add(name, average(right, seed))
+            add(name, average(right, seed, answers=True))
             if name in result:
                 result[name]["violations"] = {
                     str(kind): average(right[kinds == kind], seed)["value"] for kind in np.unique(kinds)
@@ -92,7 +97,7 @@ def summarise(
         else:
             kind = "text" if name in TEXT else "vae" if name == "psnr" else "model"
             floors = [average(column(floor, name), seed)["value"] for floor in ("truth", "vae")]
-            add(name, average(column(kind, name), seed), *floors)
+            add(name, average(column(kind, name), seed, answers=MEASURES[name].answers), *floors)
     return result
 
 
@@ -103,16 +108,15 @@ def preferred(possible: float | None, impossible: float | None) -> float:
     return float(possible < impossible)
 
 
-def average(values: Any, seed: int) -> Record:
-    """The mean of what is finite, with its 95 % interval: Wilson's of yes and no, else a bootstrap's."""
+def average(values: Any, seed: int, *, answers: bool = False) -> Record:
+    """The mean of what is finite, with its 95 % interval: Wilson's of `answers`, which are yes and no, else a
+    bootstrap's."""
     known = np.asarray(values, np.float64)
     known = known[np.isfinite(known)]
     if not len(known):
         return {"value": None, "ci": [None, None], "clips": 0}
-    if np.isin(known, (0, 1)).all():
-        ci = wilson(known)
-    else:
-        ci = interval(np.random.default_rng(seed).choice(known, (RESAMPLES, len(known))).mean(1), len(known))
+    draws = np.random.default_rng(seed).choice(known, (RESAMPLES, len(known))).mean(1)
+    ci = wilson(known) if answers else interval(draws, len(known))
     return {"value": float(known.mean()), "ci": ci, "clips": len(known)}
 
 

@@ -135,7 +135,7 @@ class Rollout(Iterator[np.ndarray]):
 
     def __next__(self) -> np.ndarray:
         frames, self.state = next_chunk(self.pipeline, self.state)
-        return (frames.float() / 2 + 0.5).permute(0, 2, 3, 4, 1).cpu().numpy()
+        return frames.float().div_(2).add_(0.5).permute(0, 2, 3, 4, 1).cpu().numpy()
 
     def change_prompt(self, prompt: str | list[str]) -> None:
         """From the next chunk on something else happens; one text, or one for each video.
