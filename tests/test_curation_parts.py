@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from curation_plants import SETTINGS, real_clip, remux, shot, write
 
-from kairos.curation import Settings, curate
+from kairos.curation import Settings, curate, select
 from kairos.curation.duplicates import Fingerprinted, find_duplicates
 from kairos.curation.intake import printable
 from kairos.curation.selection import choose
@@ -412,6 +412,28 @@ def test_a_run_that_is_stopped_leaves_the_settings_that_it_goes_on_with(
     assert pipeline.saved_settings(tmp_path / "out") == Settings.from_dict(QUICK)
 
 
+def test_a_choice_among_what_is_not_cut_yet_is_refused_and_changes_nothing(
+    folder, tmp_path, monkeypatch
+) -> None:
+    from kairos.curation import pipeline
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    out, run = tmp_path / "out", pipeline.run_locally
+    for content in (QUICK, QUICK | {"split": QUICK["split"] | {"crf": 20}}):
+        monkeypatch.setattr(pipeline, "run_locally", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            curate(folder, out, Settings.from_dict(content))
+        before = {file: file.read_bytes() for file in (*out.glob("shards/*/*"), *out.glob("manifest.*"))}
+        with pytest.raises(UserError, match="is not run to its end with its settings"):
+            select(out)
+        assert before == {file: file.read_bytes() for file in before}
+        monkeypatch.setattr(pipeline, "run_locally", run)
+        curate(folder, out, Settings.from_dict(content), workers=1)
+    assert before and select(out).clips == 2
+
+
 def test_how_far_the_work_is_is_said_now_and_then(folder, tmp_path, monkeypatch, caplog) -> None:
     from kairos.curation import pipeline
 
@@ -549,13 +571,16 @@ def test_a_text_that_is_not_read_ends_no_run_and_says_why(folder, monkeypatch) -
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        ([{"path": "one.mp4"}, {"path": "./one.mp4"}], "entry 2: one.mp4 stands in an entry before"),
+        (
+            [{"path": "one.mp4", "caption": "a ball"}, {"path": "./one.mp4", "caption": "a cube"}],
+            "entry 2: one.mp4 stands in an entry before, which says other things of it",
+        ),
         ([{"path": "one.mp4", "start_s": 2}], "entry 1: 'start_s' is not read, for videos are taken whole"),
         ([{"path": "one.mp4", "end_s": 2}], "entry 1: 'end_s' is not read"),
         ([{"path": "one.mp4", "domain": "robto"}], "entry 1: unknown domain 'robto'; one of human"),
         ([{"path": "one.mp4", "events": ["contct"]}], "entry 1: unknown event 'contct'; of contact"),
         ([{"path": "one.mp4", "events": "contact, contct"}], "entry 1: unknown event 'contct'"),
-        ([{"path": "one.mp4", "events": 3}], "entry 1: unknown event 3"),
+        ([{"path": "one.mp4", "events": 3}], "entry 1: unknown event '3'"),
         ([{"path": "one.mp4", "caption": ["a", "b"]}], "entry 1: 'caption' must be a text, got ['a', 'b']"),
     ],
 )
@@ -573,7 +598,8 @@ def test_a_manifest_names_events_in_a_list_or_with_commas(folder) -> None:
     from kairos.curation.intake import take_in
     from kairos.curation.settings import Limits
 
-    (folder / "list.csv").write_text('path,domain,events\none.mp4,Physics,"Contact, tool use"\ntwo.mp4,,\n')
+    one = 'one.mp4,Physics ,"Contact , tool use"\n'
+    (folder / "list.csv").write_text(f'path,domain,events\n{one}two.mp4,," "\n{one}')  # one is there twice
     labels = [entry.labels for entry in take_in(folder / "list.csv", Limits())[1]]
     assert labels == [{"domain": "Physics", "events": ["Contact", "tool use"]}, {}]
 

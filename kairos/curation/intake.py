@@ -89,7 +89,7 @@ def _walk(root: Path) -> Iterator[Path]:
 
 
 def _listed(root: Path, manifest: Path, limits: Limits) -> Iterator[Source]:
-    seen: set[str] = set()
+    seen: dict[str, dict[str, Any]] = {}
     for number, row in enumerate(_rows(manifest), 1):
         where = f"{manifest}, entry {number}"
         name = row.get("path") or row.get("video") if isinstance(row, dict) else None
@@ -97,10 +97,12 @@ def _listed(root: Path, manifest: Path, limits: Limits) -> Iterator[Source]:
             raise UserError(f"{where}: the key 'path' is missing; give the video's path")
         file = root / name
         entry = _examined(root, Path(os.path.normpath(file)), limits)
-        if entry.path in seen:
-            raise UserError(f"{where}: {entry.path} stands in an entry before; give each video once")
-        seen.add(entry.path)
-        yield replace(entry, labels=_labels(row, where))
+        labels = _labels(row, where)
+        if entry.path not in seen:
+            seen[entry.path] = labels
+            yield replace(entry, labels=labels)
+        elif seen[entry.path] != labels:
+            raise UserError(f"{where}: {entry.path} stands in an entry before, which says other things of it")
 
 
 def _labels(row: dict[str, Any], where: str) -> dict[str, Any]:
@@ -112,12 +114,14 @@ def _labels(row: dict[str, Any], where: str) -> dict[str, Any]:
     for key, text in (("caption", caption), ("domain", domain)):
         if not isinstance(text, str):
             raise UserError(f"{where}: {key!r} must be a text, got {text!r}")
+    domain = domain.strip()
     if domain and domain.lower() not in DOMAINS:
         raise UserError(f"{where}: unknown domain {domain!r}; one of {', '.join(DOMAINS)}")
-    tags = [tag for tag in re.split(r"[,;]\s*", events) if tag] if isinstance(events, str) else events
+    tags = re.split(r"[,;]", events) if isinstance(events, str) else events
     for tag in tags if isinstance(tags, list) else [tags]:
-        if not isinstance(tag, str) or tag.strip().lower() not in EVENTS:
-            raise UserError(f"{where}: unknown event {tag!r}; of {', '.join(EVENTS)}")
+        if not isinstance(tag, str) or tag.strip().lower() not in ("", *EVENTS):
+            raise UserError(f"{where}: unknown event {str(tag).strip()!r}; of {', '.join(EVENTS)}")
+    tags = [tag.strip() for tag in tags if tag.strip()]
     labels = {"caption": _clean(caption), "domain": domain, "events": tags}
     return {key: value for key, value in labels.items() if value}
 

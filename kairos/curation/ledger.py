@@ -36,8 +36,7 @@ class Ledger:
         self._file = folder / "ledger.sqlite"
         try:
             self._db = sqlite3.connect(self._file)
-            with self._writing():
-                self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;" + _TABLES)
+            self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;" + _TABLES)
         except sqlite3.DatabaseError as error:
             self._lock.close()
             raise MachineError(f"cannot open {self._file}: {error}; delete it to begin anew") from None
@@ -56,9 +55,9 @@ class Ledger:
             with self._db:
                 yield
         except sqlite3.OperationalError as error:
-            raise MachineError(
-                f"cannot write {self._file}: {error}; free some space, and run the command again"
-            ) from error
+            fix = "; free some space, and run the command again"
+            full = "full" in str(error)
+            raise MachineError(f"cannot write {self._file}: {error}{fix if full else ''}") from error
 
     def known_hash(self, path: str, stamp: str) -> str | None:
         """The SHA-256 of a file, where it was read before and has not changed since."""

@@ -107,7 +107,7 @@ def select(output: str | os.PathLike[str], settings: Settings | None = None) -> 
     stored = saved_settings(output)
     if settings is not None:
         default = Settings()
-        for name in (f.name for f in fields(Settings) if f.name not in VIEWS):
+        for name in (f.name for f in fields(Settings) if f.name not in (*VIEWS, "limits")):
             if getattr(settings, name) not in (getattr(stored, name), getattr(default, name)):
                 raise UserError(
                     f"{name} differs from what {output} was made with, and a choice computes nothing; "
@@ -115,6 +115,14 @@ def select(output: str | os.PathLike[str], settings: Settings | None = None) -> 
                 )
         stored = replace(stored, **{name: getattr(settings, name) for name in VIEWS})
     with Ledger(output / "work") as ledger:
+        config = _split_hash(stored)
+        waiting = [entry["key"] for _, entry in ledger.sources() if entry["status"] == "waiting"]
+        uncut = sum(ledger.result(key, "split", config) is None for key in waiting)
+        if uncut or not (output / "manifest.parquet").exists():
+            raise UserError(
+                f"{output} is not run to its end with its settings, {uncut} sources are to be cut; use "
+                "`kairos curate run`"
+            )
         _clean(output)
         return _select(ledger, output, stored)
 

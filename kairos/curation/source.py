@@ -33,8 +33,9 @@ from kairos.data.media import as_shown, on_screen, pixel_aspect
 
 Picture = NDArray[np.uint8]  # (H, W, 3)
 
-_MIN_RATE = 0.75
-"""Sources below this share of the clips' rate are refused: repeated frames would look like stops."""
+_MIN_RATE = 0.74
+"""Sources below this share of the clips' rate are refused: repeated frames would look like stops. It lets
+12000/1001 frames a second pass for clips of 16."""
 _LONGEST = 3.0
 """A frame that stays for more than so many frames' time is the edge of a gap: it would look like a stop."""
 _LEAST_SIDE = 32
@@ -143,9 +144,9 @@ def _probe(container: Any, task: SplitTask) -> dict[str, Any]:
     if not min(width, height):
         raise Refused("corrupt: no picture size")
     if max(width, height) > limits.side:
-        raise Refused(f"large: {width} x {height}, and the limit of a side is {limits.side} (limits.side)")
+        raise Refused(f"large: {height} x {width}, and the limit of a side is {limits.side} (limits.side)")
     if min(width, height) < _LEAST_SIDE:
-        raise Refused(f"small: {width} x {height}, and a side needs {_LEAST_SIDE} pixels")
+        raise Refused(f"small: {height} x {width}, and a side needs {_LEAST_SIDE} pixels")
     duration_s = 0.0
     if stream.duration and stream.time_base:
         duration_s = float(stream.duration * stream.time_base)
@@ -157,7 +158,9 @@ def _probe(container: Any, task: SplitTask) -> dict[str, Any]:
         )
     rate = float(stream.average_rate or stream.guessed_rate or 25)
     if rate < _MIN_RATE * task.split.fps:
-        raise Refused(f"slow: {rate:.3g} frames a second, and clips have {task.split.fps}")
+        raise Refused(
+            f"slow: {rate:.3g} frames a second, and clips have {task.split.fps}, of which a quarter may lack"
+        )
     return {
         "source_width": width,
         "source_height": height,
@@ -193,7 +196,7 @@ def _clips(
         if index / facts["source_fps"] > task.limits.duration_s:
             raise Refused(f"long: more than {task.limits.duration_s:g} s (limits.duration_s)")
         if max(frame.width, frame.height) > task.limits.side:
-            raise Refused(f"large: {frame.width} x {frame.height} (limits.side)")
+            raise Refused(f"large: {frame.height} x {frame.width} (limits.side)")
         damaged = frame.is_corrupt or (damaged and not frame.key_frame)
         picture = normalise(frame) if repeats and not damaged else None
         before = time.process_time()

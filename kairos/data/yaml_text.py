@@ -8,22 +8,32 @@ import yaml
 
 from kairos.errors import UserError
 
-
-class _Loader(yaml.SafeLoader):
-    """A key that is there twice is refused: YAML's own reader would take the last and say nothing."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.tag == "tag:yaml.org,2002:merge":
-                continue
-            if key.value in seen:
-                raise UserError(f"the key {key.value!r} is there twice, at line {key.start_mark.line + 1}")
-            if isinstance(key.value, str):
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
+MERGE = "tag:yaml.org,2002:merge"
 
 
 def load_yaml(text: str) -> Any:
-    """The content of a YAML text. Raises yaml.YAMLError, and UserError for a key that is there twice."""
-    return yaml.load(text, _Loader)
+    """The content of a YAML text. Raises yaml.YAMLError, and UserError for a key that is there twice: YAML's
+    own reader would take the last and say nothing."""
+    check_keys_once(yaml.compose(text, yaml.SafeLoader))
+    return yaml.safe_load(text)
+
+
+def check_keys_once(root: Any) -> None:
+    """Refuse a key that a mapping of the tree has twice."""
+    waiting, known = [root], set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in known:  # an alias
+            continue
+        known.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        elif isinstance(node, yaml.MappingNode):
+            waiting += [value for _, value in node.value]
+            keys = set()
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                if (key.tag, key.value) in keys and key.tag != MERGE:
+                    raise UserError(
+                        f"the key {key.value!r} is there twice, at line {key.start_mark.line + 1}"
+                    )
+                keys.add((key.tag, key.value))
