@@ -98,7 +98,7 @@ class KairosPipeline(DiffusionPipeline):
         image: Image.Image | None = None,
         video: np.ndarray | Sequence[Image.Image] | None = None,
         *,
-        negative_prompt: str = "",
+        negative_prompt: str | None = "",
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
@@ -177,7 +177,7 @@ class KairosPipeline(DiffusionPipeline):
         positive = prompt_embeds or self.encode_prompt(prompt, image=picture)
         negative = None
         if guidance > 1 and is_guided(defaults, len(given)):
-            negative = negative_prompt_embeds or self.encode_prompt(negative_prompt)
+            negative = negative_prompt_embeds or self.encode_prompt(negative_prompt or "")
             if len(negative[0]) == 1:
                 negative = repeated(negative, len(positive[0]), device)
         self._release_text_encoder(after_encoding)
@@ -268,8 +268,8 @@ class KairosPipeline(DiffusionPipeline):
         self, prompts: str | list[str], image: Image.Image | None = None
     ) -> tuple[Tensor, Tensor]:
         """Embeddings (B, T, C) and their mask (B, T) of `prompts`, from the cache where they are known."""
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        if not (isinstance(prompts, list) and prompts and all(isinstance(text, str) for text in prompts)):
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        if not (isinstance(texts, list | tuple) and texts and all(isinstance(text, str) for text in texts)):
             raise UserError(f"a prompt must be a text or a list of texts, got {prompts!r}")
         if self.text_encoder is None:
             raise UserError("the text encoder was freed; load the pipeline again or pass prompt_embeds")
@@ -277,10 +277,10 @@ class KairosPipeline(DiffusionPipeline):
         return encode_prompts(
             self.text_encoder,
             self.tokenizer,
-            prompts,
+            list(texts),
             template=template,
             processor=self.processor,
-            images=[image] * len(prompts) if image is not None and template.image_in_prompt else None,
+            images=[image] * len(texts) if image is not None and template.image_in_prompt else None,
             device=self._execution_device,
             dtype=self.transformer.dtype,
         )

@@ -21,6 +21,7 @@ from torch import nn
 
 from kairos import presets
 from kairos.cli import main, show
+from kairos.cli.jobs import keep_inputs
 from kairos.cli.run import RunOptions, vae_precision
 from kairos.data import files
 from kairos.data.media import read_metadata, read_video, write_video
@@ -174,6 +175,13 @@ def test_what_a_video_is_made_from_is_not_written_over(
     status, _, complaint = kairos("generate", "x", "--video", "mine.mp4", "-o", "./mine.mp4")
     assert (status, Path("mine.mp4").read_bytes()) == (2, before)
     assert complaint == "error: mine.mp4 would be written over what it is made from; choose another name\n"
+    keep_inputs(Path("mine.mp4"), "on another machine.png", "")
+
+
+def test_a_prompt_of_any_script_names_a_file(kairos: Any, fake: FakePipeline) -> None:
+    assert kairos("generate", "\u4e00\u4e2a\u7ea2\u7403\u6eda\u5411\u53f3\u8fb9" * 20)[0] == 0
+    (made,) = Path().glob("*.mp4")
+    assert made.name.startswith("\u4e00\u4e2a\u7ea2\u7403") and len(made.name.encode()) < 120
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no full disk to print to")
@@ -181,7 +189,7 @@ def test_a_full_disk_behind_what_is_printed_is_the_machines_failure() -> None:
     command = [sys.executable, "-m", "kairos", "models", "list"]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert done.stderr.startswith("error: cannot write what is printed: no space left on device\n")
+    assert done.stderr.startswith("error: no space left on device\n")
     assert "Traceback" not in done.stderr
 
 

@@ -373,7 +373,7 @@ def test_a_rank_ends_well_though_gloo_still_holds_what_was_exchanged() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs here")
 def test_gpus_that_are_not_there_are_refused() -> None:
-    with pytest.raises(UserError, match="this machine has no GPU; --device cpu --gpus N"):
+    with pytest.raises(UserError, match="this machine has no GPU; --device cpu runs on it, with --gpus N"):
         ranks.check_gpus(2)
 
 

@@ -129,7 +129,7 @@ def test_another_model_or_request_is_not_taken_for_one_that_is_made(tmp_path: Pa
     import numpy as np
 
     from kairos.cli.jobs import Job
-    from kairos.cli.outcomes import is_finished, with_remark
+    from kairos.cli.made_before import is_finished, with_remark
     from kairos.cli.run import Loaded, RunOptions
     from kairos.data.media import write_video
     from kairos.request import Request
@@ -171,7 +171,7 @@ def test_a_rewritten_video_is_finished_for_the_words_that_it_came_from(
     import numpy as np
 
     from kairos.cli.jobs import Job
-    from kairos.cli.outcomes import is_finished, with_remark
+    from kairos.cli.made_before import is_finished, with_remark
     from kairos.cli.run import Loaded, RunOptions, rewritten
     from kairos.conditioning import rewrite
     from kairos.data.media import write_video
@@ -207,7 +207,7 @@ def test_the_prompt_of_a_lists_video_is_written_out_once(
 
     from kairos.cli import gpus
     from kairos.cli.jobs import Job
-    from kairos.cli.outcomes import with_remark
+    from kairos.cli.made_before import with_remark
     from kairos.cli.run import RunOptions, rewritten
     from kairos.conditioning import rewrite
     from kairos.data.media import write_video
@@ -320,7 +320,7 @@ def test_options_that_cannot_be_are_one_line_before_anything_starts(
 def test_gpus_that_are_not_there_are_one_line(kairos: Any, gpus: str) -> None:
     status, _, errors = kairos("generate", "a ball", "--gpus", gpus)
     assert (status, errors.count("\n")) == (2, 1)
-    assert "this machine has no GPU; --device cpu --gpus N runs in N processes" in errors
+    assert "this machine has no GPU; --device cpu runs on it, with --gpus N in N processes" in errors
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs here")

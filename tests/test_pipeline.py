@@ -301,6 +301,15 @@ def test_a_freed_text_encoder_is_missed_with_a_clear_line(pipeline):
     np.testing.assert_array_equal(with_text, with_embeds)
 
 
+def test_prompts_may_be_a_tuple_and_no_negative_prompt_an_empty_one(pipeline):
+    generators = [seeded(0), seeded(1)]
+    listed = pipeline(["a ball", "a cube"], generator=generators).frames
+    generators = [seeded(0), seeded(1)]
+    assert np.array_equal(
+        pipeline(("a ball", "a cube"), negative_prompt=None, generator=generators).frames, listed
+    )
+
+
 def test_one_negative_prompt_serves_all_prompts(pipeline):
     positive, negative = pipeline.encode_prompt(["a ball", "a cube"]), pipeline.encode_prompt("blur")
     assert len(negative[0]) == 1

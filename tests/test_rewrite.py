@@ -126,7 +126,7 @@ def test_an_answer_that_was_cut_is_no_prompt(stub, answer):
 
 def test_an_answer_that_a_filter_cut_is_no_prompt(stub):
     stub.answer, stub.finished = "A red ba", "content_filter"
-    assert "the content filter of m at" in refusal(MachineError, stub.url + "#m")
+    assert "the content filter of m at" in refusal(UserError, stub.url + "#m")
 
 
 def test_an_empty_prompt_stays_empty_and_nobody_is_asked(stub):

@@ -548,12 +548,14 @@ def test_a_command_whose_ranks_would_write_the_same_files_is_refused_under_torch
     monkeypatch.setenv("WORLD_SIZE", "2")
     status, _, complaint = rollout("a", *SHORT, "-o", "out.mp4")
     assert (status, complaint) == (2, "error: kairos rollout is one process: start it without torchrun\n")
-    for words in (["evaluate", "-o", "out"], ["batch", "list.json"], ["curate", "report", "-o", "out"]):
+    for words in (["evaluate", "-o", "out"], ["batch", "list.json"], ["curate", "select", "out"]):
         with pytest.raises(SystemExit) as left:
             main(words)
         assert left.value.code == 2
         assert "is one process: start it without torchrun" in capsys.readouterr().err
     assert not [*Path().iterdir()]
+    with pytest.raises(SystemExit, match="0"):
+        main(["rollout", "--help"])
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert rollout("a", *SHORT, "-o", "out.mp4")[0] == 0
 

@@ -122,7 +122,7 @@ def test_loaded_tensors_begin_where_new_ones_do_so_that_the_same_weights_round_a
 @pytest.mark.parametrize("prefix", ["", "model.", "module.", "dit.", "pipe.dit.", "module.model."])
 def test_torch_files_with_wrappers_and_prefixes_load_as_the_plain_file(model, tmp_path, wrapper, prefix):
     content = {prefix + name: tensor for name, tensor in model.state_dict().items()}
-    beside = {"step": torch.tensor(3), "optimizer": {"lr": 1.0}}
+    beside = {"step": torch.tensor(3), "optimizer": {"lr": 1.0}, "module": {"name": "notes"}}
     torch.save({wrapper: content} | beside if wrapper else content, tmp_path / "dit.pt")
     assert_same(load_transformer_file(tmp_path / "dit.pt"), model)
 

@@ -19,7 +19,7 @@ REFUSED = {
 }
 """What the system says of a path that somebody gave."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-"""What it says where standard output goes to a disk that is full or fails."""
+"""What it says of a disk that is full or fails, of standard output too."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if error.filename and error.errno in REFUSED:
             message, status = f"{REFUSED[error.errno]}: {error.filename}", 2
         elif not error.filename and error.errno in FULL:
-            message, status = f"cannot write what is printed: {(error.strerror or str(error)).lower()}", 1
+            message, status = (error.strerror or str(error)).lower(), 1
         else:
             raise
     except (KeyboardInterrupt, typer.Abort):

@@ -20,11 +20,6 @@ from kairos.cli import (
     worlds,
 )
 from kairos.cli.console import out
-from kairos.distributed import is_rank
-from kairos.errors import UserError
-
-ALONE = ("batch", "bench", "curate", "evaluate", "rollout", "worlds")
-"""Commands whose files every rank would write."""
 
 app = typer.Typer(
     help="An open video world model: a prompt, an image or the start of a video becomes its future.",
@@ -50,8 +45,6 @@ def kairos(
 ) -> None:
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
-    elif context.invoked_subcommand in ALONE and is_rank():
-        raise UserError(f"kairos {context.invoked_subcommand} is one process: start it without torchrun")
 
 
 app.command("generate")(generate.generate)

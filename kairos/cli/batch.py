@@ -11,22 +11,13 @@ import typer
 from kairos import presets
 from kairos.cli.config import Config, read_config
 from kairos.cli.console import out, show_log, waiting
-from kairos.cli.gpus import attempt
 from kairos.cli.jobs import Job, file_jobs, prepare_output
 from kairos.cli.machine import device_and_dtype, dtype_named, import_libraries
-from kairos.cli.outcomes import (
-    Outcome,
-    conclude,
-    failed,
-    is_as_asked,
-    refusals,
-    said_in,
-    say_failure,
-    skipped,
-    with_remark,
-)
+from kairos.cli.made_before import is_as_asked, said_in, with_remark
+from kairos.cli.outcomes import Outcome, attempt, conclude, failed, refusals, say_failure, skipped
 from kairos.cli.run import RunOptions, check_model, load, planned
 from kairos.data.files import write_atomically
+from kairos.distributed import check_alone
 from kairos.errors import KairosError, MachineError, UserError, one_line
 from kairos.memory import Plan
 from kairos.request import Request
@@ -67,6 +58,7 @@ def batch(
     be where the workers can read them; the videos come back here.
     """
     show_log(verbose)
+    check_alone("batch")
     if output.lower().endswith(".mp4") and not Path(output).is_dir():
         raise UserError(f"--output is a folder here, for the videos and their report, got {output}")
     if retries < 0 or (gpus is not None and gpus < 1):

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from kairos.cli.console import err, out, say, show_log, waiting
+from kairos.distributed import check_alone
 from kairos.errors import MachineError, UserError
 from kairos.request import did_you_mean
 
@@ -74,6 +75,7 @@ def bench(
 ) -> None:
     """Time a model's stages; with --lengths or --against, its LinearDiT alone, with random weights."""
     show_log(verbose=False)
+    check_alone("bench")
     from kairos.bench import TEXT_TOKENS, Run, calibrate_step_cache, check_kind, clocks, measure
     from kairos.cli.machine import device_and_dtype, import_libraries
     from kairos.cli.run import RunOptions

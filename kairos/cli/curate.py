@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kairos.cli.console import out, show_log
+from kairos.distributed import check_alone
 
 if TYPE_CHECKING:
     from kairos.curation import Settings, Summary
@@ -52,6 +53,7 @@ def run(
 ) -> None:
     """Cut, score, choose and pack; a second run goes on where the first was stopped."""
     show_log(verbose=True)
+    check_alone("curate")
     _need_extra()
     from kairos.curation import curate
     from kairos.curation.pipeline import saved_settings
@@ -69,6 +71,7 @@ def run(
 def select(output: Output, config: Config = None, changes: Set = []) -> None:  # noqa: B006
     """Apply other thresholds, balance or shard sizes to what was scored; nothing is computed again."""
     show_log(verbose=True)
+    check_alone("curate")
     _need_extra()
     from kairos.curation import select as choose
     from kairos.curation.pipeline import saved_settings

@@ -7,6 +7,7 @@ import typer
 
 from kairos import presets
 from kairos.cli.console import out, show_log
+from kairos.distributed import check_alone
 from kairos.errors import UserError
 from kairos.request import Request
 
@@ -112,6 +113,7 @@ def evaluate(
 ) -> None:
     """Measure a model against the simulator, with no learned judge: motion, contact, permanence, text."""
     show_log(verbose=True)
+    check_alone("evaluate")
     from kairos.data.files import prepare_folder
     from kairos.evaluation.suite import Settings
     from kairos.worlds import SCENES

@@ -16,18 +16,10 @@ from kairos.cli.clock import Clock
 from kairos.cli.console import err, show_log, waiting
 from kairos.cli.jobs import Job, Refused, prepare_output
 from kairos.cli.machine import dtype_for, explained_memory, import_libraries
-from kairos.cli.outcomes import (
-    Outcome,
-    conclude,
-    failed,
-    is_finished,
-    refusals,
-    rewritten_before,
-    skipped,
-    with_remark,
-)
-from kairos.cli.resolve import check_request, check_template, is_guided
-from kairos.cli.run import Loaded, RunOptions, after_encoding, check_model, load, make_job, rewritten
+from kairos.cli.made_before import is_finished, rewritten_before, with_remark
+from kairos.cli.outcomes import Outcome, attempt, check, conclude, failed, refusals, skipped
+from kairos.cli.resolve import check_request, is_guided
+from kairos.cli.run import Loaded, RunOptions, check_model, encoder_after, load, make_job, rewritten
 from kairos.distributed import is_rank
 from kairos.errors import KairosError, MachineError, UserError
 from kairos.request import did_you_mean
@@ -190,20 +182,6 @@ def _take_jobs(world: "World", jobs: Sequence[Job], loaded: Loaded) -> list[Outc
     return [attempt(jobs[number], loaded) for number in WorkQueue(world.store, len(jobs))]
 
 
-def attempt(job: Job, loaded: Loaded) -> Outcome:
-    """Make one job of a list, unless it is made; its failure is an outcome too."""
-    if is_finished(job, loaded):
-        return skipped(job)
-    try:
-        _check(job, loaded)
-        with explained_memory():
-            make_job(job, loaded, after_encoding(loaded.options, loaded.pipeline.device, last=False))
-    except Exception as error:
-        logger.debug("request %d failed", job.number, exc_info=True)
-        return failed(job, error)
-    return Outcome(job.number, str(job.path), "made")
-
-
 def _make_together(world: "World", jobs: Sequence[Job], loaded: Loaded, *, listed: bool) -> list[Outcome]:
     """Each video on all ranks. What a rank finds wrong before it begins, all know before they begin.
 
@@ -216,7 +194,7 @@ def _make_together(world: "World", jobs: Sequence[Job], loaded: Loaded, *, liste
         error: KairosError | None = None
         finished = is_finished(job, loaded)
         try:
-            _check(job, loaded)
+            check(job, loaded)
         except KairosError as caught:
             error = caught
         said = [str(error) if error else "", isinstance(error, UserError), finished]
@@ -230,14 +208,8 @@ def _make_together(world: "World", jobs: Sequence[Job], loaded: Loaded, *, liste
                 raise problem
             outcomes.append(failed(job, problem) if first else None)
             continue
-        fate = after_encoding(loaded.options, world.device, last=job is jobs[-1])
+        after_encoding = encoder_after(loaded.options, world.device, last=job is jobs[-1])
         with explained_memory():
-            make_job(job, loaded, fate, write=first)
+            make_job(job, loaded, after_encoding, write=first)
         outcomes.append(Outcome(job.number, str(job.path), "made") if first else None)
     return [outcome for outcome in outcomes if outcome is not None]
-
-
-def _check(job: Job, loaded: Loaded) -> None:
-    check_request(job.request, loaded.pipeline.config.defaults, loaded.options.scale)
-    check_template(job.request)
-    prepare_output(job)

@@ -72,7 +72,7 @@ def file_jobs(
     return jobs, refused
 
 
-def prepare_output(job: "Job") -> None:
+def prepare_output(job: Job) -> None:
     """Try that the job's file can be written, and refuse one that the job is made from."""
     prepare_file(job.path)
     keep_inputs(job.path, job.request.input_image, job.request.input_video)
@@ -81,11 +81,11 @@ def prepare_output(job: "Job") -> None:
 def keep_inputs(output: Path, *inputs: str) -> None:
     """Refuse to write over what is read."""
     for name in inputs:
-        if name and output.exists() and output.samefile(name):
+        if name and output.exists() and Path(name).exists() and output.samefile(name):
             raise UserError(f"{output} would be written over what it is made from; choose another name")
 
 
 def _slug(text: str) -> str:
-    """A file name from a prompt: its first words, in characters that every system takes."""
+    """A file name from a prompt: its first words, in characters and of a length that every system takes."""
     words = re.sub(r"[^\w]+", "-", text.lower()).strip("-_")
-    return words[:100].rstrip("-_") or "video"
+    return words.encode()[:100].decode(errors="ignore").rstrip("-_") or "video"

@@ -3,13 +3,15 @@
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from kairos.cli.console import out, say
-from kairos.cli.jobs import Job, Refused
-from kairos.cli.run import Loaded, said_of
+from kairos.cli.jobs import Job, Refused, prepare_output
+from kairos.cli.machine import explained_memory
+from kairos.cli.made_before import is_finished
+from kairos.cli.resolve import check_request, check_template
+from kairos.cli.run import Loaded, encoder_after, make_job
 from kairos.data.files import prepare_file, write_atomically
 from kairos.errors import KairosError, MachineError, UserError, one_line
 
@@ -25,6 +27,27 @@ class Outcome:
     status: str
     error: str = ""
     by_input: bool = True
+
+
+def attempt(job: Job, loaded: Loaded) -> Outcome:
+    """Make one job of a list, unless it is made; its failure is an outcome too."""
+    if is_finished(job, loaded):
+        return skipped(job)
+    try:
+        check(job, loaded)
+        with explained_memory():
+            make_job(job, loaded, encoder_after(loaded.options, loaded.pipeline.device, last=False))
+    except Exception as error:
+        logger.debug("request %d failed", job.number, exc_info=True)
+        return failed(job, error)
+    return Outcome(job.number, str(job.path), "made")
+
+
+def check(job: Job, loaded: Loaded) -> None:
+    """Refuse what the loaded model would not make."""
+    check_request(job.request, loaded.pipeline.config.defaults, loaded.options.scale)
+    check_template(job.request)
+    prepare_output(job)
 
 
 def skipped(job: Job) -> Outcome:
@@ -69,44 +92,3 @@ def conclude(outcomes: Sequence[Outcome], report: Path | None) -> None:
         message = f"{len(bad)} of {len(outcomes)} requests failed: {numbers}"
         message += f"; see {report}" if report else ""
         raise (UserError if all(outcome.by_input for outcome in bad) else MachineError)(message)
-
-
-def with_remark(job: Job) -> Job:
-    """The job whose video remembers what was asked for, before anything was rounded or rewritten."""
-    asked = replace(job.request, output="").to_dict()
-    return replace(job, remarks={"asked": asked} | job.remarks)
-
-
-def is_finished(job: Job, loaded: Loaded) -> bool:
-    """Whether the job's file is there, and is what this job asks of this model with these options."""
-    return is_as_asked(said_in(job.path), job, loaded)
-
-
-def is_as_asked(metadata: dict[str, Any], job: Job, loaded: Loaded) -> bool:
-    """`is_finished` for a file that says this."""
-    said = said_of(loaded.options) | {"asked": with_remark(job).remarks["asked"]}
-    said |= {name: loaded.about[name] for name in ("model", "dtype", "vae_dtype")}
-    rewritten = metadata.get("rewritten") or {}
-    return rewritten.get("by") == loaded.options.rewrite and all(
-        metadata.get(name) == value for name, value in said.items()
-    )
-
-
-def rewritten_before(job: Job, rewriter: str) -> Job | None:
-    """The job with the prompt that its file was made of, where this rewriter wrote it for the same job."""
-    metadata = said_in(job.path)
-    rewritten = metadata.get("rewritten") or {}
-    if metadata.get("asked") != with_remark(job).remarks["asked"] or rewritten.get("by") != rewriter:
-        return None
-    request = replace(job.request, prompt=metadata["request"].get("prompt", ""))
-    return replace(job, request=request, remarks=job.remarks | {"rewritten": rewritten})
-
-
-def said_in(path: Path) -> dict[str, Any]:
-    """The metadata of a video; nothing where there is none."""
-    from kairos.data.media import read_metadata
-
-    try:
-        return read_metadata(path)
-    except KairosError:
-        return {}

@@ -1,4 +1,4 @@
-"""A request against a model: what it leaves to the model, and what the model does not do."""
+"""A request before it is made: what it leaves to the model, what the model does not do, what is not there."""
 
 import logging
 from collections.abc import Mapping

@@ -23,6 +23,7 @@ from kairos.cli.options import (
     VaeDtype,
     Width,
 )
+from kairos.distributed import check_alone
 from kairos.errors import UserError
 from kairos.request import check_text
 
@@ -145,6 +146,7 @@ def rollout(
     Ctrl-C ends it: the state is saved where that was asked for, and the exit status is 130.
     """
     show_log(verbose)
+    check_alone("rollout")
     from kairos.cli.roll import RolloutJob, roll
     from kairos.cli.run import RunOptions
 

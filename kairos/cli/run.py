@@ -125,10 +125,10 @@ def run(jobs: Sequence[Job], options: RunOptions) -> None:
         if options.verbose:
             _watch(clock, loaded.pipeline)
         for job in jobs:
-            fate = after_encoding(options, device, plan, last=job is jobs[-1])
+            after_encoding = encoder_after(options, device, plan, last=job is jobs[-1])
             if plan is not None and plan.tiled:
                 job = replace(job, request=replace(job.request, tiled=True))
-            make_job(job, loaded, fate)
+            make_job(job, loaded, after_encoding)
     if options.verbose:
         err.print(clock.table())
         err.print(f"peak memory: {peak_memory()}")
@@ -168,7 +168,7 @@ def load(options: RunOptions, device: Any, dtype: Any, plan: "Plan | None" = Non
     return Loaded(pipeline, about, options)
 
 
-def after_encoding(options: RunOptions, device: Any, plan: "Plan | None" = None, *, last: bool) -> str:
+def encoder_after(options: RunOptions, device: Any, plan: "Plan | None" = None, *, last: bool) -> str:
     """What becomes of the text encoder once a prompt is encoded, the `last` one or another; see
     KairosPipeline."""
     if plan is not None and (device.type == "cpu" or options.free_encoder):
@@ -199,7 +199,8 @@ def planned(
     tileable: bool = True,
     videos: int = 1,
 ) -> "Plan":
-    """The plan in which every request fits, `videos` of each at once; as `kairos plan` prints it."""
+    """The plan in which every request fits, `videos` of each at once: that of `kairos plan`, in the VAE's
+    precision here."""
     from kairos import memory
     from kairos.model_info import for_planning, info
 

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from kairos.cli.console import err, out, show_log
+from kairos.distributed import check_alone
 
 app = typer.Typer(help="Look at the simulated worlds, and export them as a data set.", no_args_is_help=True)
 
@@ -32,6 +33,7 @@ def preview(
 ) -> None:
     """Write clips of a scene: an mp4, and a contact sheet with their captions."""
     show_log(verbose=False)
+    check_alone("worlds")
     import numpy as np
 
     from kairos.data.files import prepare_file
@@ -74,6 +76,7 @@ def export(
 ) -> None:
     """Write clips as mp4s with a manifest of captions, and a file of their states."""
     show_log(verbose=False)
+    check_alone("worlds")
     from rich.progress import Progress
 
     from kairos.cli.evaluate import names

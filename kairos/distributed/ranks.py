@@ -148,7 +148,7 @@ def check_gpus(wanted: int) -> None:
     """Refuse more GPUs than there are."""
     there = gpus_here()
     if not there:
-        raise UserError("this machine has no GPU; --device cpu --gpus N runs in N processes")
+        raise UserError("this machine has no GPU; --device cpu runs on it, with --gpus N in N processes")
     if wanted > there:
         raise UserError(f"{wanted} GPUs are asked for and this machine has {there}; take --gpus {there}")
 

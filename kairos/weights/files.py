@@ -202,10 +202,15 @@ def _open_safetensors(file: Path) -> dict[str, StoredTensor]:
     }
 
 
+def _may_hold_tensors(content: Any) -> bool:
+    """Whether it is a dictionary with tensors, or with such a dictionary, and no notes beside the weights."""
+    return isinstance(content, dict) and any(isinstance(value, Tensor | dict) for value in content.values())
+
+
 def _open_torch(file: Path) -> dict[str, StoredTensor]:
     content = _load_torch(file)
     while isinstance(content, dict) and (
-        inner := next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+        inner := next((content[key] for key in WRAPPERS if _may_hold_tensors(content.get(key))), None)
     ):
         content = inner
     if not isinstance(content, dict):

@@ -10,7 +10,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +55,28 @@ def load_transformer_file(
     stored = open_weights(path)
     source = str(single or next(iter(stored.values())).file)
     known = {**(otherwise or {}), **transformer_config(single, stored), **config}
-    try:
+    with fitting(source):
         values = infer_transformer_config(stored, source=source, **known) | known
-        with torch.device("meta"):
-            model = KairosTransformer3DModel(**values)
+        model = empty_transformer(values, source)
+    fill(model, stored, dtype=dtype, float32_parts=model._keep_in_fp32_modules, source=source)
+    return model.eval()
+
+
+def empty_transformer(config: Mapping[str, Any], source: str) -> KairosTransformer3DModel:
+    """A LinearDiT without weights. UserError, with `source`, for a configuration that is none of one."""
+    with fitting(source), torch.device("meta"):
+        return KairosTransformer3DModel(**config)
+
+
+@contextmanager
+def fitting(source: str) -> Iterator[None]:
+    """Say in one line that a configuration does not fit the model."""
+    try:
+        yield
     except UserError:
         raise
     except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"{source}: the configuration does not fit the model: {one_line(error)}") from error
-    fill(model, stored, dtype=dtype, float32_parts=model._keep_in_fp32_modules, source=source)
-    return model.eval()
 
 
 def transformer_config(path: Path | None, stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
