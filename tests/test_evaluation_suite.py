@@ -161,8 +161,8 @@ def test_videos_that_do_not_begin_with_the_given_frames_are_told(caplog):
         assert not caplog.messages
         evaluate(Oracle(only_what_was_made), Settings(**SMALL))
     assert caplog.messages == [
-        "7 of 8 videos do not begin with the 5 given frames, such as uniform-in-0-00000; where they hold only "
-        "what comes after those, put the given frames before it"  # one in "out" is too slow to tell
+        "7 of 8 videos do not begin with the 5 given frames, such as uniform-in-0-00000; where they hold "
+        "only what comes after those, put the given frames before it"  # one in "out" is too slow to tell
     ]
 
 

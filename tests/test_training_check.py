@@ -17,11 +17,13 @@ from test_training_recipe import RECIPES, TINY, changed, distilled, one
 
 from kairos import MachineError, UserError
 from kairos.data.files import lock
+from kairos.data.yaml_text import load_yaml
 from kairos.presets import ASSETS
 from kairos.training import steps
-from kairos.training.check import check_run
+from kairos.training.check import check_run, check_there
 from kairos.training.materials import sampler_of
 from kairos.training.origins import is_finished
+from kairos.training.parallel import ALONE
 from kairos.training.plan import config_at, plan_stage, refuse_too_large
 from kairos.training.recipe import build_recipe, read_recipe
 from kairos.training.steps import run_recipe
@@ -103,8 +105,11 @@ def test_what_a_run_would_fail_at_is_refused_before_its_first_step(
         (distilled(matching=0, consistency=0), "distillation has nothing to teach"),
         (of_base(stages=[]), "there is nothing to do: give it stages, or vae and conditioner"),
         (changed(output=None), "output must be a path, got None"),
-        *((changed(name=name), "is no name") for name in ("", "../../x", "a,b", "a\0b", "-x")),
-        *((one(name=name), "is no name") for name in ("", "..", "/tmp/x", "random", "a b")),
+        *(
+            (changed(name=name), "is no name")
+            for name in ("", "../../x", "a/b", "a\\b", "a\0b", "a\nb", "-x")
+        ),
+        *((one(name=name), "is no name") for name in ("", "..", ".x", "/tmp/x", "random")),
         *((changed(name=name), f"recipe is named '{name}', and so is") for name in ("vae", "transformer")),
         (changed(defaults={"fps": 0}), "defaults.fps must be above 0, got 0"),
         (changed(defaults={"height": 65}), "defaults.height must be a multiple of 16 pixels, got 65"),
@@ -118,6 +123,12 @@ def test_a_recipe_that_makes_no_sense_is_refused_when_it_is_read(content, messag
     with pytest.raises(UserError, match=message) as caught:
         build_recipe(content, "recipe.yaml")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["étude", "two words", "a+b", "first (2)", "a,b", "_x"])
+def test_a_name_may_hold_what_a_folder_may(name):
+    assert build_recipe(changed(name=name), "recipe").name == name
+    assert build_recipe(one(name=name), "recipe").stages[0].name == name
 
 
 def test_a_start_of_its_own_kind_is_checked_as_what_it_is(tmp_path):
@@ -153,6 +164,11 @@ def test_a_key_that_is_there_twice_is_refused_and_an_anchor_may_be_changed(tmp_p
     file.write_text(text.replace("steps: 1", "steps: 1, steps: 2"))
     with pytest.raises(UserError, match=r"recipe.yaml: the key 'steps' is there twice, at line 6"):
         read_recipe(file)
+    file.write_text("name: {{unfilled}}\n")
+    with pytest.raises(UserError, match="is not YAML"):
+        read_recipe(file)
+    assert load_yaml("{1: a, '1': b, x: {y: &b {<<: &d {k: 1}, k: 2}}, z: {<<: *b}}")["x"] == {"y": {"k": 2}}
+    assert load_yaml("&a [*a]")
 
 
 def test_a_batch_that_processes_cannot_share_is_refused_before_it_comes_up(tmp_path, kairos):
@@ -201,6 +217,17 @@ def test_a_model_plays_its_videos_as_fast_as_it_has_seen_them(tmp_path, monkeypa
     assert made(defaults={}) == 8 and not caplog.text
     assert made(defaults={"fps": 24}) == 24
     assert "learns from clips at 8 fps, and the finished model says 24" in caplog.text
+    content = of_file("good.jsonl", defaults={})
+    first, wanted = (
+        content["stages"][0],
+        {"objective": "preference", "preference": {"manifest": "pairs.jsonl"}},
+    )
+    simulator = {"data": TINY["data"]}
+    for last in ({"lora": {}} | simulator, wanted | simulator):  # neither changes what was learned before
+        content["stages"] = [first, first | {"name": "last"} | last]
+        recipe = build_recipe(content, "recipe")
+        stage = recipe.assembled
+        assert sampler_of(recipe, stage)[1]["fps"] == recipe.fps_of(stage) == 8
     simulated = build_recipe(of_base(defaults={}), "recipe")
     assert sampler_of(simulated, simulated.stages[0])[1]["fps"] == 16  # the base's
 
@@ -265,6 +292,15 @@ def test_a_stage_whose_start_has_changed_is_not_taken_for_finished(tmp_path):
     run(1)
     run(1)  # finished
     with pytest.raises(
+        UserError, match=r"stage b was made from other weights .*; delete .*b to make it again, or leave a as"
+    ):
+        run(2)
+    assert torch.load(tmp_path / "a" / "checkpoint.pt")["step"] == 1  # said before the harm is done
+    run(2, "b")
+    (tmp_path / "b").rename(tmp_path / "kept")
+    run(2, "a")
+    (tmp_path / "kept").rename(tmp_path / "b")
+    with pytest.raises(
         UserError, match=r"stage b was made from other weights .*; delete .*b to make it again"
     ):
         run(2)
@@ -283,6 +319,57 @@ def test_a_stage_whose_start_has_changed_is_not_taken_for_finished(tmp_path):
     assert state.pop("origins")["text"]
     torch.save(state, file)
     run(3)
+
+
+def test_what_a_finished_stage_started_from_may_be_deleted(tmp_path):
+    shutil.copytree(ASSETS / "kairos-tiny-teacher" / "transformer", tmp_path / "start")
+    stage = {"buckets": [{"frames": 5, "height": 64, "width": 64}], "batch_size": 2, "steps": 1}
+    stages = [stage | {"name": "a", "start_from": str(tmp_path / "start")}, stage | {"name": "b"}]
+    content = of_base(output=str(tmp_path / "out"), data=TINY["data"] | {"clips": 2}, stages=stages)
+    run_recipe(build_recipe(content, "recipe"), ("cache", "a"))
+    shutil.rmtree(tmp_path / "start")
+    stages[0]["batch_size"], stages[0]["accumulate"] = 3, 3  # a finished stage shares none
+    recipe = build_recipe(content, "recipe")
+    check_run(recipe, recipe.stages[:1], 2)
+    assert plan_stage(recipe, recipe.stages[0]).parameters == plan_stage(recipe, recipe.stages[1]).parameters
+    run_recipe(recipe, ("b",))
+    run_recipe(recipe, ("a", "b"))
+    shutil.rmtree(tmp_path / "out" / "a")
+    with pytest.raises(UserError, match="no model or folder"):
+        run_recipe(recipe, ("a",))
+
+
+def test_a_manifest_of_pairs_is_not_asked_for_where_the_pairs_are_there(tmp_path):
+    options = {"objective": "preference", "preference": {"manifest": str(tmp_path / "gone.jsonl")}}
+    recipe = build_recipe(of_base(output=str(tmp_path), stage=options), "recipe")
+    with pytest.raises(UserError, match="stage transformer: no manifest at"):
+        check_there(recipe, recipe.steps)
+    (tmp_path / "transformer" / "pairs").mkdir(parents=True)
+    (tmp_path / "transformer" / "pairs" / "pairs.json").write_text('{"of": "", "pairs": []}')
+    check_there(recipe, recipe.steps)
+
+
+def test_a_base_whose_configuration_is_of_another_version_is_refused_in_one_line(tmp_path):
+    shutil.copytree(ASSETS / "kairos-tiny-teacher", tmp_path / "base")
+    file = tmp_path / "base" / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"invented": 1}))
+    recipe = build_recipe(of_base(base=str(tmp_path / "base")), "recipe")
+    with pytest.raises(UserError, match=r"stage transformer: the configuration does not fit .*invented"):
+        check_run(recipe, recipe.stages, 1)
+
+
+def test_the_decoder_asks_for_no_weights_but_those_it_learns_from(tmp_path):
+    stage = {"start_from": str(tmp_path / "gone"), "objective": "distillation"}
+    recipe = build_recipe(of_base(output=str(tmp_path), stage=stage, decoder={"steps": 1}), "recipe")
+    (tmp_path / "decoder").mkdir()
+    (tmp_path / "decoder" / "finished").touch()
+    steps.make_decoder(recipe, ALONE)
+
+
+def test_a_folder_that_another_user_works_in_is_refused_in_one_line(tmp_path):
+    (tmp_path / ".lock").mkdir()  # cannot be opened, whoever asks
+    with pytest.raises(UserError, match=r"cannot write .*\.lock"):
+        lock(tmp_path, "busy")
 
 
 def test_a_decoder_that_learned_from_other_weights_is_not_finished(tmp_path):

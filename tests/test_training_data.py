@@ -146,6 +146,8 @@ def test_a_path_that_leaves_the_root_is_refused(tmp_path, name):
         ('{"video": "a.mp4", "caption": 3}', '"caption" must be a text'),
         ('{"video": "a.mp4", "text": "x"}', r'there is no "caption" beside \[\'text\'\]'),
         ('{"video": "a.mp4", "Caption": "x"}', r'there is no "caption" beside \[\'Caption\'\]'),
+        ('{"video": "a.mp4", "fps": 3, "video_prompts": "x"}', r"beside \[\'video_prompts\'\]"),
+        ('{"video": "a.mp4", "caption": "x", "start_seconds": 2}', "unknown key 'start_seconds'"),
         ('{"video": "a.mp4", "caption": "x", "start": 2}', "unknown key 'start'; did you mean \"start_s\""),
         ('{"video": "a.mp4", "start_s": -1}', '"start_s" must be at least 0'),
         ('{"video": "a.mp4", "start_s": Infinity}', '"start_s" must be at least 0 and finite, got inf'),
@@ -167,6 +169,10 @@ def test_a_line_may_hold_more_than_is_read_and_any_character(manifest):
     manifest.write_text(line + "\r\n" + json.dumps({"video": "clips/1.mp4", "caption": ""}), encoding="utf-8")
     found, _ = references(ManifestSource(manifest), SMALL)
     assert [reference.caption for reference in found] == ["one\u2028two", ""]
+    more = {"fps": 30, "id": "seven", "start_ms": 0, "starts": [1], "text": "", "subtitle_file": "a.srt"}
+    manifest.write_text(json.dumps({"video": "clips/0.mp4"} | more))
+    (found,), _ = references(ManifestSource(manifest), SMALL)
+    assert found.caption == ""
 
 
 def test_many_lines_of_one_long_file_read_it_once(tmp_path, monkeypatch):
@@ -279,6 +285,33 @@ def test_webdataset_shards_of_any_shape_go_to_the_longest_bucket_that_they_fill(
     (found,), skipped = references(WebdatasetSource(tmp_path / "s"), *buckets)
     assert (found.bucket.name, skipped) == ("17x16x32", {})
     assert found.key.endswith("/17x16x32") and found.read().shape == (17, 16, 32, 3)
+
+
+def test_one_folder_of_shards_has_the_clips_of_many_stages(tmp_path):
+    write_video(tmp_path / "v.mp4", video(9, 64, 64), 16, scale=1)
+    members = [("a.mp4", (tmp_path / "v.mp4").read_bytes()), ("a.json", b'{"caption": "grey"}')]
+    for name in ("1x32x32", "9x32x32", "9x32x64", "9x64x64"):
+        webdataset(tmp_path / "s" / name, members)
+
+    def given(*buckets):
+        found, skipped = references(WebdatasetSource(tmp_path / "s"), *buckets)
+        return [(r.name.split("/")[0], r.bucket.name) for r in found], skipped
+
+    pictures, small, large = Bucket(1, 32, 32), Bucket(9, 32, 32), Bucket(9, 64, 64)
+    other = "no bucket is of its kind and no larger"
+    found, skipped = given(pictures)
+    assert found == [("1x32x32", "1x32x32")]
+    assert skipped == dict.fromkeys(("9x32x32", "9x32x64", "9x64x64"), other)
+    found, skipped = given(large)  # nothing is enlarged
+    assert found == [("9x64x64", "9x64x64")]
+    assert skipped == dict.fromkeys(("1x32x32", "9x32x32", "9x32x64"), other)
+    found, skipped = given(large, pictures, small)
+    assert not skipped and found == [
+        ("1x32x32", "1x32x32"),
+        ("9x32x32", "9x32x32"),
+        ("9x32x64", "9x32x32"),
+        ("9x64x64", "9x64x64"),
+    ]
 
 
 def test_a_written_clip_has_all_of_its_frames_whatever_its_muxer_rounds(tmp_path):

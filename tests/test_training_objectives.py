@@ -887,8 +887,9 @@ def test_the_simulator_draws_squares_alone(tmp_path):
         rollout_pairs(tmp_path, None, source, wide, Preference())
 
 
-def test_pairs_are_made_again_where_what_they_were_made_of_has_changed(tmp_path, monkeypatch):
+def test_pairs_are_made_again_where_what_they_were_made_of_has_changed(tmp_path, monkeypatch, caplog):
     from kairos.data.media import write_video
+    from kairos.training import clips as clips_file
     from kairos.training import preference
 
     class Counted(Encoders):
@@ -921,6 +922,27 @@ def test_pairs_are_made_again_where_what_they_were_made_of_has_changed(tmp_path,
     read.clear()
     preference.manifest_pairs(tmp_path / "pairs", manifest, bucket, encoders, fps)
     assert read == ["1.mp4", "0.mp4"]  # under its old name it is another clip
+    # What is made is not lost with what it was made of, nor made again for what older releases wrote down.
+    gone, read[:] = tmp_path / "0.mp4", []
+    gone.rename(tmp_path / "kept")
+    preference.manifest_pairs(tmp_path / "pairs", manifest, bucket, encoders, fps)
+    with pytest.raises(UserError, match=r"no file '0\.mp4' in"):
+        preference.manifest_pairs(tmp_path / "none", manifest, bucket, encoders, fps)
+    text = manifest.read_text()
+    manifest.unlink()
+    preference.manifest_pairs(tmp_path / "pairs", manifest, bucket, encoders, fps)
+    assert caplog.text.count("stay as they are") == 2
+    manifest.write_text("{")
+    with pytest.raises(UserError, match="line 1: not JSON"):
+        preference.manifest_pairs(tmp_path / "pairs", manifest, bucket, encoders, fps)
+    listed = json.loads((tmp_path / "pairs" / preference.LIST).read_text())
+    (tmp_path / "kept").rename(gone)
+    manifest.write_text(text)
+    said = [clips_file.content_hash(text.encode()), str(manifest), bucket.name, fps, ("v", "t")]
+    listed["of"] = preference.digest(said)
+    (tmp_path / "pairs" / preference.LIST).write_text(json.dumps(listed))
+    preference.manifest_pairs(tmp_path / "pairs", manifest, bucket, encoders, fps)
+    assert not read
     # Where the template holds pictures, the first frame is before the words: here of some 40 tokens.
     manifest.write_text(json.dumps({"better": "1.mp4", "worse": "0.mp4", "given_frames": 1}))
     seeing = replace(encoders, template="2026")

@@ -72,7 +72,9 @@ def lock(folder: Path, busy: str) -> IO[str]:
     Raises UserError, `busy`, where another one is. Without locks, on Windows and some network file systems,
     nobody is refused.
     """
-    file = (folder / LOCK).open("a")
+    path = folder / LOCK
+    with explained(path):
+        file = path.open("a")
     try:
         import fcntl
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from kairos.errors import UserError
-from kairos.models.transformer import KairosTransformer3DModel
 from kairos.models.vae import SPATIAL
 from kairos.training.clips import (
     ManifestSource,
@@ -19,8 +16,10 @@ from kairos.training.clips import (
     read_lines,
 )
 from kairos.training.materials import base_config, encoders_of_base, weights_at
+from kairos.training.origins import check_successors, is_trained, sources_of
 from kairos.training.plan import stage_config
 from kairos.training.stage import Preference, Stage
+from kairos.weights.transformer import empty_transformer
 
 if TYPE_CHECKING:
     from kairos.training.recipe import Recipe
@@ -95,11 +94,12 @@ def learns_from_clips(stage: Stage) -> bool:
 
 
 def check_run(recipe: Recipe, stages: Sequence[Stage], world: int) -> None:
-    """Refuse what these stages could not do with their model, on `world` processes; nothing is loaded."""
+    """Refuse what these stages could not do with their model, on `world` processes; nothing is loaded. One
+    that has finished does nothing more."""
     for stage in stages:
-        config = stage_config(recipe, stage)
-        with torch.device("meta"):
-            model = KairosTransformer3DModel(**config)
+        if is_trained(recipe, stage):
+            continue
+        model = empty_transformer(stage_config(recipe, stage), f"stage {stage.name}")
         check_model(recipe, stage, model)
         parts = stage.accumulate * world
         for bucket in stage.buckets:
@@ -148,20 +148,30 @@ def text_dim(recipe: Recipe) -> int | None:
 
 
 def check_there(recipe: Recipe, steps: Sequence[str]) -> None:
-    """Refuse data and models that are not here, where one of these steps would ask for them."""
+    """Refuse data and models that are not here, where one of these steps would ask for them, and training
+    that would leave a later stage without the weights that it began with."""
     if recipe.base:
         encoders_of_base(recipe.base)
     for stage in recipe.stages:
-        pairs = stage.preference.manifest if stage.preference is not None else None
-        if stage.name in steps:
-            teacher = stage.distillation.teacher if stage.distillation is not None else ""
-            for source in (recipe.start_of(stage), teacher):
+        if stage.name in steps and not is_trained(recipe, stage):
+            for source in sources_of(recipe, stage).values():
                 if source not in ("", "random"):
                     weights_at(recipe, source)
-            if pairs is not None and not pairs.is_file():
-                raise UserError(f"stage {stage.name}: no manifest at {pairs}")
+            check_pairs(recipe, stage)
+            check_successors(recipe, stage)
         if "cache" in steps and stage.objective != "preference":
             check_data(recipe.source(stage))
+
+
+def check_pairs(recipe: Recipe, stage: Stage) -> None:
+    """Refuse a manifest of pairs that is not here, unless the pairs are."""
+    manifest = stage.preference.manifest if stage.preference is not None else None
+    if manifest is None or manifest.is_file():
+        return
+    from kairos.training.preference import read_list
+
+    if not read_list(recipe.output / stage.name / "pairs"):
+        raise UserError(f"stage {stage.name}: no manifest at {manifest}")
 
 
 def check_data(source: Any) -> None:

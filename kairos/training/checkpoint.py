@@ -82,12 +82,21 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def read_whole(file: Path) -> dict[str, Any] | None:
-    """What a checkpoint holds, or None where it is torn: every part of it carries a checksum."""
+def glance(folder: Path) -> dict[str, Any]:
+    """`load_checkpoint` at a glance, for its step and its origins: tensors are neither read nor checked, and
+    where there is none, or it is torn, this is empty."""
+    states = (read_whole(file, tensors=False) for file in (folder / NAME, folder / PREVIOUS) if file.exists())
+    return next((state for state in states if state is not None), {})
+
+
+def read_whole(file: Path, *, tensors: bool = True) -> dict[str, Any] | None:
+    """What a checkpoint holds, or None where it is torn: every part of it carries a checksum, checked
+    unless its `tensors` are not asked for."""
     try:
-        with zipfile.ZipFile(file) as archive:
-            if archive.testzip() is not None:
-                return None
+        if tensors:
+            with zipfile.ZipFile(file) as archive:
+                if archive.testzip() is not None:
+                    return None
         state = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
     except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
         return None

@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 Frames = NDArray[np.uint8]
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+STARTS = ("start", "start_sec", "start_seconds", "begin", "begin_s")
+"""What others call `start_s`."""
+_WORDS = re.compile(r"(?<![a-z])(caption|text|prompt|description|title|instruction)s?(?![a-z])", re.I)
 _SHAPE = re.compile(r"[1-9]\d*x[1-9]\d*x[1-9]\d*")
 
 
@@ -187,7 +189,8 @@ class ManifestSource:
 class WebdatasetSource:
     """Folders FRAMESxHEIGHTxWIDTH of tars that hold KEY.mp4 (or an image) and KEY.json with a "caption".
 
-    The name of its folder says what a clip is, so that no clip is opened to find its bucket.
+    The name of its folder says what a clip is, so that no clip is opened to find its bucket. One folder
+    serves many stages: none takes videos for pictures, or enlarges what was written for another.
     """
 
     folder: Path
@@ -204,9 +207,13 @@ class WebdatasetSource:
             raise UserError(f"{self.folder} has no folders named FRAMESxHEIGHTxWIDTH, such as 81x480x640")
         for folder in folders:
             frames, height, width = map(int, folder.name.split("x"))
-            bucket = choose_bucket(buckets, frames, height, width, still=frames == 1)
+            kind = [b for b in buckets if (b.frames == 1) == (frames == 1)]
+            within = [b for b in kind if b.height <= height and b.width <= width]
+            bucket = choose_bucket(within, frames, height, width, still=frames == 1)
             if bucket is None:
-                skipped.add(folder.name, _too_short(frames, self.fps, buckets))
+                short = kind and min(b.frames for b in kind) > frames
+                other = "no bucket is of its kind and no larger"
+                skipped.add(folder.name, _too_short(frames, self.fps, kind) if short else other)
                 continue
             for tar in sorted(folder.glob("*.tar")):
                 yield from self._shard(tar, bucket, skipped)
@@ -290,16 +297,16 @@ def read_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def read_entry(entry: dict[str, Any], where: str) -> tuple[str, str, float]:
     """Path, caption and start of a manifest's line.
 
-    It may hold more; but where one of the two is left out, what looks like it is not passed over.
+    It may hold more; but where one of the two is left out, it is not passed over under another name.
     """
-    others = [key for key in entry if key not in ("video", "caption", "start_s")]
-    if "caption" not in entry and others:
+    words = [key for key, value in entry.items() if _WORDS.search(key) and isinstance(value, str) and value]
+    if "caption" not in entry and words:
         raise UserError(
-            f'{where}: there is no "caption" beside {others}; call the words of the clip so, or give it "" '
+            f'{where}: there is no "caption" beside {words}; call the words of the clip so, or give it "" '
             "for none"
         )
-    if "start_s" not in entry and (near := get_close_matches("start_s", others, 1, 0.8)):
-        raise UserError(f'{where}: unknown key {near[0]!r}; did you mean "start_s"?')
+    if "start_s" not in entry and (start := next((key for key in entry if key in STARTS), "")):
+        raise UserError(f'{where}: unknown key {start!r}; did you mean "start_s"?')
     video, caption, start_s = entry.get("video"), entry.get("caption", ""), entry.get("start_s", 0)
     if not isinstance(video, str) or not video:
         raise UserError(f'{where}: "video" must be the path of a clip, got {video!r}')

@@ -37,7 +37,7 @@ def load_start(recipe: Recipe, source: str, dtype: str = "float32", *, teaches: 
         if not (path / "config.json").exists():
             raise UserError(f"stage {source} has no weights in {path}; run it first")
         return load_transformer_file(path, **options)
-    if path == Path(source):
+    if is_weights(source):
         otherwise = base_config(recipe) | recipe.model
         otherwise = {key: otherwise[key] for key in UNSHAPED if key in otherwise}
     else:
@@ -50,14 +50,19 @@ def weights_at(recipe: Recipe, source: str) -> Path:
     """The file or folder of the LinearDiT that `source` names. UserError for a model that is not here."""
     if source in [stage.name for stage in recipe.stages]:
         return recipe.output / source / "ema"
-    path = Path(source)
-    if path.exists() and not (path / presets.MARK).exists():
-        return path
+    if is_weights(source):
+        own = Path(source) / "transformer"
+        return own if own.is_dir() else Path(source)
     preset, folder = presets.locate(source)
     if preset is not None and preset.kind == "released":
         return presets.local_files(preset, folder)["transformer"]
     assert folder is not None
     return folder / "transformer"
+
+
+def is_weights(source: str) -> bool:
+    """Whether it is a file or a folder that says of itself what it is, and no model by name or preset."""
+    return Path(source).exists() and not (Path(source) / presets.MARK).exists()
 
 
 def base_config(recipe: Recipe) -> dict[str, Any]:
@@ -146,10 +151,8 @@ def sampler_of(recipe: Recipe, stage: Stage) -> tuple[Any, dict[str, float | boo
     Preferences leave a model the sampler that it had. Flow matching makes one of many steps of any.
     """
     base = dict(presets.defaults_of(recipe.base)) if recipe.base else {}
-    said = {**recipe.defaults.said(), "fps": recipe.fps}
-    named = {one.name: one for one in recipe.stages}
-    while stage.objective == "preference" and recipe.start_of(stage) in named:
-        stage = named[recipe.start_of(stage)]
+    stage = recipe.taught_by(stage)
+    said = {**recipe.defaults.said(), "fps": recipe.fps_of(stage)}
     if stage.objective == "preference":
         for source in (recipe.start_of(stage), recipe.base):
             if (own := own_sampler(source)) is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from kairos.errors import UserError
 from kairos.training.cache import description, listed
+from kairos.training.checkpoint import glance
 from kairos.training.clips import file_hash
 from kairos.training.materials import weights_at
 from kairos.training.recipe import Recipe
@@ -26,20 +27,30 @@ WORDS = {
 def made_of(recipe: Recipe, stage: Stage) -> dict[str, str]:
     """Hashes of the weights that a stage starts from, of its teacher's, and of what made its cache. Pairs of
     preferences have their own (`preference.py`)."""
+    found = {part: hash_of(recipe, source) for part, source in sources_of(recipe, stage).items()}
+    return found | ({} if stage.objective == "preference" else cache_of(recipe, stage))
+
+
+def sources_of(recipe: Recipe, stage: Stage) -> dict[str, str]:
+    """What names the weights that a stage starts from, and its teacher's."""
     teacher = stage.distillation.teacher if stage.distillation is not None else ""
-    found = {"weights": hash_of(recipe, recipe.start_of(stage)), "teacher": hash_of(recipe, teacher)}
-    if stage.objective != "preference":
-        content = listed(recipe.output / "cache", description(recipe.source(stage), stage.buckets))
-        found |= {part: content.get(part, "") for part in ("vae", "text")}
-    return found
+    return {"weights": recipe.start_of(stage), "teacher": teacher}
+
+
+def cache_of(recipe: Recipe, stage: Stage) -> dict[str, str]:
+    """Hashes of what made the cache of a stage's clips."""
+    content = listed(recipe.output / "cache", description(recipe.source(stage), stage.buckets))
+    return {part: content.get(part, "") for part in ("vae", "text")}
 
 
 def hash_of(recipe: Recipe, source: str) -> str:
     """Of the weights that `load_start` would load; empty where there are none any more."""
     if source in ("", "random"):
         return source
-    path = weights_at(recipe, source)
-    path = path / "transformer" if (path / "transformer").is_dir() else path
+    try:
+        path = weights_at(recipe, source)
+    except UserError:
+        return ""
     if not path.exists():
         return ""
     return " ".join(file_hash(file) for file in sorted({one.file for one in open_weights(path).values()}))
@@ -50,6 +61,35 @@ def check_origins(name: str, output: Path, kept: Mapping[str, Any], now: Mapping
     for part, words in WORDS.items():
         if kept.get(part) and now.get(part) and kept[part] != now[part]:
             raise UserError(f"stage {name} was made from {words}; delete {output} to make it again")
+
+
+def is_at_end(stage: Stage, output: Path, state: Mapping[str, Any]) -> bool:
+    """Whether a stage is at its last step, by its checkpoint's `state`, and has its weights."""
+    return state.get("step", -1) >= stage.steps and any((output / "ema").glob("*.safetensors"))
+
+
+def is_trained(recipe: Recipe, stage: Stage) -> bool:
+    """`is_at_end` of what lies in the recipe's output."""
+    output = recipe.output / stage.name
+    return is_at_end(stage, output, glance(output))
+
+
+def check_successors(recipe: Recipe, stage: Stage) -> None:
+    """Refuse to train a stage further where a later one has begun from its weights as they are: that one
+    would never go on."""
+    step = glance(recipe.output / stage.name).get("step", 0)
+    if step >= stage.steps:
+        return
+    for later in recipe.stages:
+        output = recipe.output / later.name
+        began = glance(output).get("origins", {})
+        for part, source in sources_of(recipe, later).items():
+            if source == stage.name and began.get(part):
+                raise UserError(
+                    f"stage {later.name} was made from other weights than {stage.name} will have at step "
+                    f"{stage.steps}; delete {output} to make it again, or leave {stage.name} as it is, at "
+                    f"step {step}"
+                )
 
 
 def is_finished(name: str, output: Path, now: Mapping[str, str]) -> bool:

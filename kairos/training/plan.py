@@ -11,22 +11,22 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kairos import presets, sizes
+from kairos import sizes
 from kairos.errors import MachineError
 from kairos.memory import VAE_FLOP
 from kairos.training.batches import LONGEST_CHUNK
 from kairos.training.loop import build_optimizer
-from kairos.training.materials import UNSHAPED, base_config, config_of
+from kairos.training.materials import UNSHAPED, base_config, config_of, is_weights, weights_at
 from kairos.training.parallel import Processes
 from kairos.training.precision import has_bfloat16
 from kairos.training.stage import Distillation, Stage
 from kairos.weights import infer_transformer_config, open_weights
-from kairos.weights.transformer import transformer_config
+from kairos.weights.files import written_config
+from kairos.weights.transformer import empty_transformer, transformer_config
 
 if TYPE_CHECKING:
     from kairos.training.recipe import Recipe
@@ -123,21 +123,23 @@ def model_config(recipe: Recipe) -> dict[str, Any]:
 
 def stage_config(recipe: Recipe, stage: Stage) -> dict[str, Any]:
     """The configuration of the LinearDiT that a stage trains; of weights no more than headers are read."""
-    return config_at(recipe, recipe.start_of(stage))
+    return config_at(recipe, stage.name)
 
 
 def config_at(recipe: Recipe, source: str, *, teaches: bool = False) -> dict[str, Any]:
     """The configuration of what `load_start` would load."""
     named = {one.name: one for one in recipe.stages}
-    if source in named:  # trained here, as `recipe.model` says
-        return stage_config(recipe, named[source])
+    own = {} if teaches else recipe.model
+    if source in named:  # what it started from may be gone by now
+        file = weights_at(recipe, source) / "config.json"
+        if file.exists():
+            return written_config(file)[1] | own
+        return config_at(recipe, recipe.start_of(named[source]))
     if source in ("", "random"):
         return model_config(recipe)
-    own = {} if teaches else recipe.model
-    path = Path(source)
-    if not path.exists() or (path / presets.MARK).exists():
+    if not is_weights(source):
         return sizes.RELEASED_TRANSFORMER | config_of(source) | own
-    path = path / "transformer" if (path / "transformer").is_dir() else path
+    path = weights_at(recipe, source)
     stored, otherwise = open_weights(path), base_config(recipe) | recipe.model
     unshaped = {key: otherwise[key] for key in UNSHAPED if key in otherwise}
     known = unshaped | transformer_config(path, stored) | own
@@ -161,10 +163,7 @@ def trained_parameters(config: Mapping[str, Any], stage: Stage, parameters: int)
     changes, which keeps one number of each where AdamW keeps two."""
     if stage.lora is None and not stage.train and stage.muon_lr is None:
         return parameters, 0
-    from kairos.models.transformer import KairosTransformer3DModel
-
-    with torch.device("meta"):
-        model = KairosTransformer3DModel(**config)
+    model = empty_transformer(config, f"stage {stage.name}")
     if stage.lora is None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not stage.train or any(part in name for part in stage.train))

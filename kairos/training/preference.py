@@ -44,7 +44,16 @@ from kairos.training.cache import (
     prompt_name,
     stored_rows,
 )
-from kairos.training.clips import Bucket, SimulatorSource, check_square, file_hash, fit, inside, read_lines
+from kairos.training.clips import (
+    Bucket,
+    SimulatorSource,
+    check_square,
+    content_hash,
+    file_hash,
+    fit,
+    inside,
+    read_lines,
+)
 from kairos.training.config import check_keys
 from kairos.training.flow import is_causal, latents_a_token
 from kairos.training.parallel import ALONE, Processes, shard
@@ -144,11 +153,20 @@ def manifest_pairs(
     device: torch.device | str = "cpu",
 ) -> None:
     """Pairs from lines {"better": "a.mp4", "worse": "b.mp4", "caption": "...", "given_frames": 1}; those that
-    are there already are not made again."""
-    listed = [read_pair(manifest, bucket, *numbered) for numbered in read_lines(manifest)]
+    are there already are not made again, nor are they lost where the manifest or its clips are gone."""
+    kept = read_list(folder)
+    if kept.get("of") == digest(of_before(manifest, bucket, encoders, fps)):
+        return
+    try:
+        listed = [read_pair(manifest, bucket, *numbered) for numbered in read_lines(manifest)]
+    except UserError as error:
+        if not kept or (manifest.is_file() and not isinstance(error, NoClip)):
+            raise
+        logger.warning("%s; the pairs in %s stay as they are", error, folder)
+        return
     content = [[*map(file_hash, files), *said] for _, files, *said in listed]
     of = digest([content, bucket.name, fps, encoders.hashes()])
-    if read_list(folder).get("of") == of:
+    if kept.get("of") == of:
         return
     writer, vae = PairWriter(folder, encoders, of, device), encoders.vae
     for line, files, caption, given in listed:
@@ -168,6 +186,16 @@ def manifest_pairs(
     writer.close({})
 
 
+class NoClip(UserError):
+    """A line names a clip that is not there."""
+
+
+def of_before(manifest: Path, bucket: Bucket, encoders: Encoders, fps: float) -> list[Any]:
+    """What decided about pairs before the clips themselves did: a stage that was begun then goes on."""
+    content = content_hash(manifest.read_bytes()) if manifest.is_file() else ""
+    return [content, str(manifest.resolve()), bucket.name, fps, encoders.hashes()]
+
+
 def read_pair(
     manifest: Path, bucket: Bucket, line: int, entry: dict[str, Any]
 ) -> tuple[int, list[Path], str, int]:
@@ -185,7 +213,7 @@ def read_pair(
             raise UserError(f'{where}: "{side}" must be the path of a clip, got {entry.get(side)!r}')
         files.append(inside(root, entry[side], where))
         if not files[-1].is_file():
-            raise UserError(f"{where}: no file {entry[side]!r} in {root}")
+            raise NoClip(f"{where}: no file {entry[side]!r} in {root}")
     return line, files, caption, given
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 BEFORE, AFTER = ("vae", "conditioner", "cache"), ("decoder", "assemble")
 
-NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+NAME = re.compile(r"[^-./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*")
 """Of a recipe or a stage: each is a folder's as well."""
 
 
@@ -120,13 +120,23 @@ class Recipe:
         return getattr(self.source(stage), "fps", None) if there else None
 
     @property
-    def fps(self) -> float:
-        """Of the finished pipeline: what is said, else that of the last clips, else the base's."""
+    def assembled(self) -> Stage | None:
+        """The stage whose weights are the finished pipeline's: the last one of a whole LinearDiT."""
+        return next((stage for stage in reversed(self.stages) if stage.lora is None), None)
+
+    def taught_by(self, stage: Stage) -> Stage:
+        """The stage whose rate and sampler a stage's weights have: preferences leave a model both."""
+        named = {one.name: one for one in self.stages}
+        while stage.objective == "preference" and self.start_of(stage) in named:
+            stage = named[self.start_of(stage)]
+        return stage
+
+    def fps_of(self, stage: Stage) -> float:
+        """Of what a stage has trained: what is said, else that of its clips, else the base's."""
         from kairos import presets, sizes
 
         base = presets.defaults_of(self.base) if self.base else sizes.RELEASED_DEFAULTS
-        learned = self.data_fps(self.stages[-1]) if self.stages else None
-        return self.defaults.fps or learned or base["fps"]
+        return self.defaults.fps or self.data_fps(self.taught_by(stage)) or base["fps"]
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -191,8 +201,8 @@ def build_recipe(content: dict[str, Any], where: str) -> Recipe:
     for name in (recipe.name, *names):
         if not NAME.fullmatch(name) or name == "random":
             raise UserError(
-                f"{where}: {name!r} is no name: it must be of letters, digits, '_', '.' and '-', begin with "
-                "a letter or a digit, and not be random"
+                f"{where}: {name!r} is no name: it must not be empty or random, begin with '.' or '-', or "
+                "have slashes or control characters in it"
             )
     for name in names:
         if names.count(name) > 1 or name in (*BEFORE, *AFTER):

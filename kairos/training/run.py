@@ -17,7 +17,7 @@ from kairos.training.flow import FlowMatching
 from kairos.training.frames import FrameErrors
 from kairos.training.loop import Objective, train
 from kairos.training.materials import clip_sets, load_encoders, load_start, read_again, sampler_of
-from kairos.training.origins import check_origins, made_of
+from kairos.training.origins import check_origins, is_at_end, made_of
 from kairos.training.parallel import Processes, prepare
 from kairos.training.plan import model_config
 from kairos.training.recipe import Recipe
@@ -35,7 +35,7 @@ def run_stage(recipe: Recipe, number: int, here: Processes) -> None:
     origins = made_of(recipe, stage) if here.first else {}
     if state is not None:
         check_origins(stage.name, output, state.get("origins", {}), origins)
-    if state is not None and state["step"] >= stage.steps and any((output / "ema").glob("*.safetensors")):
+    if state is not None and is_at_end(stage, output, state):
         logger.info("%s is finished", output)
         return
     del state
@@ -63,7 +63,7 @@ def run_stage(recipe: Recipe, number: int, here: Processes) -> None:
             steps=int(said.get("num_inference_steps", 20)),
             guidance_scale=said.get("guidance_scale", 3.0),
             guide_continuation=bool(said.get("guide_continuation", True)),
-            fps=recipe.fps,
+            fps=recipe.fps_of(stage),
             precision=stage.precision,
         )
     try:
@@ -138,7 +138,7 @@ def preference(
         for part in (encoders.vae, encoders.text_encoder):
             part.to(here.device)
         if options.manifest is not None:
-            manifest_pairs(folder, options.manifest, bucket, encoders, recipe.fps, here.device)
+            manifest_pairs(folder, options.manifest, bucket, encoders, recipe.fps_of(stage), here.device)
         else:
             source = recipe.source(stage)
             assert isinstance(source, SimulatorSource)

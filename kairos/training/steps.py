@@ -27,7 +27,7 @@ from kairos.training.materials import (
     read_again,
     sampler_of,
 )
-from kairos.training.origins import hash_of, is_finished, made_of
+from kairos.training.origins import cache_of, hash_of, is_finished, is_trained
 from kairos.training.parallel import Processes, processes
 from kairos.training.plan import check_memory
 from kairos.training.recipe import Recipe
@@ -54,7 +54,8 @@ def run_recipe(recipe: Recipe, only: tuple[str, ...] = ()) -> None:
     with processes() as here, ExitStack() as held:
         check_run(recipe, stages, here.world)
         for stage in stages:
-            check_memory(recipe, stage, here)
+            if not is_trained(recipe, stage):
+                check_memory(recipe, stage, here)
         if here.first:
             check_there(recipe, steps)
             warn_of_rates(recipe, stages)
@@ -142,7 +143,7 @@ def make_decoder(recipe: Recipe, here: Processes) -> None:
     """The VAE whose decoder has seen what the last stage makes of its own clips."""
     assert recipe.decoder is not None
     output, stage = recipe.output / "decoder", recipe.stages[-1]
-    origins = made_of(recipe, stage) | {"weights": hash_of(recipe, stage.name)}
+    origins = {"weights": hash_of(recipe, stage.name), **cache_of(recipe, stage)}
     if is_finished("decoder", output, origins):
         logger.info("%s is finished", output)
         return
@@ -170,11 +171,9 @@ def make_decoder(recipe: Recipe, here: Processes) -> None:
 
 def assemble(recipe: Recipe, here: Processes) -> None:
     """One folder in diffusers' layout, of the last stage that trained a whole LinearDiT."""
-    whole = [stage for stage in recipe.stages if stage.lora is None]
-    if not whole:
+    if (stage := recipe.assembled) is None:
         logger.info("LoRA alone: use %s", recipe.output / recipe.stages[-1].name / "ema" / "lora.safetensors")
         return
-    stage = whole[-1]
     decoder = made_before(recipe, "decoder") if recipe.decoder is not None else None
     transformer = load_start(recipe, stage.name, "bfloat16")
     encoders = load_encoders(recipe)
@@ -201,13 +200,14 @@ def assemble(recipe: Recipe, here: Processes) -> None:
 
 def warn_of_rates(recipe: Recipe, stages: Sequence[Stage]) -> None:
     """Say where the finished model would play its videos faster or slower than it has seen them."""
+    finished = recipe.fps_of(recipe.assembled or recipe.stages[-1]) if stages else 0.0
     for stage in stages:
         fps = recipe.data_fps(stage)
-        if fps is not None and fps != recipe.fps:
+        if fps is not None and fps != finished:
             logger.warning(
                 "stage %s learns from clips at %g fps, and the finished model says %g; give data.fps and "
                 "defaults.fps one value",
                 stage.name,
                 fps,
-                recipe.fps,
+                finished,
             )
