@@ -150,12 +150,13 @@ def test_a_model_is_described_without_being_loaded(kairos: Any) -> None:
     status, said, _ = kairos("models", "info", "kairos-4b-480p")
     assert status == 0
     for fact in (
-        "640 x 480, 81 frames at 16 fps",
+        "81 frames of 480 x 640, at 16 fps",
         "transformer parameters  4,0",
         "GPU, in bfloat16",
-        "state of a",
     ):
         assert fact in said
+    assert "state of a rollout" not in said  # it sees whole clips, and carries none
+    assert "state of a rollout" in kairos("models", "info", "kairos-tiny")[1]
 
 
 @pytest.mark.parametrize("command", ["info", "download"])

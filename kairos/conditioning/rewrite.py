@@ -142,9 +142,7 @@ def _ask_endpoint(source: str, messages: list[dict[str, str]], deadline: float) 
     if finished == "length":  # half a prompt, or half of its thoughts
         raise _cut(f"{model} at {url}")
     if finished == "content_filter":
-        raise UserError(
-            f"the content filter of {model} at {url} cut its answer; word the prompt otherwise"
-        )
+        raise UserError(f"the content filter of {model} at {url} cut its answer; word the prompt otherwise")
     return _picked(url, answer, "choices", 0, "message", "content")
 
 
