@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import cv2
@@ -435,12 +436,25 @@ def test_a_choice_among_what_is_not_cut_yet_is_refused_and_changes_nothing(
 
 
 def test_how_far_the_work_is_is_said_now_and_then(folder, tmp_path, monkeypatch, caplog) -> None:
+    """Also while one item takes long: each here is ready when it has been said that it is waited for."""
     from kairos.curation import pipeline
 
-    monkeypatch.setattr(pipeline, "_TOLD_S", 0.05)
+    told, verbs = pipeline._told, []
+
+    def items():
+        for number in range(2):
+            until = time.monotonic() + 60
+            while f"cut {number} of 2" not in caplog.messages:
+                assert time.monotonic() < until
+                time.sleep(0.001)
+            yield number
+
+    monkeypatch.setattr(pipeline, "_TOLD_S", 0.001)
     with caplog.at_level("INFO", "kairos"):
-        curate(folder, tmp_path / "out", Settings.from_dict(QUICK), workers=1)
-    assert {"cut 0 of 2", "scored 0 of 2", "scored 1 of 2"} <= set(caplog.messages)
+        assert list(told("cut", items(), 2)) == [0, 1]
+    monkeypatch.setattr(pipeline, "_told", lambda verb, *work: verbs.append(verb) or told(verb, *work))
+    curate(folder, tmp_path / "out", Settings.from_dict(QUICK), workers=1)
+    assert verbs == ["hashed", "cut", "scored"]
 
 
 @pytest.mark.parametrize("name", ["shards/train/000.tar", "shards/81x480x640/000.tar", "clips/holiday.mp4"])
