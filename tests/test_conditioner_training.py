@@ -8,6 +8,7 @@ import torch
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from kairos.conditioning import TEMPLATES, encode_prompts
+from kairos.training import conditioner
 from kairos.training.conditioner import (
     SPECIAL_TOKENS,
     caption_of,
@@ -57,6 +58,29 @@ def test_a_seed_gives_one_prompt_encoder(trained, tmp_path):
     again = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "text_encoder").float()
     for name, tensor in trained[2].state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], tensor, rtol=0, atol=0)
+
+
+def test_a_prompt_encoders_training_that_was_killed_goes_on_to_the_same_weights(
+    trained, tmp_path, monkeypatch
+):
+    options = {"scenes": SCENES, "captions": 90, "vocabulary": 400, "steps": 3, "batch_size": 4}
+    targets, steps = conditioner.label_targets, []
+
+    def killed(*what):
+        steps.append(1)
+        if len(steps) == 3:
+            raise RuntimeError("killed")
+        return targets(*what)
+
+    monkeypatch.setattr("kairos.training.kept.SAVE_EVERY_S", -1.0)
+    monkeypatch.setattr(conditioner, "label_targets", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        train_conditioner(tmp_path, **options)
+    train_conditioner(tmp_path, **options)
+    assert len(steps) == 3 + 1 + 1  # the last step again, and the measure
+    again = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "text_encoder").float()
+    for name, tensor in trained[2].state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
 
 
 def test_the_tokenizer_writes_any_text_and_keeps_its_special_tokens():

@@ -138,6 +138,42 @@ def test_a_decoder_sees_samples_in_the_stages_precision_and_learns_in_float32(
     assert seen == [precision == "bfloat16", False]
 
 
+def test_a_decoders_training_that_was_killed_goes_on_where_its_weights_are_the_same(
+    clips, tmp_path, monkeypatch
+):
+    frames = np.zeros((9, 32, 32, 3), np.uint8)
+    references = {key: ClipReference(key, key, "", BUCKET, lambda: frames) for key in clips.keys}
+    drawn, steps = draw_latents, []
+
+    def train(folder, kill_at=None, origins=None):
+        def draw(*what):
+            steps.append(folder)
+            if kill_at == steps.count(folder):
+                raise RuntimeError("killed")
+            return drawn(*what)
+
+        monkeypatch.setattr(decoder, "draw_latents", draw)
+        torch.manual_seed(0)
+        vae, model = build_vae(base_dim=8), Wrong(clips, offset=0.5)
+        options = {"scheduler": FewStepScheduler(), "defaults": {"guidance_scale": 1.0}, "origins": origins}
+        train_decoder(tmp_path / folder, DecoderStage(steps=3), vae, model, clips, references, **options)
+        return AutoencoderKLWan.from_pretrained(tmp_path / folder).state_dict()
+
+    monkeypatch.setattr("kairos.training.kept.SAVE_EVERY_S", -1.0)
+    whole = train("whole", origins={"weights": "a"})
+    with pytest.raises(RuntimeError, match="killed"):
+        train("killed", kill_at=3, origins={"weights": "a"})
+    again = train("killed", origins={"weights": "a"})
+    assert steps.count("killed") == 3 + 1
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+    with pytest.raises(RuntimeError, match="killed"):
+        train("other", kill_at=3, origins={"weights": "b"})
+    other = train("other", origins={"weights": "a"})  # learned from other weights: begun anew
+    assert steps.count("other") == 3 + 3
+    assert all(torch.equal(whole[name], other[name]) for name in whole)
+
+
 def test_a_sampled_clip_that_went_another_way_hardly_counts():
     generator = torch.Generator().manual_seed(0)
     near = 0.01 * torch.randn(2, 3, 5, 32, 32, generator=generator)

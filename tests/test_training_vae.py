@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 
 from kairos import UserError
+from kairos.training import vae as vae_training
 from kairos.training.vae import (
     VAEStage,
     _draw,
@@ -66,7 +70,7 @@ def test_an_anchor_holds_the_latents_and_their_normalisation(tmp_path):
         vae.register_to_config(latents_mean=[0.5] * 16, latents_std=[0.1] * 16)
         before = copy.deepcopy(vae)
         stage = VAEStage(steps=6, num_frames=1, batch_size=2, scenes=1.0, muon_lr=0.005, anchor=anchor)
-        train_vae(tmp_path, stages=(stage,), scenes=("uniform",), start=vae)
+        train_vae(tmp_path / str(anchor), stages=(stage,), scenes=("uniform",), start=vae)
         video = pixels(draw_batch(np.random.default_rng(5), stage, ("uniform",)), "cpu")
         with torch.no_grad():
             change = vae.encode(video).latent_dist.mode() - before.encode(video).latent_dist.mode()
@@ -122,3 +126,35 @@ def test_the_loss_of_placement_sees_outlines_and_trembling_before_noise():
     trembling = moved * torch.tensor([1.0, -1, 1, -1]).view(4, 1, 1)
     assert placement_loss(trembling) > 2 * still
     assert placement_loss(torch.zeros(1, 3, 1, 64, 64)) == 0
+
+
+def test_a_vaes_training_that_is_stopped_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    stages = (
+        VAEStage(steps=2, num_frames=1, batch_size=2, scenes=1.0),
+        VAEStage(steps=4, num_frames=5, batch_size=2, noise=0.5, anchor=0.1),
+    )
+    seen, loss = [], vae_training.vae_loss
+
+    def run(folder, stop_at=None):
+        def counted(vae, *rest):
+            seen.append(stop_at)
+            if stop_at == seen.count(stop_at):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return loss(vae, *rest)
+
+        monkeypatch.setattr(vae_training, "vae_loss", counted)
+        torch.manual_seed(0)
+        start = build_vae(base_dim=8)
+        train_vae(tmp_path / folder, stages=stages, scenes=("uniform",), start=start)
+        return AutoencoderKLWan.from_pretrained(tmp_path / folder)
+
+    whole = run("whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped", stop_at=4)  # the second step of the second stage
+    assert not (tmp_path / "stopped" / "config.json").exists()
+    seen.clear()
+    again = run("stopped")
+    assert len(seen) == 2
+    assert again.config.latents_mean == whole.config.latents_mean != [0.0] * 16
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from kairos.training.kept import kept_steps
 from kairos.training.muon import Muon, split_parameters
 from kairos.training.precision import has_bfloat16
 from kairos.worlds import simulate
@@ -50,7 +51,7 @@ def train_conditioner(
     seed: int = 0,
 ) -> dict[str, float]:
     """Write `output`/tokenizer and `output`/text_encoder; returns the accuracy of each label on unseen
-    captions."""
+    captions. A run that was stopped goes on from the checkpoint in `output`."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     corpus = [caption_of(scenes, "train", seed, index) for index in range(captions)]
@@ -66,24 +67,28 @@ def train_conditioner(
     base = [group["lr"] for group in optimizer.param_groups]
     both.train()
     logger.info("prompt encoder of %.2f M parameters", sum(p.numel() for p in encoder.parameters()) / 1e6)
-    for step in range(steps):
-        for group, rate in zip(optimizer.param_groups, base, strict=True):
-            group["lr"] = rate * min(1, (step + 1) / 30) * min(1, (steps - step) / (0.4 * steps))
-        picked = [corpus[i] for i in rng.integers(len(corpus), size=batch_size)]
-        ids, mask = tokenise(tokenizer, [vary(text, rng) for text, _ in picked])
-        with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16("cpu")):
-            hidden = encoder.model(input_ids=ids, attention_mask=mask).last_hidden_state
-            next_token = encoder.lm_head(hidden[:, :-1]).float()
-        loss = F.cross_entropy(next_token.flatten(0, 1), ids[:, 1:].masked_fill(~mask[:, 1:], -100).flatten())
-        last = last_token(hidden.float(), mask)
-        for name, target in label_targets([said for _, said in picked], answers).items():
-            loss = loss + 0.5 * F.cross_entropy(heads[name](last), target)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(both.parameters(), 1.0)
-        optimizer.step()
-        if (step + 1) % 100 == 0:
-            logger.info("step %d/%d: loss %.3f", step + 1, steps, loss.item())
+    with kept_steps(output, both, optimizer, steps, seed) as left:
+        for step in left:
+            for group, rate in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = rate * min(1, (step + 1) / 30) * min(1, (steps - step) / (0.4 * steps))
+            rng = np.random.default_rng((seed, step))
+            picked = [corpus[i] for i in rng.integers(len(corpus), size=batch_size)]
+            ids, mask = tokenise(tokenizer, [vary(text, rng) for text, _ in picked])
+            with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16("cpu")):
+                hidden = encoder.model(input_ids=ids, attention_mask=mask).last_hidden_state
+                next_token = encoder.lm_head(hidden[:, :-1]).float()
+            loss = F.cross_entropy(
+                next_token.flatten(0, 1), ids[:, 1:].masked_fill(~mask[:, 1:], -100).flatten()
+            )
+            last = last_token(hidden.float(), mask)
+            for name, target in label_targets([said for _, said in picked], answers).items():
+                loss = loss + 0.5 * F.cross_entropy(heads[name](last), target)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(both.parameters(), 1.0)
+            optimizer.step()
+            if (step + 1) % 100 == 0:
+                logger.info("step %d/%d: loss %.3f", step + 1, steps, loss.item())
     both.eval()
     measured = measure(encoder, heads, tokenizer, answers, scenes, seed)
     encoder.bfloat16().save_pretrained(output / "text_encoder")

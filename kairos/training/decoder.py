@@ -25,6 +25,7 @@ from kairos.training.batches import row_at, seed_of
 from kairos.training.cache import ClipSet
 from kairos.training.clips import ClipReference
 from kairos.training.config import above_0, at_least
+from kairos.training.kept import kept_steps
 from kairos.training.muon import Muon, split_parameters
 from kairos.training.parallel import ALONE, Processes
 from kairos.training.samples import sample_latents
@@ -73,9 +74,12 @@ def train_decoder(
     defaults: Mapping[str, float | bool],
     precision: str = "float32",
     seed: int = 0,
+    origins: Mapping[str, str] | None = None,
     here: Processes = ALONE,
 ) -> None:
     """Train the decoder of `vae` and write the VAE to `output`, a diffusers folder.
+
+    A run that was stopped goes on from the checkpoint there, if it is of these `origins`.
 
     Half of each batch goes on from the first latent frames as `model` samples them; of the others most are
     what its last step makes of the clip under noise, the rest the encoder's own latents. All are to become
@@ -100,24 +104,25 @@ def train_decoder(
     optimizer = Muon(split_parameters(vae, muon_lr=stage.muon_lr, adamw_lr=stage.muon_lr / 10))
     base = [group["lr"] for group in optimizer.param_groups]
     reported = time.monotonic()
-    for step in range(stage.steps):
-        rate = min(1.0, (step + 1) / 20) * (1 + (stage.final_lr - 1) * step / stage.steps)
-        for group, full in zip(optimizer.param_groups, base, strict=True):
-            group["lr"] = full * rate
-        rows = [row_at(seed, clips, stage.batch_size * step + i) for i in range(stage.batch_size)]
-        with here.autocast(precision):
-            latents = draw_latents(model, clips, rows, sampling, seed_of(seed, step), device)
-        frames = 4 * (latents.shape[2] - 1) + 1
-        true = [torch.from_numpy(references[clips.keys[row]].read()[:frames].copy()) for row in rows]
-        difference = decode(vae, latents) - pixels(torch.stack(true), device)
-        loss = decoder_loss(difference, stage.moving)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        if time.monotonic() - reported > 15:
-            reported = time.monotonic()
-            logger.info("decoder step %d/%d: loss %.4f", step, stage.steps, float(loss.detach()))
+    with kept_steps(output, vae, optimizer, stage.steps, seed, origins) as steps:
+        for step in steps:
+            rate = min(1.0, (step + 1) / 20) * (1 + (stage.final_lr - 1) * step / stage.steps)
+            for group, full in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = full * rate
+            rows = [row_at(seed, clips, stage.batch_size * step + i) for i in range(stage.batch_size)]
+            with here.autocast(precision):
+                latents = draw_latents(model, clips, rows, sampling, seed_of(seed, step), device)
+            frames = 4 * (latents.shape[2] - 1) + 1
+            true = [torch.from_numpy(references[clips.keys[row]].read()[:frames].copy()) for row in rows]
+            difference = decode(vae, latents) - pixels(torch.stack(true), device)
+            loss = decoder_loss(difference, stage.moving)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+            optimizer.step()
+            if time.monotonic() - reported > 15:
+                reported = time.monotonic()
+                logger.info("decoder step %d/%d: loss %.4f", step, stage.steps, float(loss.detach()))
     vae.save_pretrained(output)
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +25,7 @@ from kairos.training.checkpoint import (
     save_checkpoint,
     trained_parameters,
 )
+from kairos.training.kept import stop_signal
 from kairos.training.muon import Muon, split_parameters
 from kairos.training.parallel import ALONE, Processes, local, whole
 from kairos.training.progress import Progress
@@ -212,25 +211,3 @@ def is_lora(weights: Iterable[str]) -> bool:
 def frozen_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter, of those that stay as they are."""
     return {name: p for name, p in model.named_parameters() if not p.requires_grad}
-
-
-@contextmanager
-def stop_signal() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C or SIGTERM came; a second Ctrl-C ends the program at once."""
-    came: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if came and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        came.append(number)
-        logger.info("stopping after this step; press Ctrl-C again to lose it")
-
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread, where signals do not come
-        before = {}
-    try:
-        yield lambda: bool(came)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -164,6 +164,7 @@ def make_decoder(recipe: Recipe, here: Processes) -> None:
         defaults=defaults,
         precision=stage.precision,
         seed=recipe.seed,
+        origins=origins,
         here=here,
     )
     (output / "finished").write_text(json.dumps(origins))

@@ -24,7 +24,9 @@ from kairos.errors import UserError
 from kairos.models.vae import normalisation, quickest_dtype
 from kairos.models.vae_layers import quicken
 from kairos.training.ahead import Ahead, workers_for
+from kairos.training.batches import seed_of
 from kairos.training.config import above_0, at_least
+from kairos.training.kept import kept_steps
 from kairos.training.muon import Muon, split_parameters
 from kairos.worlds import BACKGROUND, COLORS, simulate
 
@@ -234,45 +236,65 @@ def train_vae(
     start: AutoencoderKLWan | None = None,
     device: torch.device | str = "cpu",
 ) -> None:
-    """Train and write `output` (a diffusers folder) after each stage, its latents_mean and latents_std
-    measured. `start`: the VAE to go on from, trained in place; None: random weights."""
+    """Train and write `output`, a diffusers folder, its latents_mean and latents_std measured.
+
+    Each stage has a folder there, with its checkpoints and, at its end, the VAE as it leaves it: a run that
+    was stopped goes on from them. `start`: the VAE to begin with; None: random weights.
+    """
     torch.manual_seed(seed)
     vae = build_vae() if start is None else start.float()
-    vae.train().to(device)
-    quicken(vae)
     logger.info("VAE of %.2f M parameters", sum(p.numel() for p in vae.parameters()) / 1e6)
     for number, stage in enumerate(stages):
-        for part in (vae.encoder, vae.quant_conv):
-            part.requires_grad_(not stage.decoder_only)
-        optimizer = Muon(split_parameters(vae, muon_lr=stage.muon_lr, adamw_lr=stage.muon_lr / 10))
-        base = [group["lr"] for group in optimizer.param_groups]
-        before = copy.deepcopy(vae).requires_grad_(False) if stage.anchor else None
-        reported, average = time.monotonic(), torch.tensor(math.nan)
-        with Ahead(partial(_draw, seed, number, stage, scenes), workers_for(device)) as ahead:
-            for step in range(stage.steps):
-                ahead.begin(range(step, min(step + 1 + 2 * ahead.workers, stage.steps)))
-                rate = min(1.0, (step + 1) / 20) * (1 + (stage.final_lr - 1) * step / stage.steps)
-                for group, full in zip(optimizer.param_groups, base, strict=True):
-                    group["lr"] = full * rate
-                loss, squared = vae_loss(vae, pixels(ahead.get(step), device), stage, kl_weight, before)
-                optimizer.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-                optimizer.step()
-                average = average.to(squared) if step else squared.detach()
-                average = average.lerp(squared.detach(), 0.05)
-                if time.monotonic() - reported > 15:
-                    reported = time.monotonic()
-                    logger.info(
-                        "stage %d step %d/%d: %.1f dB",
-                        number,
-                        step,
-                        stage.steps,
-                        10 * math.log10(4 / float(average)),
-                    )
+        folder = output / f"stage-{number}"
+        if (folder / "finished").exists():
+            vae = AutoencoderKLWan.from_pretrained(folder)
+            continue
+        vae.train().to(device)
+        quicken(vae)
+        train_stage(vae, stage, number, folder, scenes=scenes, kl_weight=kl_weight, seed=seed)
         if not stage.decoder_only and not stage.anchor:
             measure_latents(vae, scenes)
-        vae.save_pretrained(output)
+        vae.save_pretrained(folder)
+        (folder / "finished").touch()
+    vae.save_pretrained(output)
+
+
+def train_stage(
+    vae: AutoencoderKLWan,
+    stage: VAEStage,
+    number: int,
+    folder: Path,
+    *,
+    scenes: tuple[str, ...],
+    kl_weight: float,
+    seed: int,
+) -> None:
+    """Train the VAE for one stage, with its checkpoints in `folder`."""
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(not stage.decoder_only)
+    optimizer = Muon(split_parameters(vae, muon_lr=stage.muon_lr, adamw_lr=stage.muon_lr / 10))
+    base = [group["lr"] for group in optimizer.param_groups]
+    before = copy.deepcopy(vae).requires_grad_(False) if stage.anchor else None
+    reported = time.monotonic()
+    average: Tensor | None = None
+    ahead = Ahead(partial(_draw, seed, number, stage, scenes), workers_for(vae.device))
+    with ahead, kept_steps(folder, vae, optimizer, stage.steps, seed_of(seed, number)) as steps:
+        for step in steps:
+            ahead.begin(range(step, min(step + 1 + 2 * ahead.workers, stage.steps)))
+            rate = min(1.0, (step + 1) / 20) * (1 + (stage.final_lr - 1) * step / stage.steps)
+            for group, full in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = full * rate
+            loss, squared = vae_loss(vae, pixels(ahead.get(step), vae.device), stage, kl_weight, before)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+            optimizer.step()
+            squared = squared.detach()
+            average = squared if average is None else average.lerp(squared, 0.05)
+            if time.monotonic() - reported > 15:
+                reported = time.monotonic()
+                decibels = 10 * math.log10(4 / float(average))
+                logger.info("stage %d step %d/%d: %.1f dB", number, step, stage.steps, decibels)
 
 
 def _draw(seed: int, number: int, stage: VAEStage, scenes: tuple[str, ...], step: int) -> Tensor:
