@@ -274,6 +274,7 @@ def test_a_child_that_dies_between_two_items_fails_one_and_is_replaced() -> None
         ("fingerprint: {rate: 0}", "rate must be above 0"),
         ("plugins: {captions: {model: m, retries: -1}}", "retries must be at least 0"),
         ("a: [", "is not YAML"),
+        ("dedupe: {}\ndedupe: {}", "the key 'dedupe' is there twice, at line 2"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(tmp_path, text, said) -> None:

@@ -105,6 +105,30 @@ def test_reading_at_a_lower_rate_takes_the_frames_on_screen(
     assert np.array_equal(media.read_video(tmp_path / "out.mp4", fps=fps), every[list(expected)])
 
 
+@pytest.mark.parametrize("kind", ["mp4", "mkv", "ts"])
+def test_a_long_video_is_entered_near_the_frame_that_is_asked_for_and_gives_the_same(
+    tmp_path: Path, kind: str
+) -> None:
+    path, rng = tmp_path / f"long.{kind}", np.random.default_rng(0)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width = stream.height = 32
+        stream.options = {"g": "25", "bf": "3", "x264-params": "open-gop=1"}
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for time_ms in 2000 + np.cumsum(rng.integers(10, 70, 500)):  # 20 s, unevenly
+            picture = av.VideoFrame.from_ndarray(rng.integers(0, 255, (32, 32, 3), np.uint8), format="rgb24")
+            picture.pts, picture.time_base = int(time_ms), Fraction(1, 1000)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    whole = media.read_video(path, fps=16)
+    for skip in (10, 170, 250, len(whole) - 1):
+        part = media.read_video(path, fps=16, skip=skip, max_frames=9)
+        np.testing.assert_array_equal(part, whole[skip : skip + 9])
+    with av.open(str(path)) as container:
+        decoded = len(list(media.on_screen(container, 16, skip=250)))
+    assert decoded == 500 if kind == "ts" else decoded < 250  # a stream has no index
+
+
 def test_reading_at_a_higher_rate_repeats_frames_and_keeps_the_duration(tmp_path: Path) -> None:
     media.write_video(tmp_path / "out.mp4", moving_square(8), fps=16)
     every = media.read_video(tmp_path / "out.mp4")

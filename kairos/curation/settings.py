@@ -286,8 +286,12 @@ def read_settings(path: Path | None) -> Settings:
         return Settings()
     import yaml
 
+    from kairos.data.yaml_text import load_yaml
+
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"))
+    except UserError as error:
+        raise UserError(f"{path.name}: {error}") from None
     except OSError as error:
         raise UserError(
             f"cannot read configuration {path}: {(error.strerror or str(error)).lower()}"

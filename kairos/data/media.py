@@ -28,6 +28,8 @@ MAX_SHOWN_SIZE = 16384  # pixels; x264's own limit
 _CRF = "14"  # visually lossless; these clips are short
 _ENCODER_THREADS = 4  # fixed: x264's bytes depend on it, and the same frames shall give the same bytes
 _CLOCK_S = 1.1e-3  # Matroska counts whole milliseconds: so far apart may two equal times be
+_NEAR_S = 4.0  # so far ahead a file is read, not entered later
+_INDEXED = ("mov", "matroska")  # FFmpeg's names of the formats that say where each key frame is
 _BT709 = 1  # H.273's code for the primaries, the transfer curve and the matrix
 
 _UPRIGHT = {
@@ -122,10 +124,8 @@ def video_frames(
     shape = None
     with _reading(path) as container:
         aspect = pixel_aspect(container.streams.video[0])
-        for frame, repeats in on_screen(container, fps):
-            skipped = min(repeats, skip)
-            skip, repeats = skip - skipped, repeats - skipped
-            if not repeats:
+        for frame, repeats in on_screen(container, fps, skip):
+            if repeats < 1:
                 continue
             pixels = frame.to_ndarray(format="rgb24", width=max(1, round(frame.width * aspect)))
             pixels = as_shown(frame, pixels)
@@ -294,27 +294,52 @@ def pixel_aspect(stream: Any) -> float:
     return aspect if 0.2 < aspect < 5 else 1.0
 
 
-def on_screen(container: Any, fps: float | None) -> Iterator[tuple[Any, int]]:
-    """Every frame of the first video stream, with how often it is to be taken to play at `fps`."""
+def on_screen(container: Any, fps: float | None, skip: int = 0) -> Iterator[tuple[Any, int]]:
+    """Every frame of the first video stream, with how often it is to be taken to play at `fps`.
+
+    The first `skip` that were to be taken are not: frames that were before them come 0 times, or not at all
+    where the file can be entered later.
+    """
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
-    decoded = container.decode(stream)
     if fps is None:
-        yield from ((frame, 1) for frame in decoded)
+        yield from ((frame, 1) for frame in itertools.islice(container.decode(stream), skip, None))
         return
     rate = stream.average_rate or stream.guessed_rate or Fraction(25)
     frame_s = float(1 / rate)  # how long the last one stays
-    taken, start_s, last = 0, None, None
-    for number, frame in enumerate(decoded):
-        time_s = float(frame.pts * frame.time_base) if frame.pts is not None else number * frame_s
-        start_s = time_s if start_s is None else start_s
+    taken, last, last_s = skip, None, 0.0
+    for time_s, frame in _timed(container, stream, frame_s, skip / fps):
         if last is not None:
-            due = max(taken, _ticks_before(time_s - start_s, fps))  # never back, whatever a broken file says
+            due = max(taken, _ticks_before(time_s, fps))  # never back, whatever a broken file says
             yield last, due - taken
             taken = due
         last, last_s = frame, time_s
-    if last is not None and start_s is not None:
-        yield last, _ticks_before(last_s - start_s + frame_s, fps) - taken
+    if last is not None:
+        yield last, _ticks_before(last_s + frame_s, fps) - taken
+
+
+def _timed(container: Any, stream: Any, frame_s: float, from_s: float) -> Iterator[tuple[float, Any]]:
+    """Frames with their seconds since the first. Those before the one on screen at `from_s` may be missing,
+    where a file has an index by which to enter it."""
+
+    def decoded() -> Iterator[tuple[float, Any]]:
+        for number, frame in enumerate(container.decode(stream)):
+            yield number * frame_s if frame.pts is None else float(frame.pts * frame.time_base), frame
+
+    frames = decoded()
+    first = next(frames, None)
+    if first is None:
+        return
+    start_s, opening = first
+    if from_s > _NEAR_S and opening.pts is not None and container.format.name.startswith(_INDEXED):
+        container.seek(int((start_s + from_s - _NEAR_S / 2) / stream.time_base), stream=stream)
+        frames = decoded()
+        first = next(frames, None)
+        if first is None or first[1].pts is None or first[0] - start_s > from_s:  # its index is wrong
+            container.seek(opening.pts, stream=stream)
+            frames = decoded()
+            first = next(frames)
+    yield from ((time_s - start_s, frame) for time_s, frame in itertools.chain((first,), frames))
 
 
 def _ticks_before(time_s: float, fps: float) -> int:
