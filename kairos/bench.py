@@ -290,8 +290,8 @@ def _parts(run: Run, dtype: torch.dtype) -> tuple[dict[str, Any], str]:
     from kairos.models.vae_layers import quicken
     from kairos.presets import is_downloaded, load_pipeline, locate
 
-    preset, folder = locate(run.model)
-    if preset is None or folder is not None or is_downloaded(preset):
+    model = locate(run.model)
+    if not model.released or model.folder is not None or is_downloaded(model.released):
         pipeline = load_pipeline(run.model, device=run.device, dtype=dtype)
         count = iter(range(1 << 30))
         parts = {
@@ -470,13 +470,9 @@ def random_transformer(name: str, *, full: bool, **changes: Any) -> nn.Module:
     with full attention instead."""
     from kairos import sizes
     from kairos.models.transformer import KairosTransformer3DModel
-    from kairos.presets import locate, read_json
+    from kairos.presets import locate
 
-    preset, folder = locate(name)
-    config = sizes.RELEASED_TRANSFORMER | dict(preset.transformer_config if preset else {})
-    if folder is not None and (folder / "transformer" / "config.json").exists():
-        config |= read_json(folder / "transformer" / "config.json")
-    config = {key: value for key, value in config.items() if not key.startswith("_")} | changes
+    config = sizes.RELEASED_TRANSFORMER | locate(name).config() | changes
     if not full:
         return KairosTransformer3DModel(**config)
     model = KairosTransformer3DModel(**config | {"layer_pattern": "S"})

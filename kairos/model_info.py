@@ -47,9 +47,10 @@ class ModelInfo:
 
 def info(name_or_path: str | os.PathLike[str]) -> ModelInfo:
     """Describe a model by name or folder. Raises UserError as `kairos.presets.load_pipeline` does."""
-    preset, folder = locate(name_or_path)
+    model = locate(name_or_path)
+    preset, folder = model.preset, model.folder
     config = dict(sizes.RELEASED_TRANSFORMER)
-    if preset is not None and preset.kind == "released":
+    if preset is not None and model.released:
         path = local_files(preset, folder)["transformer"] if is_downloaded(preset, folder) else None
         template, scheduler = preset.template, preset.scheduler
         parameters = {
@@ -58,9 +59,8 @@ def info(name_or_path: str | os.PathLike[str]) -> ModelInfo:
             "text_encoder": sizes.RELEASED_TEXT_ENCODER,
         }
     else:
-        assert folder is not None
-        path = folder
-        index = read_json(folder / "model_index.json")
+        path = folder = model.saved
+        index = model.index()
         config |= read_json(folder / "transformer" / "config.json")
         _check(config, folder)
         template = index.get("prompt_template", "2025-12")

@@ -42,45 +42,35 @@ class Preset:
     """A model by name.
 
     Attributes:
-        kind: "released", from original files at Hugging Face, or "embedded", shipped with the package.
-        transformer, vae, text_encoder: where the parts of a released model come from.
+        transformer, vae, text_encoder: where the parts come from; without a transformer
+            the model ships with the package, which says the rest.
         template: one of `kairos.conditioning.TEMPLATES`.
         scheduler: "flow_match", or "few_step" for distilled models.
-        height, width, num_frames, fps: what the checkpoint was made for.
-        guide_continuation: whether guidance leads what follows frames that are there, too.
+        defaults: what a call of the pipeline takes where it is not told: what the checkpoint was made for.
         transformer_config: what the shapes of a released file do not tell.
     """
 
     name: str
     description: str
-    kind: str = "released"
     transformer: Source | None = None
-    vae: Source | None = WAN_VAE
-    text_encoder: Source | None = QWEN_VL
+    vae: Source = WAN_VAE
+    text_encoder: Source = QWEN_VL
     template: str = "2026"
     scheduler: str = "flow_match"
-    height: int = 480
-    width: int = 640
-    num_frames: int = 81
-    fps: int = 16
-    num_inference_steps: int = 50
-    guidance_scale: float = 5.0
-    guide_continuation: bool = True
+    defaults: Mapping[str, float] = field(default_factory=lambda: dict(RELEASED_DEFAULTS))
     transformer_config: Mapping[str, Any] = field(
         default_factory=lambda: {"dilation": 4, "pad_dilated": True}
     )
 
     @property
-    def defaults(self) -> dict[str, float]:
-        """What a call of the pipeline takes where it is not told."""
-        names = ("height", "width", "num_frames", "fps", "num_inference_steps", "guidance_scale")
-        return {name: getattr(self, name) for name in (*names, "guide_continuation")}
+    def kind(self) -> str:
+        """ "released", from original files at Hugging Face, or "embedded", shipped with the package."""
+        return "released" if self.transformer is not None else "embedded"
 
     @property
     def sources(self) -> dict[str, Source]:
         """Part -> where it comes from; nothing for an embedded model."""
-        every = {part: getattr(self, part) for part in PARTS}
-        return {part: source for part, source in every.items() if source is not None}
+        return {part: getattr(self, part) for part in PARTS} if self.kind == "released" else {}
 
 
 PRESETS: dict[str, Preset] = {
@@ -89,33 +79,10 @@ PRESETS: dict[str, Preset] = {
         Preset(
             "kairos-tiny",
             "The small model that ships with the package: small worlds as physics has them, on any CPU",
-            kind="embedded",
-            vae=None,
-            text_encoder=None,
-            template="tiny",
-            scheduler="few_step",
-            height=64,
-            width=64,
-            num_frames=33,
-            num_inference_steps=4,
-            guidance_scale=1.0,
-            guide_continuation=False,
-            transformer_config={},
         ),
         Preset(
             "kairos-tiny-teacher",
             "What kairos-tiny learned from: the same in twenty steps, led by guidance to its first frame",
-            kind="embedded",
-            vae=None,
-            text_encoder=None,
-            template="tiny",
-            height=64,
-            width=64,
-            num_frames=33,
-            num_inference_steps=20,
-            guidance_scale=3.0,
-            guide_continuation=False,
-            transformer_config={},
         ),
         Preset(
             "kairos-4b-480p",
@@ -133,8 +100,7 @@ PRESETS: dict[str, Preset] = {
             "kairos-4b-720p",
             "Kairos 3.0, 4B, 720p",
             transformer=Source("kairos-agi/kairos-sensenova-4B-720P"),
-            height=720,
-            width=1280,
+            defaults=RELEASED_DEFAULTS | {"height": 720, "width": 1280},
         ),
         Preset(
             "kairos-robot-4b-480p",
@@ -146,8 +112,7 @@ PRESETS: dict[str, Preset] = {
             "Kairos 3.0, 4B, post-trained on robots, 480p, distilled to four steps",
             transformer=Source("kairos-agi/kairos-sensenova-robot-4B-480P-distilled"),
             scheduler="few_step",
-            num_inference_steps=4,
-            guidance_scale=1.0,
+            defaults=RELEASED_DEFAULTS | {"num_inference_steps": 4, "guidance_scale": 1.0},
         ),
     )
 }
@@ -176,7 +141,7 @@ def download(name: str, folder: str | os.PathLike[str] | None = None) -> dict[st
     if target is not None and preset.sources:
         from kairos.data.files import prepare_folder, write_atomically
 
-        if (target / MARK).exists() and (there := locate(target)[0]) != preset:
+        if (target / MARK).exists() and (there := locate(target).preset) != preset:
             held = there.name if there else "another model"
             raise UserError(f"{target} holds {held}; give another folder for {name}")
         prepare_folder(target)  # marked first: a download that breaks off can say what it is to be
@@ -228,20 +193,51 @@ def load_pipeline(
     """
     import torch
 
-    preset, folder = locate(name_or_path)
+    model = locate(name_or_path)
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-    if preset is not None and preset.kind == "released":
-        pipeline = _load_released(preset, folder, dtype, weights)
-    else:
-        assert folder is not None
-        pipeline = _load_saved(folder, dtype, weights)
+    pipeline = (_load_released if model.released else _load_saved)(model, dtype, weights)
     _check_parts(pipeline, name_or_path)
     return pipeline.to(device)
 
 
-def locate(name_or_path: str | os.PathLike[str]) -> tuple[Preset | None, Path | None]:
-    """What a name or a folder means: the preset (None for a saved pipeline), the folder (None for the cache).
+@dataclass(frozen=True)
+class Model:
+    """What a name or a folder means: a released model of `preset`, else a saved pipeline in `folder`."""
+
+    preset: Preset | None
+    folder: Path | None
+    """None for the cache."""
+
+    @property
+    def released(self) -> Preset | None:
+        return self.preset if self.preset is not None and self.preset.kind == "released" else None
+
+    @property
+    def saved(self) -> Path:
+        """The folder of a pipeline that is not a released one's."""
+        assert self.folder is not None
+        return self.folder
+
+    def part(self, name: str) -> Path:
+        """Where one of PARTS lies. Raises UserError where a released one is not downloaded."""
+        return local_files(self.released, self.folder)[name] if self.released else self.saved / name
+
+    def index(self) -> dict[str, Any]:
+        """The model_index.json of a saved pipeline."""
+        return read_json(self.saved / "model_index.json")
+
+    def config(self, part: str = "transformer") -> dict[str, Any]:
+        """What a part's configuration says: of a released LinearDiT what its shapes do not tell."""
+        if self.released:
+            return dict(self.released.transformer_config) if part == "transformer" else {}
+        file = self.saved / part / "config.json"
+        said = read_json(file) if file.exists() else {}
+        return {name: value for name, value in said.items() if not name.startswith("_")}
+
+
+def locate(name_or_path: str | os.PathLike[str]) -> Model:
+    """What a name or a folder means.
 
     A known name is that model, unless there is a folder of this name with a model in it.
 
@@ -251,7 +247,7 @@ def locate(name_or_path: str | os.PathLike[str]) -> tuple[Preset | None, Path | 
     folder = Path(name_or_path)
     if is_name(name_or_path):
         preset = PRESETS[str(name_or_path)]
-        return preset, ASSETS / preset.name if preset.kind == "embedded" else None
+        return Model(preset, ASSETS / preset.name if preset.kind == "embedded" else None)
     if folder.is_file():
         raise UserError(
             f"{folder} is a file; give a model's name or folder (weights alone: KairosPipeline.from_original)"
@@ -259,8 +255,8 @@ def locate(name_or_path: str | os.PathLike[str]) -> tuple[Preset | None, Path | 
     if not folder.is_dir():
         get(str(name_or_path))  # refuses it, with the nearest name
     if (folder / MARK).exists():
-        return get(str(read_json(folder / MARK).get("preset"))), folder
-    return None, folder
+        return Model(get(str(read_json(folder / MARK).get("preset"))), folder)
+    return Model(None, folder)
 
 
 def is_name(name_or_path: str | os.PathLike[str]) -> bool:
@@ -273,11 +269,10 @@ def is_name(name_or_path: str | os.PathLike[str]) -> bool:
 
 def defaults_of(name_or_path: str | os.PathLike[str]) -> dict[str, float]:
     """What a call of the model takes where it is not told; nothing is loaded. UserError as `locate`."""
-    preset, folder = locate(name_or_path)
-    if preset is not None:
-        return preset.defaults
-    assert folder is not None
-    return _all_defaults(read_json(folder / "model_index.json").get("defaults") or {}, name_or_path)
+    model = locate(name_or_path)
+    if model.released:
+        return dict(model.released.defaults)
+    return _all_defaults(model.index().get("defaults") or {}, name_or_path)
 
 
 def is_downloaded(preset: Preset, folder: Path | None = None) -> bool:
@@ -289,10 +284,12 @@ def is_downloaded(preset: Preset, folder: Path | None = None) -> bool:
     return preset.kind == "released" or (ASSETS / preset.name / "model_index.json").exists()
 
 
-def _load_released(preset: Preset, folder: Path | None, dtype: torch.dtype, weights: Any) -> KairosPipeline:
+def _load_released(model: Model, dtype: torch.dtype, weights: Any) -> KairosPipeline:
     from kairos.pipeline import KairosPipeline
 
-    files = local_files(preset, folder, own_weights=weights is None)
+    preset = model.released
+    assert preset is not None
+    files = local_files(preset, model.folder, own_weights=weights is None)
     return KairosPipeline.from_original(
         dit=files["transformer"] if weights is None else weights,
         vae=_vae_path(files["vae"]),
@@ -300,21 +297,21 @@ def _load_released(preset: Preset, folder: Path | None, dtype: torch.dtype, weig
         few_step=preset.scheduler == "few_step",
         prompt_template=preset.template,
         dtype=dtype,
-        defaults=preset.defaults,
+        defaults=dict(preset.defaults),
         otherwise=preset.transformer_config,
     )
 
 
-def _load_saved(folder: Path, dtype: torch.dtype, weights: Any) -> KairosPipeline:
+def _load_saved(model: Model, dtype: torch.dtype, weights: Any) -> KairosPipeline:
     """A folder of `save_pretrained`, its weights loaded strictly (diffusers would fill gaps with noise)."""
     from kairos.conditioning import load_text_encoder
     from kairos.pipeline import KairosPipeline
     from kairos.weights import load_transformer_file, load_vae_file
 
-    read_json(folder / "model_index.json")
+    folder = model.saved
+    model.index()  # refuses a folder that is none
     text_encoder, tokenizer, processor = load_text_encoder(folder, dtype=dtype)
-    own = {} if weights is None else read_json(folder / "transformer" / "config.json")
-    otherwise = {name: value for name, value in own.items() if not name.startswith("_")}
+    otherwise = {} if weights is None else model.config()
     transformer = folder / "transformer" if weights is None else weights
     parts = {
         "transformer": load_transformer_file(transformer, dtype=dtype, otherwise=otherwise),

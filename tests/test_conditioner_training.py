@@ -72,7 +72,7 @@ def test_a_prompt_encoders_training_that_was_killed_goes_on_to_the_same_weights(
             raise RuntimeError("killed")
         return targets(*what)
 
-    monkeypatch.setattr("kairos.training.kept.SAVE_EVERY_S", -1.0)
+    monkeypatch.setattr("kairos.training.fit.SAVE_EVERY_S", -1.0)
     monkeypatch.setattr(conditioner, "label_targets", killed)
     with pytest.raises(RuntimeError, match="killed"):
         train_conditioner(tmp_path, **options)

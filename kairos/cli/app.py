@@ -20,6 +20,7 @@ from kairos.cli import (
     worlds,
 )
 from kairos.cli.console import out
+from kairos.cli.options import option
 
 app = typer.Typer(
     help="An open video world model: a prompt, an image or the start of a video becomes its future.",
@@ -40,7 +41,7 @@ def _print_version(wanted: bool) -> None:
 def kairos(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        bool, option("Print the version.", None, "--version", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
     if context.invoked_subcommand is None:

@@ -14,6 +14,7 @@ from kairos.cli.console import out, show_log, waiting
 from kairos.cli.jobs import Job, file_jobs, prepare_output
 from kairos.cli.machine import device_and_dtype, dtype_named, import_libraries
 from kairos.cli.made_before import is_as_asked, said_in, with_remark
+from kairos.cli.options import option
 from kairos.cli.outcomes import Outcome, attempt, conclude, failed, refusals, say_failure, skipped
 from kairos.cli.run import RunOptions, check_model, load, planned
 from kairos.data.files import write_atomically
@@ -26,31 +27,23 @@ from kairos.request import Request
 def batch(
     request: Annotated[Path, typer.Argument(metavar="LIST.json", help="A list of requests.")],
     ray: Annotated[
-        str, typer.Option(metavar="ADDRESS|local", help="A Ray cluster, HOST:PORT or auto; local starts one.")
+        str, option("A Ray cluster, HOST:PORT or auto; local starts one.", "ADDRESS|local")
     ] = "local",
-    output: Annotated[str, typer.Option("--output", "-o", metavar="FOLDER", help="Where to.")] = "output",
+    output: Annotated[str, option("Where to.", "FOLDER", "--output", "-o")] = "output",
     gpus: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Workers, one a GPU. Default: all; with --device cpu, 1."),
+        int | None, option("Workers, one a GPU. Default: all; with --device cpu, 1.", "N")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(metavar="NAME|PATH", help=f"The model. Default: {presets.DEFAULT}.")
-    ] = None,
-    weights: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Another LinearDiT in place of the model's own.")
-    ] = None,
-    config: Annotated[Path | None, typer.Option(metavar="FILE.py", help="A configuration.")] = None,
-    device: Annotated[str | None, typer.Option(metavar="NAME", help="cuda or cpu. Default: cuda.")] = None,
-    dtype: Annotated[str | None, typer.Option(metavar="NAME", help="As in generate.")] = None,
+    model: Annotated[str | None, option(f"The model. Default: {presets.DEFAULT}.", "NAME|PATH")] = None,
+    weights: Annotated[str | None, option("Another LinearDiT in place of the model's own.", "PATH")] = None,
+    config: Annotated[Path | None, option("A configuration.", "FILE.py")] = None,
+    device: Annotated[str | None, option("cuda or cpu. Default: cuda.", "NAME")] = None,
+    dtype: Annotated[str | None, option("As in generate.", "NAME")] = None,
     memory: Annotated[
-        str | None,
-        typer.Option(metavar="GB", help="Make do with this much of a worker's memory. See kairos plan."),
+        str | None, option("Make do with this much of a worker's memory. See kairos plan.", "GB")
     ] = None,
-    quantize: Annotated[str | None, typer.Option(metavar="int8|fp8|int4", help="As in generate.")] = None,
-    retries: Annotated[
-        int, typer.Option(metavar="N", help="How often a request is tried again whose machine failed.")
-    ] = 2,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what is going on.")] = False,
+    quantize: Annotated[str | None, option("As in generate.", "int8|fp8|int4")] = None,
+    retries: Annotated[int, option("How often a request is tried again whose machine failed.", "N")] = 2,
+    verbose: Annotated[bool, option("Say what is going on.", None, "--verbose", "-v")] = False,
 ) -> None:
     """Make the videos of a list on a Ray cluster.
 

@@ -8,69 +8,47 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from kairos.cli.console import err, out, say, show_log, waiting
+from kairos.cli.options import option
 from kairos.distributed import check_alone
 from kairos.errors import MachineError, UserError
 from kairos.request import did_you_mean
 
 
 def bench(
-    model: Annotated[
-        str, typer.Option(metavar="NAME|PATH", help="A model's name or folder.")
-    ] = "kairos-tiny",
-    frames: Annotated[
-        int | None, typer.Option(metavar="N", help="Frames, 4n + 1. Default: the model's.")
-    ] = None,
-    height: Annotated[
-        int | None, typer.Option(metavar="PIXELS", help="Height. Default: the model's.")
-    ] = None,
-    width: Annotated[int | None, typer.Option(metavar="PIXELS", help="Width. Default: the model's.")] = None,
+    model: Annotated[str, option("A model's name or folder.", "NAME|PATH")] = "kairos-tiny",
+    frames: Annotated[int | None, option("Frames, 4n + 1. Default: the model's.", "N")] = None,
+    height: Annotated[int | None, option("Height. Default: the model's.", "PIXELS")] = None,
+    width: Annotated[int | None, option("Width. Default: the model's.", "PIXELS")] = None,
     against: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="Time this too: full (attention in every block), or diffusers:MODEL. May be repeated.",
+        option(
+            "Time this too: full (attention in every block), or diffusers:MODEL. May be repeated.", "NAME"
         ),
     ] = None,
     lengths: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N,N", help="Latent frames: one forward of the LinearDiT at each, and of the others."
-        ),
+        str | None, option("Latent frames: one forward of the LinearDiT at each, and of the others.", "N,N")
     ] = None,
     text_tokens: Annotated[
         int | None,
-        typer.Option(
-            min=1, metavar="N", help="With --lengths or --against: tokens of text. Default: 512, as released."
-        ),
+        option("With --lengths or --against: tokens of text. Default: 512, as released.", "N", min=1),
     ] = None,
-    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(metavar="NAME", help="auto, float32, bfloat16 or float16.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="On a CPU. Default: torch's own.")] = None,
-    runs: Annotated[int, typer.Option(min=1, help="Timed runs, after two warm-ups.")] = 7,
+    device: Annotated[str, option("auto, cpu, cuda, ...", "NAME")] = "auto",
+    dtype: Annotated[str, option("auto, float32, bfloat16 or float16.", "NAME")] = "auto",
+    threads: Annotated[int | None, option("On a CPU. Default: torch's own.", min=1)] = None,
+    runs: Annotated[int, option("Timed runs, after two warm-ups.", min=1)] = 7,
     clock: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME", help="wall, or cpu: processor time, for a machine that does other work too."
-        ),
+        str, option("wall, or cpu: processor time, for a machine that does other work too.", "NAME")
     ] = "wall",
-    compiled: Annotated[
-        bool, typer.Option("--compile", help="Compile the LinearDiT's blocks first.")
-    ] = False,
+    compiled: Annotated[bool, option("Compile the LinearDiT's blocks first.", None, "--compile")] = False,
     step_cache: Annotated[
         str | None,
-        typer.Option(
-            metavar="X,X",
-            help="Instead: what a step cache with each threshold saves, and its error, on whole videos.",
+        option(
+            "Instead: what a step cache with each threshold saves, and its error, on whole videos.", "X,X"
         ),
     ] = None,
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", metavar="FILE.json", help="Write the results; with --lengths, a plot too."
-        ),
+        Path | None, option("Write the results; with --lengths, a plot too.", "FILE.json", "--output", "-o")
     ] = None,
 ) -> None:
     """Time a model's stages; with --lengths or --against, its LinearDiT alone, with random weights."""

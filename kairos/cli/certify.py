@@ -5,12 +5,12 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
-import typer
 from rich.table import Table
 
 from kairos import presets
 from kairos.cli.console import out, show_log, waiting
 from kairos.cli.machine import import_libraries
+from kairos.cli.options import option
 from kairos.cli.run import RunOptions, check_model
 from kairos.errors import MachineError, UserError
 from kairos.request import Request
@@ -42,21 +42,20 @@ class Finding:
 
 
 def certify(
-    ranks: Annotated[int, typer.Option(metavar="N", help="Try 1 to N ranks.")] = 4,
+    ranks: Annotated[int, option("Try 1 to N ranks.", "N")] = 4,
     model: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME|PATH",
-            help=f"The model. Default: {presets.DEFAULT} around a random LinearDiT of {HEADS} heads.",
+        option(
+            f"The model. Default: {presets.DEFAULT} around a random LinearDiT of {HEADS} heads.", "NAME|PATH"
         ),
     ] = None,
-    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What happens.")] = "a red ball rolls right",
-    frames: Annotated[int, typer.Option(metavar="N", help="Frames, 4n + 1.")] = 9,
-    height: Annotated[int, typer.Option(metavar="PIXELS", help="Height.")] = 64,
-    width: Annotated[int, typer.Option(metavar="PIXELS", help="Width.")] = 80,
-    steps: Annotated[int, typer.Option(metavar="N", help="Denoising steps.")] = 3,
-    gpus: Annotated[bool, typer.Option("--gpus", help="On GPUs by NCCL, not on CPUs by gloo.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what is going on.")] = False,
+    prompt: Annotated[str, option("What happens.", "TEXT")] = "a red ball rolls right",
+    frames: Annotated[int, option("Frames, 4n + 1.", "N")] = 9,
+    height: Annotated[int, option("Height.", "PIXELS")] = 64,
+    width: Annotated[int, option("Width.", "PIXELS")] = 80,
+    steps: Annotated[int, option("Denoising steps.", "N")] = 3,
+    gpus: Annotated[bool, option("On GPUs by NCCL, not on CPUs by gloo.", None, "--gpus")] = False,
+    verbose: Annotated[bool, option("Say what is going on.", None, "--verbose", "-v")] = False,
 ) -> None:
     """Show that a video split over several ranks is the video of one, in float32.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kairos.cli.console import out, show_log
+from kairos.cli.options import option
 from kairos.distributed import check_alone
 
 if TYPE_CHECKING:
@@ -19,37 +20,25 @@ app = typer.Typer(help="From folders of raw video to training shards.", no_args_
 Output = Annotated[Path, typer.Argument(metavar="OUTPUT", show_default=False, help="What `run` wrote.")]
 Config = Annotated[
     Path | None,
-    typer.Option(
-        metavar="CONFIG.yaml",
-        help="Settings; see docs/curation.md. Default: OUTPUT/curation.yaml where it is, else built in.",
+    option(
+        "Settings; see docs/curation.md. Default: OUTPUT/curation.yaml where it is, else built in.",
+        "CONFIG.yaml",
     ),
 ]
 Set = Annotated[
-    list[str],
-    typer.Option(
-        "--set", metavar="SCORE.min=VALUE", help="Change a threshold; also max, rich_min, rich_max."
-    ),
+    list[str], option("Change a threshold; also max, rich_min, rich_max.", "SCORE.min=VALUE", "--set")
 ]
 
 
 @app.command()
 def run(
     input: Annotated[
-        Path,
-        typer.Option(
-            "--input", "-i", metavar="DIR|MANIFEST", show_default=False, help="Videos, or a list of them."
-        ),
+        Path, option("Videos, or a list of them.", "DIR|MANIFEST", "--input", "-i", show_default=False)
     ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", show_default=False, help="Everything goes here.")
-    ],
+    output: Annotated[Path, option("Everything goes here.", "DIR", "--output", "-o", show_default=False)],
     config: Config = None,
-    ray: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="Work on a Ray cluster; 'local' starts one here.")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes that work. Default: one a core.")
-    ] = None,
+    ray: Annotated[str | None, option("Work on a Ray cluster; 'local' starts one here.", "ADDRESS")] = None,
+    workers: Annotated[int | None, option("Processes that work. Default: one a core.", min=1)] = None,
 ) -> None:
     """Cut, score, choose and pack; a second run goes on where the first was stopped."""
     show_log(verbose=True)

@@ -7,6 +7,7 @@ import typer
 
 from kairos import presets
 from kairos.cli.console import out, show_log
+from kairos.cli.options import panel
 from kairos.distributed import check_alone
 from kairos.errors import UserError
 from kairos.request import Request
@@ -14,7 +15,7 @@ from kairos.request import Request
 if TYPE_CHECKING:
     from rich.table import Table
 
-WHAT, HOW = "What is measured", "How"
+what, how = panel("What is measured"), panel("How")
 OF_MODELS = (
     *("model", "teacher", "steps", "guidance", "clips", "frames", "seed", "batch"),
     *("drift_seconds", "drift_clips", "device", "dtype"),
@@ -25,89 +26,43 @@ OF_MODELS = (
 def evaluate(
     context: typer.Context,
     model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME|PATH",
-            help=f"A model's name or folder. Default: {presets.DEFAULT}.",
-            rich_help_panel=WHAT,
-        ),
+        str | None, what(f"A model's name or folder. Default: {presets.DEFAULT}.", "NAME|PATH")
     ] = None,
     videos: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Score the mp4s of this folder, named as `kairos worlds export` names them, and no model.",
-            rich_help_panel=WHAT,
+        what(
+            "Score the mp4s of this folder, named as `kairos worlds export` names them, and no model.", "DIR"
         ),
     ] = None,
-    suite: Annotated[
-        str, typer.Option(metavar="SUITE", help="physics is the only one.", rich_help_panel=WHAT)
-    ] = "physics",
-    scenes: Annotated[
-        str | None,
-        typer.Option(metavar="SCENE,SCENE", help="Which worlds. Default: all eight.", rich_help_panel=WHAT),
-    ] = None,
+    suite: Annotated[str, what("physics is the only one.", "SUITE")] = "physics",
+    scenes: Annotated[str | None, what("Which worlds. Default: all eight.", "SCENE,SCENE")] = None,
     splits: Annotated[
-        str,
-        typer.Option(
-            "--splits",
-            "--split",
-            metavar="SPLIT,SPLIT",
-            help="in (distribution), interpolation, out.",
-            rich_help_panel=WHAT,
-        ),
+        str, what("in (distribution), interpolation, out.", "SPLIT,SPLIT", "--splits", "--split")
     ] = "in,interpolation,out",
-    clips: Annotated[int, typer.Option(help="Clips of each scene and split.", rich_help_panel=WHAT)] = 16,
-    given: Annotated[
-        int, typer.Option(metavar="FRAMES", help="Frames given; to a model 4n + 1.", rich_help_panel=WHAT)
-    ] = 5,
-    frames: Annotated[
-        int | None,
-        typer.Option(
-            metavar="FRAMES", help="Frames in all, 4n + 1. Default: the model's.", rich_help_panel=WHAT
-        ),
-    ] = None,
+    clips: Annotated[int, what("Clips of each scene and split.")] = 16,
+    given: Annotated[int, what("Frames given; to a model 4n + 1.", "FRAMES")] = 5,
+    frames: Annotated[int | None, what("Frames in all, 4n + 1. Default: the model's.", "FRAMES")] = None,
     drift_seconds: Annotated[
-        int,
-        typer.Option(
-            metavar="N",
-            help="Length of the rollouts that drift is measured on; 0: none.",
-            rich_help_panel=WHAT,
-        ),
+        int, what("Length of the rollouts that drift is measured on; 0: none.", "N")
     ] = 4,
-    drift_clips: Annotated[
-        int, typer.Option(metavar="N", help="Rollouts of each scene and split.", rich_help_panel=WHAT)
-    ] = 4,
-    seed: Annotated[int, typer.Option(help="One seed, one result.", rich_help_panel=HOW)] = 0,
-    steps: Annotated[
-        int | None, typer.Option(help="Sampling steps. Default: the model's.", rich_help_panel=HOW)
-    ] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="Guidance. Default: the model's.", rich_help_panel=HOW)
-    ] = None,
-    batch: Annotated[int, typer.Option(help="Clips made at once.", rich_help_panel=HOW)] = 8,
+    drift_clips: Annotated[int, what("Rollouts of each scene and split.", "N")] = 4,
+    seed: Annotated[int, how("One seed, one result.")] = 0,
+    steps: Annotated[int | None, how("Sampling steps. Default: the model's.")] = None,
+    guidance: Annotated[float | None, how("Guidance. Default: the model's.")] = None,
+    batch: Annotated[int, how("Clips made at once.")] = 8,
     teacher: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="The --output of another model on the same clips: compare the motion with its.",
-            rich_help_panel=HOW,
-        ),
+        how("The --output of another model on the same clips: compare the motion with its.", "DIR"),
     ] = None,
-    device: Annotated[
-        str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=HOW)
-    ] = "auto",
-    dtype: Annotated[
-        str, typer.Option(metavar="NAME", help="auto, float32, bfloat16 or float16.", rich_help_panel=HOW)
-    ] = "float32",
+    device: Annotated[str, how("auto, cpu, cuda, cuda:1, ...", "NAME")] = "auto",
+    dtype: Annotated[str, how("auto, float32, bfloat16 or float16.", "NAME")] = "float32",
     output: Annotated[
         Path | None,
-        typer.Option(
+        how(
+            "Write results.json, report.html and videos here; a run that stopped goes on.",
+            "DIR",
             "--output",
             "-o",
-            metavar="DIR",
-            help="Write results.json, report.html and videos here; a run that stopped goes on.",
-            rich_help_panel=HOW,
         ),
     ] = None,
 ) -> None:

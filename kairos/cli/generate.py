@@ -10,10 +10,6 @@ from kairos.cli.config import Config, read_config
 from kairos.cli.console import show_log
 from kairos.cli.jobs import Refused, file_jobs, prompt_job
 from kairos.cli.options import (
-    INPUT,
-    RUN,
-    SAMPLING,
-    SIZE,
     Compiled,
     Guidance,
     Height,
@@ -23,6 +19,10 @@ from kairos.cli.options import (
     Scale,
     VaeDtype,
     Width,
+    running,
+    sampling,
+    size,
+    what,
 )
 from kairos.distributed import is_rank
 from kairos.errors import UserError
@@ -36,166 +36,109 @@ def generate(
         ),
     ] = None,
     image: Image = None,
-    video: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="A video to continue from its start.", rich_help_panel=INPUT),
-    ] = None,
+    video: Annotated[str | None, what("A video to continue from its start.", "FILE")] = None,
     video_frames: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            help="How many of the video's first frames to keep, 4n + 1. Default: all, up to half the result.",
-            rich_help_panel=INPUT,
+        what(
+            "How many of the video's first frames to keep, 4n + 1. Default: all, up to half the result.", "N"
         ),
     ] = None,
     request: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE.json",
-            help="A request, or a list of them, instead of a prompt. Options beside it win over it.",
-            rich_help_panel=INPUT,
+        what(
+            "A request, or a list of them, instead of a prompt. Options beside it win over it.", "FILE.json"
         ),
     ] = None,
     output: Annotated[
         str | None,
-        typer.Option(
+        what(
+            "The mp4, or a folder. Default: named after the prompt; the folder output for --request.",
+            "PATH",
             "--output",
             "-o",
-            metavar="PATH",
-            help="The mp4, or a folder. Default: named after the prompt; the folder output for --request.",
-            rich_help_panel=INPUT,
         ),
     ] = None,
     negative: Negative = None,
     rewrite: Annotated[
         str | None,
-        typer.Option(
-            metavar="MODEL|URL",
-            help="Have a second model write the prompt out: its name or folder, or an OpenAI-compatible URL.",
-            rich_help_panel=INPUT,
+        what(
+            "Have a second model write the prompt out: its name or folder, or an OpenAI-compatible URL.",
+            "MODEL|URL",
         ),
     ] = None,
-    frames: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Frames, 4n + 1, given ones included.", rich_help_panel=SIZE),
-    ] = None,
+    frames: Annotated[int | None, size("Frames, 4n + 1, given ones included.", "N")] = None,
     height: Height = None,
     width: Width = None,
-    fps: Annotated[
-        float | None, typer.Option(metavar="RATE", help="Frames a second.", rich_help_panel=SIZE)
-    ] = None,
+    fps: Annotated[float | None, size("Frames a second.", "RATE")] = None,
     scale: Scale = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="One seed, one video. Default: 0.", rich_help_panel=SAMPLING),
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(metavar="N", help="Denoising steps.", rich_help_panel=SAMPLING)
-    ] = None,
+    seed: Annotated[int | None, sampling("One seed, one video. Default: 0.", "N")] = None,
+    steps: Annotated[int | None, sampling("Denoising steps.", "N")] = None,
     guidance: Guidance = None,
-    template: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="A prompt template other than the model's.", rich_help_panel=SAMPLING
-        ),
-    ] = None,
+    template: Annotated[str | None, sampling("A prompt template other than the model's.", "NAME")] = None,
     model: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME|PATH",
-            help=f"A model by name (see kairos models list) or a folder. Default: {presets.DEFAULT}.",
-            rich_help_panel=RUN,
+        running(
+            f"A model by name (see kairos models list) or a folder. Default: {presets.DEFAULT}.", "NAME|PATH"
         ),
     ] = None,
     weights: Annotated[
         str | None,
-        typer.Option(
-            metavar="PATH",
-            help="Another LinearDiT in place of the model's own: a released file or a folder.",
-            rich_help_panel=RUN,
-        ),
+        running("Another LinearDiT in place of the model's own: a released file or a folder.", "PATH"),
     ] = None,
     lora: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="FILE[:WEIGHT]",
-            help="A LoRA to add to the LinearDiT, with its weight. May be given several times.",
-            rich_help_panel=RUN,
+        running(
+            "A LoRA to add to the LinearDiT, with its weight. May be given several times.", "FILE[:WEIGHT]"
         ),
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE.py",
-            help="A configuration (see configs/) that names the model and fills in what nothing else says.",
-            rich_help_panel=RUN,
+        running(
+            "A configuration (see configs/) that names the model and fills in what nothing else says.",
+            "FILE.py",
         ),
     ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, ... Default: auto.", rich_help_panel=RUN),
-    ] = None,
+    device: Annotated[str | None, running("auto, cpu, cuda, cuda:1, ... Default: auto.", "NAME")] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME",
-            help="auto, float32, bfloat16 or float16. Default: auto, bfloat16 on a GPU, float32 on a CPU.",
-            rich_help_panel=RUN,
+        running(
+            "auto, float32, bfloat16 or float16. Default: auto, bfloat16 on a GPU, float32 on a CPU.", "NAME"
         ),
     ] = None,
     tiled: Annotated[
-        bool,
-        typer.Option(
-            "--tiled", help="Encode and decode frames in tiles, to save memory.", rich_help_panel=RUN
-        ),
+        bool, running("Encode and decode frames in tiles, to save memory.", None, "--tiled")
     ] = False,
     gpus: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N|all",
-            help="Run on N GPUs of this machine; with --device cpu, in N processes.",
-            rich_help_panel=RUN,
-        ),
+        str | None, running("Run on N GPUs of this machine; with --device cpu, in N processes.", "N|all")
     ] = None,
     split: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME",
-            help="What the GPUs share: context (a video's tokens), cfg (its two branches) or list (whole "
+        running(
+            "What the GPUs share: context (a video's tokens), cfg (its two branches) or list (whole "
             "requests, a finished one is skipped). Default: what keeps most of them busy.",
-            rich_help_panel=RUN,
+            "NAME",
         ),
     ] = None,
     free_encoder: Annotated[
-        bool,
-        typer.Option(
-            "--free-encoder",
-            help="Drop the text encoder once the last prompt is encoded.",
-            rich_help_panel=RUN,
-        ),
+        bool, running("Drop the text encoder once the last prompt is encoded.", None, "--free-encoder")
     ] = False,
     compiled: Compiled = False,
     vae_dtype: VaeDtype = "auto",
     step_cache: Annotated[
         float | None,
-        typer.Option(
-            metavar="THRESHOLD",
-            help="Leave out most of a step that is like the one before; see kairos bench --step-cache.",
-            rich_help_panel=RUN,
+        running(
+            "Leave out most of a step that is like the one before; see kairos bench --step-cache.",
+            "THRESHOLD",
         ),
     ] = None,
     memory: Memory = None,
     quantize: Annotated[
         str | None,
-        typer.Option(
-            metavar="int8|fp8|int4",
-            help="Weights in eight bits, int4: the encoder's in four; frames a little different.",
-            rich_help_panel=RUN,
+        running(
+            "Weights in eight bits, int4: the encoder's in four; frames a little different.", "int8|fp8|int4"
         ),
     ] = None,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Say where the time went.", rich_help_panel=RUN)
-    ] = False,
+    verbose: Annotated[bool, running("Say where the time went.", None, "--verbose", "-v")] = False,
 ) -> None:
     """Make a video from a prompt, an image, both, or the start of a video.
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from kairos.cli.console import out, show_log
+from kairos.cli.options import option
 
 app = typer.Typer(help="List, describe and download models.", no_args_is_help=True)
 
@@ -64,8 +65,7 @@ def info(
 def download(
     name: Annotated[str, typer.Argument(metavar="NAME", show_default=False, help="A model's name.")],
     folder: Annotated[
-        Path | None,
-        typer.Option("--dir", metavar="FOLDER", help="Where to. Default: Hugging Face's cache."),
+        Path | None, option("Where to. Default: Hugging Face's cache.", "FOLDER", "--dir")
     ] = None,
 ) -> None:
     """Fetch a model's files from Hugging Face. What is here already is not fetched again."""

@@ -8,46 +8,31 @@ import typer
 
 from kairos import presets
 from kairos.cli.console import out
+from kairos.cli.options import option
 from kairos.errors import UserError
 from kairos.request import Request
 
 
 def plan(
-    model: Annotated[
-        str, typer.Option(metavar="NAME|PATH", help="A model by name or a folder.")
-    ] = presets.DEFAULT,
-    frames: Annotated[int | None, typer.Option(metavar="N", help="Frames. Default: the model's.")] = None,
-    height: Annotated[int | None, typer.Option(metavar="PIXELS", help="Default: the model's.")] = None,
-    width: Annotated[int | None, typer.Option(metavar="PIXELS", help="Default: the model's.")] = None,
-    steps: Annotated[
-        int | None, typer.Option(metavar="N", help="Denoising steps. Default: the model's.")
-    ] = None,
-    guidance: Annotated[
-        float | None, typer.Option(metavar="SCALE", help="1 is off. Default: the model's.")
-    ] = None,
-    gpu_memory: Annotated[
-        float | None, typer.Option(metavar="GB", help="What the GPU has free.", show_default=False)
-    ] = None,
+    model: Annotated[str, option("A model by name or a folder.", "NAME|PATH")] = presets.DEFAULT,
+    frames: Annotated[int | None, option("Frames. Default: the model's.", "N")] = None,
+    height: Annotated[int | None, option("Default: the model's.", "PIXELS")] = None,
+    width: Annotated[int | None, option("Default: the model's.", "PIXELS")] = None,
+    steps: Annotated[int | None, option("Denoising steps. Default: the model's.", "N")] = None,
+    guidance: Annotated[float | None, option("1 is off. Default: the model's.", "SCALE")] = None,
+    gpu_memory: Annotated[float | None, option("What the GPU has free.", "GB", show_default=False)] = None,
     cpu_memory: Annotated[
-        float | None,
-        typer.Option(
-            metavar="GB", help="Instead: what the machine has free, without a GPU.", show_default=False
-        ),
+        float | None, option("Instead: what the machine has free, without a GPU.", "GB", show_default=False)
     ] = None,
-    dtype: Annotated[str, typer.Option(metavar="NAME", help="auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[str, option("auto, float32, bfloat16 or float16.", "NAME")] = "auto",
     quantize: Annotated[
         str | None,
-        typer.Option(
-            metavar="int8|fp8|int4",
-            help="Weights in eight bits; int4: the encoder's in four.",
-            show_default=False,
-        ),
+        option("Weights in eight bits; int4: the encoder's in four.", "int8|fp8|int4", show_default=False),
     ] = None,
     peak: Annotated[
-        float | None,
-        typer.Option(metavar="TFLOPS", help="The GPU's peak in bfloat16. Default: 989.4, an H100's."),
+        float | None, option("The GPU's peak in bfloat16. Default: 989.4, an H100's.", "TFLOPS")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, option("Print JSON.", None, "--json")] = False,
 ) -> None:
     """Say what a video takes before anything loads: the parts, where they lie, peak memory, computed time.
 

@@ -10,9 +10,6 @@ from kairos import presets
 from kairos.cli.console import show_log
 from kairos.cli.jobs import prompt_job
 from kairos.cli.options import (
-    INPUT,
-    RUN,
-    SAMPLING,
     Compiled,
     Guidance,
     Height,
@@ -22,12 +19,16 @@ from kairos.cli.options import (
     Scale,
     VaeDtype,
     Width,
+    panel,
+    running,
+    sampling,
+    what,
 )
 from kairos.distributed import check_alone
 from kairos.errors import UserError
 from kairos.request import check_text
 
-LENGTH, WORLD = "How long", "The world"
+length, world = panel("How long"), panel("The world")
 
 
 def rollout(
@@ -35,110 +36,62 @@ def rollout(
         str | None, typer.Argument(show_default=False, help="What happens. With --from-state: from now on.")
     ] = None,
     image: Image = None,
-    video: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="A video to go on from, taken in whole.", rich_help_panel=INPUT),
-    ] = None,
+    video: Annotated[str | None, what("A video to go on from, taken in whole.", "FILE")] = None,
     prompt_at: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar='"12s TEXT"',
-            help="From that second of this video on, something else happens. May be repeated.",
-            rich_help_panel=INPUT,
-        ),
+        what("From that second of this video on, something else happens. May be repeated.", '"12s TEXT"'),
     ] = None,
     output: Annotated[
         str | None,
-        typer.Option(
+        what(
+            "The mp4, or a folder. It grows as it is made, and plays whenever it is cut off.",
+            "PATH",
             "--output",
             "-o",
-            metavar="PATH",
-            help="The mp4, or a folder. It grows as it is made, and plays whenever it is cut off.",
-            rich_help_panel=INPUT,
         ),
     ] = None,
     negative: Negative = None,
-    seconds: Annotated[
-        float | None,
-        typer.Option(
-            metavar="N", help="End with the chunk that reaches this length.", rich_help_panel=LENGTH
-        ),
-    ] = None,
-    forever: Annotated[
-        bool, typer.Option("--forever", help="End at Ctrl-C.", rich_help_panel=LENGTH)
-    ] = False,
+    seconds: Annotated[float | None, length("End with the chunk that reaches this length.", "N")] = None,
+    forever: Annotated[bool, length("End at Ctrl-C.", None, "--forever")] = False,
     stop_on_drift: Annotated[
         bool,
-        typer.Option(
+        length(
+            "End where a chunk is too far from the first one. All are measured, beside the video.",
+            None,
             "--stop-on-drift",
-            help="End where a chunk is too far from the first one. All are measured, beside the video.",
-            rich_help_panel=LENGTH,
         ),
     ] = False,
     save_state: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Keep the world behind the last frame, to go on later.",
-            rich_help_panel=WORLD,
-        ),
+        Path | None, world("Keep the world behind the last frame, to go on later.", "FILE")
     ] = None,
-    from_state: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Go on from a world that was kept.", rich_help_panel=WORLD),
-    ] = None,
+    from_state: Annotated[Path | None, world("Go on from a world that was kept.", "FILE")] = None,
     futures: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="N futures of the world, or of the first chunk, side by side in a grid.",
-            rich_help_panel=WORLD,
-        ),
+        int | None, world("N futures of the world, or of the first chunk, side by side in a grid.", "N")
     ] = None,
     height: Height = None,
     width: Width = None,
     scale: Scale = None,
     chunk_frames: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            help="Latent frames a chunk, four frames each. Default: 3; a clip's, if not chunk-causal.",
-            rich_help_panel=SAMPLING,
-        ),
+        sampling("Latent frames a chunk, four frames each. Default: 3; a clip's, if not chunk-causal.", "N"),
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            help="One seed, one video; future k > 0 has seed N + k. Default: 0, or as the world goes on.",
-            rich_help_panel=SAMPLING,
+        sampling(
+            "One seed, one video; future k > 0 has seed N + k. Default: 0, or as the world goes on.", "N"
         ),
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(metavar="N", help="Denoising steps a chunk.", rich_help_panel=SAMPLING)
-    ] = None,
+    steps: Annotated[int | None, sampling("Denoising steps a chunk.", "N")] = None,
     guidance: Guidance = None,
-    model: Annotated[
-        str,
-        typer.Option(metavar="NAME|PATH", help="A model by name or a folder.", rich_help_panel=RUN),
-    ] = presets.DEFAULT,
-    device: Annotated[
-        str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=RUN)
-    ] = "auto",
+    model: Annotated[str, running("A model by name or a folder.", "NAME|PATH")] = presets.DEFAULT,
+    device: Annotated[str, running("auto, cpu, cuda, cuda:1, ...", "NAME")] = "auto",
     dtype: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="auto, float32, bfloat16 or float16. auto: bfloat16 on a GPU, float32 on a CPU.",
-            rich_help_panel=RUN,
-        ),
+        str, running("auto, float32, bfloat16 or float16. auto: bfloat16 on a GPU, float32 on a CPU.", "NAME")
     ] = "auto",
     vae_dtype: VaeDtype = "auto",
     compiled: Compiled = False,
     memory: Memory = None,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="A line for each chunk.", rich_help_panel=RUN)
-    ] = False,
+    verbose: Annotated[bool, running("A line for each chunk.", None, "--verbose", "-v")] = False,
 ) -> None:
     """Make a video chunk after chunk, for as long as one likes, in the memory of one chunk.
 

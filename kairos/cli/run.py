@@ -250,9 +250,8 @@ def make_job(job: Job, loaded: Loaded, after_encoding: str = "keep", *, write: b
 
 def check_model(options: RunOptions) -> None:
     """Fail now for a model that is not known or not downloaded, and for weights that are not there."""
-    preset, folder = presets.locate(options.model)
-    if preset is not None and preset.kind == "released":
-        presets.local_files(preset, folder, own_weights=options.weights is None)
+    if (model := presets.locate(options.model)).released:
+        presets.local_files(model.released, model.folder, own_weights=options.weights is None)
     if options.weights is not None and not Path(options.weights).exists():
         raise UserError(f"weights not found: {options.weights}")
     for lora in options.loras:

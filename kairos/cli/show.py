@@ -9,6 +9,7 @@ import typer
 from rich.text import Text
 
 from kairos.cli.console import out
+from kairos.cli.options import option
 from kairos.errors import UserError
 
 RUN_OPTIONS = {
@@ -31,7 +32,7 @@ ROLLOUT_OPTIONS = (
 
 def show(
     video: Annotated[Path, typer.Argument(show_default=False, help="An mp4 that kairos wrote.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the metadata as it is.")] = False,
+    as_json: Annotated[bool, option("Print the metadata as it is.", None, "--json")] = False,
 ) -> None:
     """Print the request that a video was made from, and the command that makes it again."""
     from kairos.data.media import read_metadata

@@ -7,6 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from kairos.cli.console import out, show_log
+from kairos.cli.options import option
 
 
 class RecipeFirst(TyperGroup):
@@ -34,9 +35,7 @@ RecipeFile = Annotated[
 @app.command()
 def run(
     recipe: RecipeFile,
-    only: Annotated[
-        str, typer.Option(metavar="STAGE,STAGE", help="Run these stages only, in the recipe's order.")
-    ] = "",
+    only: Annotated[str, option("Run these stages only, in the recipe's order.", "STAGE,STAGE")] = "",
 ) -> None:
     """Run a recipe, or go on where the last run stopped. `run` may be left out.
 
@@ -70,10 +69,9 @@ def cache(recipe: RecipeFile) -> None:
 @app.command()
 def plan(
     recipe: RecipeFile,
-    processes: Annotated[int, typer.Option(metavar="N", min=1, help="For so many processes.")] = 1,
+    processes: Annotated[int, option("For so many processes.", "N", min=1)] = 1,
     memory_gb: Annotated[
-        float | None,
-        typer.Option(metavar="GB", help="Of the GPU of each process. Default: this machine's device."),
+        float | None, option("Of the GPU of each process. Default: this machine's device.", "GB")
     ] = None,
 ) -> None:
     """Say what every stage needs: parameters, memory by part, time of a step. Refuse what cannot fit."""
@@ -120,18 +118,13 @@ def merge(
             metavar="FILE[:WEIGHT]...", show_default=False, help="LinearDiTs: files or folders, with weights."
         ),
     ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="The merged weights, in safetensors.")
-    ],
-    method: Annotated[str, typer.Option(metavar="NAME", help="average, ties or dare.")] = "average",
+    output: Annotated[Path, option("The merged weights, in safetensors.", "FILE", "--output", "-o")],
+    method: Annotated[str, option("average, ties or dare.", "NAME")] = "average",
     base: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="What the models were trained from; ties and dare need it."),
+        str | None, option("What the models were trained from; ties and dare need it.", "FILE")
     ] = None,
-    density: Annotated[
-        float, typer.Option(metavar="SHARE", help="Share of the differences that ties and dare keep.")
-    ] = 0.5,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of dare's choice.")] = 0,
+    density: Annotated[float, option("Share of the differences that ties and dare keep.", "SHARE")] = 0.5,
+    seed: Annotated[int, option("Of dare's choice.", "N")] = 0,
 ) -> None:
     """Merge checkpoints of one model, tensor by tensor: never two of them are in memory."""
     show_log(verbose=True)
@@ -156,7 +149,7 @@ def export(
             help="NAME.safetensors for the released single file, or a folder for diffusers' layout.",
         ),
     ],
-    dtype: Annotated[str, typer.Option(metavar="NAME", help="bfloat16 or float32.")] = "bfloat16",
+    dtype: Annotated[str, option("bfloat16 or float32.", "NAME")] = "bfloat16",
 ) -> None:
     """Write a trained LinearDiT under the released names or in diffusers' layout."""
     show_log(verbose=True)

@@ -6,14 +6,15 @@ from typing import Annotated
 import typer
 
 from kairos.cli.console import err, out, show_log
+from kairos.cli.options import option
 from kairos.distributed import check_alone
 
 app = typer.Typer(help="Look at the simulated worlds, and export them as a data set.", no_args_is_help=True)
 
-Split = Annotated[str, typer.Option(metavar="SPLIT", help="train, in, interpolation or out.")]
-Seed = Annotated[int, typer.Option(help="Of the clips.")]
-Frames = Annotated[int, typer.Option(metavar="FRAMES", help="Frames of a clip.")]
-Size = Annotated[int, typer.Option(metavar="PIXELS", help="Side of the picture.")]
+Split = Annotated[str, option("train, in, interpolation or out.", "SPLIT")]
+Seed = Annotated[int, option("Of the clips.")]
+Frames = Annotated[int, option("Frames of a clip.", "FRAMES")]
+Size = Annotated[int, option("Side of the picture.", "PIXELS")]
 
 
 @app.command()
@@ -21,14 +22,11 @@ def preview(
     scene: Annotated[str, typer.Argument(metavar="SCENE", show_default=False, help="Which world.")],
     split: Split = "in",
     seed: Seed = 0,
-    clips: Annotated[int, typer.Option(min=1, help="Clips, one after the other in the mp4.")] = 6,
+    clips: Annotated[int, option("Clips, one after the other in the mp4.", min=1)] = 6,
     frames: Frames = 33,
     size: Size = 64,
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", metavar="FILE", help="The mp4. Default: SCENE.mp4; the PNG is beside it."
-        ),
+        Path | None, option("The mp4. Default: SCENE.mp4; the PNG is beside it.", "FILE", "--output", "-o")
     ] = None,
 ) -> None:
     """Write clips of a scene: an mp4, and a contact sheet with their captions."""
@@ -60,16 +58,12 @@ def preview(
 
 @app.command()
 def export(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="The folder of the data set.")
-    ] = Path("worlds"),
-    scenes: Annotated[
-        str | None, typer.Option(metavar="SCENE,SCENE", help="Which worlds. Default: all eight.")
-    ] = None,
+    output: Annotated[Path, option("The folder of the data set.", "DIR", "--output", "-o")] = Path("worlds"),
+    scenes: Annotated[str | None, option("Which worlds. Default: all eight.", "SCENE,SCENE")] = None,
     splits: Annotated[
-        str, typer.Option("--splits", "--split", metavar="SPLIT,SPLIT", help="train, in, interpolation, out.")
+        str, option("train, in, interpolation, out.", "SPLIT,SPLIT", "--splits", "--split")
     ] = "train",
-    clips: Annotated[int, typer.Option(help="Clips of each scene and split.")] = 16,
+    clips: Annotated[int, option("Clips of each scene and split.")] = 16,
     seed: Seed = 0,
     frames: Frames = 33,
     size: Size = 64,

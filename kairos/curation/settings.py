@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kairos.curation.vocabulary import DOMAINS, EVENTS
+from kairos.data.config import arguments, check_keys
 from kairos.errors import UserError
 
 T = TypeVar("T")
@@ -227,7 +228,7 @@ class Settings:
             "shards": Shards,
         }
         known = [*parts, "plugins", "thresholds", "balance", *STAGES]
-        check_known(content, known, where)
+        check_keys(content, known, where)
         values: dict[str, Any] = {
             name: made(part, content[name], f"{where}: {name}")
             for name, part in parts.items()
@@ -241,7 +242,7 @@ class Settings:
             if name in content
         }
         named = _mapping(content.get("plugins"), f"{where}: plugins")
-        check_known(named, list(PLUGINS), f"{where}: plugins")
+        check_keys(named, list(PLUGINS), f"{where}: plugins")
         plugins = {
             name: _options(PLUGINS[name], options, f"{where}: plugins: {name}")
             for name, options in named.items()
@@ -249,7 +250,7 @@ class Settings:
         thresholds = dict(DEFAULT_THRESHOLDS)
         bounded = _mapping(content.get("thresholds"), f"{where}: thresholds")
         numbers = [*numbers_of([*STAGES.values(), *PLUGINS.values()]), *FACTS]
-        check_known(bounded, numbers, f"{where}: thresholds")
+        check_keys(bounded, numbers, f"{where}: thresholds")
         for score, bounds in bounded.items():
             if bounds is None:
                 thresholds.pop(score, None)
@@ -258,12 +259,12 @@ class Settings:
                 merged = asdict(thresholds.get(score, Threshold())) | dict(given)
                 thresholds[score] = made(Threshold, merged, f"{where}: thresholds: {score}")
         capped = _mapping(content.get("balance"), f"{where}: balance")
-        check_known(capped, list(TAGS), f"{where}: balance")
+        check_keys(capped, list(TAGS), f"{where}: balance")
         balance = {
             kind: dict(_mapping(shares, f"{where}: balance: {kind}")) for kind, shares in capped.items()
         }
         for kind, shares in balance.items():
-            check_known(shares, list(TAGS[kind]), f"{where}: balance: {kind}")
+            check_keys(shares, list(TAGS[kind]), f"{where}: balance: {kind}")
             for tag, share in shares.items():
                 if not (isinstance(share, int | float) and 0 < share <= 1):
                     raise UserError(
@@ -284,21 +285,9 @@ def read_settings(path: Path | None) -> Settings:
     """The settings of a YAML file; the defaults without one."""
     if path is None:
         return Settings()
-    import yaml
+    from kairos.data.yaml_text import read_yaml
 
-    from kairos.data.yaml_text import load_yaml
-
-    try:
-        content = load_yaml(path.read_text(encoding="utf-8"))
-    except UserError as error:
-        raise UserError(f"{path.name}: {error}") from None
-    except OSError as error:
-        raise UserError(
-            f"cannot read configuration {path}: {(error.strerror or str(error)).lower()}"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    return Settings.from_dict(content, path.name)
+    return Settings.from_dict(read_yaml(path, "configuration"), path.name)
 
 
 def hash_of(*parts: Any) -> str:
@@ -308,29 +297,8 @@ def hash_of(*parts: Any) -> str:
 
 
 def made(part: type[T], values: Any, where: str) -> T:
-    """A dataclass of YAML's values: known names, the types of the defaults. Raises UserError."""
-    values = _mapping(values, where)
-    known = {f.name: f for f in fields(part)}  # type: ignore[arg-type]
-    check_known(values, list(known), where)
-    ready: dict[str, Any] = {}
-    for name, value in values.items():
-        kind = str(known[name].type)
-        number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
-        if kind.startswith("tuple"):
-            if not isinstance(value, list | tuple):
-                raise UserError(f"{where}: {name} must be a list, got {value!r}")
-            value = tuple(value)
-        elif kind.startswith("int"):
-            if not (number and math.isfinite(value) and value == int(value)):
-                raise UserError(f"{where}: {name} must be a whole number, got {value!r}")
-            value = int(value)
-        elif kind.startswith("bool") and not isinstance(value, bool):
-            raise UserError(f"{where}: {name} must be true or false, got {value!r}")
-        elif kind.startswith("float") and not number and not (value is None and "None" in kind):
-            raise UserError(f"{where}: {name} must be a number, got {value!r}")
-        elif kind.startswith("str") and not isinstance(value, str) and not (value is None and "None" in kind):
-            raise UserError(f"{where}: {name} must be a text, got {value!r}")
-        ready[name] = value
+    """A dataclass of YAML's values, which nothing may stand for. Raises UserError."""
+    ready = arguments(part, {} if values is None else values, where, finite=False)
     try:
         return part(**ready)
     except UserError as error:
@@ -350,15 +318,6 @@ def _mapping(value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise UserError(f"{where} must hold a mapping, got {value!r}")
     return value
-
-
-def check_known(mapping: Mapping[str, Any], known: list[str], where: str) -> None:
-    """Refuse a key that is not known, naming the nearest one that is."""
-    from kairos.request import did_you_mean
-
-    for key in mapping:
-        if key not in known:
-            raise UserError(f"{where}: unknown key {key!r}{did_you_mean(str(key), known)}")
 
 
 def check_positive(part: Any, but: tuple[str, ...] = ()) -> None:

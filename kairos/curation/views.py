@@ -6,12 +6,14 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
+
+from kairos.curation.settings import check_positive
 
 Array = NDArray[Any]
 
@@ -41,6 +43,24 @@ class Views:
     """What came with the source: caption, domain, events, and its name as `source`."""
     scores: dict[str, Any] = field(default_factory=dict)
     """What earlier stages gave."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What scores a clip: its fields are its settings, and numbers, above 0 but for those that `may_be_0`."""
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    inputs: ClassVar[tuple[str, ...]]
+    outputs: ClassVar[tuple[str, ...]]
+    may_be_0: ClassVar[tuple[str, ...]] = ()
+    scores_clips: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_positive(self, but=self.may_be_0)
+
+    def measure(self, views: Views) -> dict[str, Any]:
+        raise NotImplementedError
 
 
 def read_views(file: Path, wanted: Collection[str], labels: Mapping[str, Any]) -> tuple[Views, float]:

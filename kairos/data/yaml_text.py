@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -9,6 +10,20 @@ import yaml
 from kairos.errors import UserError
 
 MERGE = "tag:yaml.org,2002:merge"
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """The content of a YAML file, called `what` in errors. Raises UserError, in one line."""
+    try:
+        return load_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no {what} at {path}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except OSError as error:
+        raise UserError(f"cannot read the {what} {path}: {(error.strerror or str(error)).lower()}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
 
 
 def load_yaml(text: str) -> Any:

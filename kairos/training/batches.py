@@ -147,14 +147,11 @@ def draw_batch(
 
     height, width = sample.shape[-2:]
     shift = shift_for(frames if opening else clips.latent_frames, height * width // patch)
-    sigma, noise = torch.zeros(len(rows), frames), torch.empty_like(sample)
+    seeds = [seed_of(stage.seed, step, i) for i in range(part, batch_size, parts)]
+    sigma, noise, own = draw_times(stage, seeds, sample, cut.past, shift)
     captions = []
-    for number, (i, row) in enumerate(zip(range(part, batch_size, parts), rows, strict=True)):
-        own = torch.Generator().manual_seed(seed_of(stage.seed, step, i))
-        torch.randn(sample.shape[1:], generator=own, out=noise[number])
-        u = torch.sigmoid(torch.randn((), generator=own) * stage.time_std + stage.time_mean)
-        chance = torch.rand(2, generator=own)
-        sigma[number, cut.past :] = shift * u / (1 + (shift - 1) * u)
+    for number, (row, generator) in enumerate(zip(rows, own, strict=True)):
+        chance = torch.rand(2, generator=generator)
         sigma[number, : cut.past] = past_noise * chance[0]
         dropped = cut.task == "i2v" or chance[1] < stage.text_dropout
         captions.append("" if dropped else clips.captions[row])
@@ -163,6 +160,20 @@ def draw_batch(
     if cut.task == "unconditional":
         embeds, mask = torch.zeros_like(embeds[:, :1]), torch.ones_like(mask[:, :1])
     return Batch(sample, noise, sigma, embeds, mask, cut, keys)
+
+
+def draw_times(
+    stage: Stage, seeds: Sequence[int], sample: Tensor, past: int, shift: float
+) -> tuple[Tensor, Tensor, list[torch.Generator]]:
+    """Sigmas (B, F), 0 in the past, and noise for clips like `sample`, each by its seed; and the generators,
+    for what else is drawn of a clip."""
+    own = [torch.Generator().manual_seed(seed) for seed in seeds]
+    sigma, noise = torch.zeros(len(seeds), sample.shape[2]), torch.empty(sample.shape)
+    for number, generator in enumerate(own):
+        torch.randn(sample.shape[1:], generator=generator, out=noise[number])
+        u = torch.sigmoid(torch.randn((), generator=generator) * stage.time_std + stage.time_mean)
+        sigma[number, past:] = shift * u / (1 + (shift - 1) * u)
+    return sigma, noise, own
 
 
 def choose_set(rng: np.random.Generator, sets: Sequence[ClipSet], stage: Stage) -> ClipSet:

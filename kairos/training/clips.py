@@ -24,9 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from kairos.data.config import above_0, at_least, build
 from kairos.data.media import fill_frame, pixel_aspect, read_image, read_video
 from kairos.errors import KairosError, UserError, one_line
-from kairos.training.config import above_0, at_least, build
 from kairos.worlds import SCENES, simulate
 from kairos.worlds.world import SPLITS, drawn
 

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from kairos.training.kept import kept_steps
+from kairos.training.fit import fit
 from kairos.training.muon import Muon, split_parameters
 from kairos.training.precision import has_bfloat16
 from kairos.worlds import simulate
@@ -64,31 +64,27 @@ def train_conditioner(
     optimizer = Muon(
         split_parameters(both, muon_lr=0.01, adamw_lr=3e-3, exclude=("embed", "lm_head", "heads."))
     )
-    base = [group["lr"] for group in optimizer.param_groups]
     both.train()
     logger.info("prompt encoder of %.2f M parameters", sum(p.numel() for p in encoder.parameters()) / 1e6)
-    with kept_steps(output, both, optimizer, steps, seed) as left:
-        for step in left:
-            for group, rate in zip(optimizer.param_groups, base, strict=True):
-                group["lr"] = rate * min(1, (step + 1) / 30) * min(1, (steps - step) / (0.4 * steps))
-            rng = np.random.default_rng((seed, step))
-            picked = [corpus[i] for i in rng.integers(len(corpus), size=batch_size)]
-            ids, mask = tokenise(tokenizer, [vary(text, rng) for text, _ in picked])
-            with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16("cpu")):
-                hidden = encoder.model(input_ids=ids, attention_mask=mask).last_hidden_state
-                next_token = encoder.lm_head(hidden[:, :-1]).float()
-            loss = F.cross_entropy(
-                next_token.flatten(0, 1), ids[:, 1:].masked_fill(~mask[:, 1:], -100).flatten()
-            )
-            last = last_token(hidden.float(), mask)
-            for name, target in label_targets([said for _, said in picked], answers).items():
-                loss = loss + 0.5 * F.cross_entropy(heads[name](last), target)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(both.parameters(), 1.0)
-            optimizer.step()
-            if (step + 1) % 100 == 0:
-                logger.info("step %d/%d: loss %.3f", step + 1, steps, loss.item())
+
+    def loss(step: int) -> Tensor:
+        rng = np.random.default_rng((seed, step))
+        picked = [corpus[i] for i in rng.integers(len(corpus), size=batch_size)]
+        ids, mask = tokenise(tokenizer, [vary(text, rng) for text, _ in picked])
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16("cpu")):
+            hidden = encoder.model(input_ids=ids, attention_mask=mask).last_hidden_state
+            next_token = encoder.lm_head(hidden[:, :-1]).float()
+        following = ids[:, 1:].masked_fill(~mask[:, 1:], -100)
+        value = F.cross_entropy(next_token.flatten(0, 1), following.flatten())
+        last = last_token(hidden.float(), mask)
+        for name, target in label_targets([said for _, said in picked], answers).items():
+            value = value + 0.5 * F.cross_entropy(heads[name](last), target)
+        return value
+
+    def rate(step: int) -> float:
+        return min(1, (step + 1) / 30) * min(1, (steps - step) / (0.4 * steps))
+
+    fit(output, both, optimizer, steps, loss, rate, seed=seed)
     both.eval()
     measured = measure(encoder, heads, tokenizer, answers, scenes, seed)
     encoder.bfloat16().save_pretrained(output / "text_encoder")

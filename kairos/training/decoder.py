@@ -6,10 +6,9 @@ and shows as outlines that tremble; a decoder that has seen it can take a part o
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from kairos.data.config import above_0, at_least
 from kairos.errors import UserError
 from kairos.models.vae import decode
 from kairos.models.vae_layers import quicken
@@ -24,14 +24,11 @@ from kairos.schedulers import FewStepScheduler, FlowMatchScheduler
 from kairos.training.batches import row_at, seed_of
 from kairos.training.cache import ClipSet
 from kairos.training.clips import ClipReference
-from kairos.training.config import above_0, at_least
-from kairos.training.kept import kept_steps
+from kairos.training.fit import fit
 from kairos.training.muon import Muon, split_parameters
 from kairos.training.parallel import ALONE, Processes
 from kairos.training.samples import sample_latents
-from kairos.training.vae import pixels, placement_errors
-
-logger = logging.getLogger(__name__)
+from kairos.training.vae import falling_rate, pixels, placement_errors
 
 GIVEN = 2
 """Latent frames from which a sampled clip goes on: they tell places and speeds."""
@@ -102,27 +99,17 @@ def train_decoder(
         part.requires_grad_(False)
     model.requires_grad_(False).to(device)
     optimizer = Muon(split_parameters(vae, muon_lr=stage.muon_lr, adamw_lr=stage.muon_lr / 10))
-    base = [group["lr"] for group in optimizer.param_groups]
-    reported = time.monotonic()
-    with kept_steps(output, vae, optimizer, stage.steps, seed, origins) as steps:
-        for step in steps:
-            rate = min(1.0, (step + 1) / 20) * (1 + (stage.final_lr - 1) * step / stage.steps)
-            for group, full in zip(optimizer.param_groups, base, strict=True):
-                group["lr"] = full * rate
-            rows = [row_at(seed, clips, stage.batch_size * step + i) for i in range(stage.batch_size)]
-            with here.autocast(precision):
-                latents = draw_latents(model, clips, rows, sampling, seed_of(seed, step), device)
-            frames = 4 * (latents.shape[2] - 1) + 1
-            true = [torch.from_numpy(references[clips.keys[row]].read()[:frames].copy()) for row in rows]
-            difference = decode(vae, latents) - pixels(torch.stack(true), device)
-            loss = decoder_loss(difference, stage.moving)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-            optimizer.step()
-            if time.monotonic() - reported > 15:
-                reported = time.monotonic()
-                logger.info("decoder step %d/%d: loss %.4f", step, stage.steps, float(loss.detach()))
+
+    def loss(step: int) -> Tensor:
+        rows = [row_at(seed, clips, stage.batch_size * step + i) for i in range(stage.batch_size)]
+        with here.autocast(precision):
+            latents = draw_latents(model, clips, rows, sampling, seed_of(seed, step), device)
+        frames = 4 * (latents.shape[2] - 1) + 1
+        true = [torch.from_numpy(references[clips.keys[row]].read()[:frames].copy()) for row in rows]
+        return decoder_loss(decode(vae, latents) - pixels(torch.stack(true), device), stage.moving)
+
+    rate = partial(falling_rate, stage.final_lr, stage.steps)
+    fit(output, vae, optimizer, stage.steps, loss, rate, seed=seed, origins=origins)
     vae.save_pretrained(output)
 
 

@@ -41,8 +41,8 @@ def load_start(recipe: Recipe, source: str, dtype: str = "float32", *, teaches: 
         otherwise = base_config(recipe) | recipe.model
         otherwise = {key: otherwise[key] for key in UNSHAPED if key in otherwise}
     else:
-        preset, _ = presets.locate(source)
-        otherwise = dict(preset.transformer_config) if preset is not None else {}
+        model = presets.locate(source)
+        otherwise = model.config() if model.released else {}
     return load_transformer_file(path, otherwise=otherwise, **options)
 
 
@@ -53,11 +53,7 @@ def weights_at(recipe: Recipe, source: str) -> Path:
     if is_weights(source):
         own = Path(source) / "transformer"
         return own if own.is_dir() else Path(source)
-    preset, folder = presets.locate(source)
-    if preset is not None and preset.kind == "released":
-        return presets.local_files(preset, folder)["transformer"]
-    assert folder is not None
-    return folder / "transformer"
+    return presets.locate(source).part("transformer")
 
 
 def is_weights(source: str) -> bool:
@@ -67,17 +63,7 @@ def is_weights(source: str) -> bool:
 
 def base_config(recipe: Recipe) -> dict[str, Any]:
     """What the configuration of the base's LinearDiT says; nothing without a base."""
-    return config_of(recipe.base) if recipe.base else {}
-
-
-def config_of(model: str) -> dict[str, Any]:
-    """What the configuration of a LinearDiT says, of a model by name or folder; nothing is loaded."""
-    preset, folder = presets.locate(model)
-    if preset is not None and preset.kind == "released":
-        return dict(preset.transformer_config)
-    file = folder / "transformer" / "config.json" if folder is not None else None
-    config = presets.read_json(file) if file is not None and file.exists() else {}
-    return {name: value for name, value in config.items() if not name.startswith("_")}
+    return presets.locate(recipe.base).config() if recipe.base else {}
 
 
 def load_encoders(recipe: Recipe) -> Encoders:
@@ -105,12 +91,10 @@ def made_before(recipe: Recipe, part: str) -> Path:
 
 def encoders_of_base(base: str) -> tuple[Path, Path, str]:
     """Where a model's VAE and text encoder lie, and the template of its prompts."""
-    preset, folder = presets.locate(base)
-    if preset is not None and preset.kind == "released":
-        files = presets.local_files(preset, folder)
-        return files["vae"], files["text_encoder"], preset.template
-    assert folder is not None
-    return folder, folder, str(presets.read_json(folder / "model_index.json").get("prompt_template"))
+    model = presets.locate(base)
+    if model.released:
+        return model.part("vae"), model.part("text_encoder"), model.released.template
+    return model.saved, model.saved, str(model.index().get("prompt_template"))
 
 
 def vae_dtype() -> Any:
@@ -173,10 +157,9 @@ def own_sampler(source: str) -> FewStepScheduler | FlowMatchScheduler | None:
     marks = (presets.MARK, "model_index.json")
     if not source or not (presets.is_name(source) or any((Path(source) / mark).exists() for mark in marks)):
         return None
-    preset, folder = presets.locate(source)
-    if preset is not None and preset.kind == "released":
-        return FewStepScheduler() if preset.scheduler == "few_step" else FlowMatchScheduler()
-    assert folder is not None
-    config = presets.read_json(folder / "scheduler" / "scheduler_config.json")
+    model = presets.locate(source)
+    if model.released:
+        return FewStepScheduler() if model.released.scheduler == "few_step" else FlowMatchScheduler()
+    config = presets.read_json(model.saved / "scheduler" / "scheduler_config.json")
     kind = FewStepScheduler if config.get("_class_name") == FewStepScheduler.__name__ else FlowMatchScheduler
     return kind.from_config(config)

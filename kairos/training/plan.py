@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kairos import sizes
+from kairos import presets, sizes
 from kairos.errors import MachineError
 from kairos.memory import VAE_FLOP
 from kairos.training.batches import LONGEST_CHUNK
 from kairos.training.loop import build_optimizer
-from kairos.training.materials import UNSHAPED, base_config, config_of, is_weights, weights_at
+from kairos.training.materials import UNSHAPED, base_config, is_weights, weights_at
 from kairos.training.parallel import Processes
 from kairos.training.precision import has_bfloat16
 from kairos.training.stage import Distillation, Stage
@@ -138,7 +138,7 @@ def config_at(recipe: Recipe, source: str, *, teaches: bool = False) -> dict[str
     if source in ("", "random"):
         return model_config(recipe)
     if not is_weights(source):
-        return sizes.RELEASED_TRANSFORMER | config_of(source) | own
+        return sizes.RELEASED_TRANSFORMER | presets.locate(source).config() | own
     path = weights_at(recipe, source)
     stored, otherwise = open_weights(path), base_config(recipe) | recipe.model
     unshaped = {key: otherwise[key] for key in UNSHAPED if key in otherwise}
@@ -148,13 +148,9 @@ def config_at(recipe: Recipe, source: str, *, teaches: bool = False) -> dict[str
 
 def decoder_size(recipe: Recipe) -> tuple[int, int]:
     """`base_dim` and `num_res_blocks` of the VAE whose decoder shows a student its frames."""
-    from kairos import presets
-
     if recipe.vae and not recipe.base:
         return 16, 1
-    folder = presets.locate(recipe.base)[1] if recipe.base else None
-    file = folder / "vae" / "config.json" if folder is not None else None
-    config = presets.read_json(file) if file is not None and file.exists() else {}
+    config = presets.locate(recipe.base).config("vae") if recipe.base else {}
     return int(config.get("base_dim", 96)), int(config.get("num_res_blocks", 2))
 
 

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from kairos.data.config import check_keys
 from kairos.data.files import write_atomically
 from kairos.data.media import read_video
 from kairos.errors import UserError
@@ -34,7 +35,7 @@ from kairos.evaluation.reading import read
 from kairos.evaluation.scores import velocity_error
 from kairos.models.vae import decode, encode
 from kairos.schedulers import shift_for
-from kairos.training.batches import row_at, seed_of
+from kairos.training.batches import Batch, ClipCut, draw_times, row_at, seed_of
 from kairos.training.cache import (
     ClipSet,
     Encoders,
@@ -48,14 +49,12 @@ from kairos.training.clips import (
     Bucket,
     SimulatorSource,
     check_square,
-    content_hash,
     file_hash,
     fit,
     inside,
     read_lines,
 )
-from kairos.training.config import check_keys
-from kairos.training.flow import is_causal, latents_a_token
+from kairos.training.flow import latents_a_token, predict
 from kairos.training.parallel import ALONE, Processes, shard
 from kairos.training.stage import Preference, Stage
 from kairos.weights.fingerprint import fingerprint
@@ -155,8 +154,6 @@ def manifest_pairs(
     """Pairs from lines {"better": "a.mp4", "worse": "b.mp4", "caption": "...", "given_frames": 1}; those that
     are there already are not made again, nor are they lost where the manifest or its clips are gone."""
     kept = read_list(folder)
-    if kept.get("of") == digest(of_before(manifest, bucket, encoders, fps)):
-        return
     try:
         listed = [read_pair(manifest, bucket, *numbered) for numbered in read_lines(manifest)]
     except UserError as error:
@@ -188,12 +185,6 @@ def manifest_pairs(
 
 class NoClip(UserError):
     """A line names a clip that is not there."""
-
-
-def of_before(manifest: Path, bucket: Bucket, encoders: Encoders, fps: float) -> list[Any]:
-    """What decided about pairs before the clips themselves did: a stage that was begun then goes on."""
-    content = content_hash(manifest.read_bytes()) if manifest.is_file() else ""
-    return [content, str(manifest.resolve()), bucket.name, fps, encoders.hashes()]
 
 
 def read_pair(
@@ -316,41 +307,25 @@ class PreferenceObjective:
     def differences(self, model: nn.Module, rows: Sequence[int], past: int, seeds: Sequence[int]) -> Tensor:
         """(B,): how much more the model errs than the reference on the better clip, less the other; the
         seeds are of each pair's time and noise."""
-        device = self.processes.device
-        better = self.pairs.better.latents(rows).to(device)
-        worse = self.pairs.worse.latents(rows).to(device)
+        begun = self.pairs.better
+        better, worse = begun.latents(rows), self.pairs.worse.latents(rows)
         worse[:, :, :past] = better[:, :, :past]
         frames = better.shape[2]
         shift = shift_for(frames, better.shape[3] * better.shape[4] // latents_a_token(model))
-        sigma, noise = torch.zeros(len(rows), frames), torch.empty(better.shape)
-        for number, seed in enumerate(seeds):
-            own = torch.Generator().manual_seed(seed)
-            torch.randn(better.shape[1:], generator=own, out=noise[number])
-            u = torch.sigmoid(torch.randn((), generator=own) * self.stage.time_std + self.stage.time_mean)
-            sigma[number, past:] = shift * u / (1 + (shift - 1) * u)
-        sigma, noise = sigma.to(device), noise.to(device)
-        sample, noise = torch.cat([better, worse]), torch.cat([noise, noise])
-        begun = self.pairs.better
-        keys = [begun.keys[row] for row in rows] if past else None
-        embeds, mask = begun.embeddings([begun.captions[row] for row in rows], keys)
-        embeds, mask = torch.cat([embeds, embeds]).to(device), torch.cat([mask, mask]).to(device)
-        spread = torch.cat([sigma, sigma])[:, None, :, None, None]
-        noisy = (1 - spread) * sample + spread * noise
-        chunks = None
-        if is_causal(model):
-            chunks = (past, frames - past) if past else (frames,)
+        sigma, noise, _ = draw_times(self.stage, seeds, better, past, shift)
+        keys = [begun.keys[row] for row in rows]
+        embeds, mask = begun.embeddings([begun.captions[row] for row in rows], keys if past else None)
+        noise, sigma, embeds, mask = (torch.cat([each, each]) for each in (noise, sigma, embeds, mask))
+        cut = ClipCut("rollout", past, frames - past)
+        batch = Batch(torch.cat([better, worse]), noise, sigma, embeds, mask, cut, keys)
+        batch = batch.to(self.processes.device)
 
         def errors(network: Any) -> Tensor:
             with self.processes.autocast(self.stage.precision):
-                (velocity,) = network(
-                    noisy,
-                    1000 * torch.cat([sigma, sigma]),
-                    embeds,
-                    encoder_attention_mask=mask,
-                    chunk_frames=chunks,
-                    return_dict=False,
+                velocity = predict(
+                    network, batch, batch.noisy, batch.timestep, (batch.prompt_embeds, batch.prompt_mask)
                 )
-            return (velocity.float() - (noise - sample))[:, :, past:].square().mean((1, 2, 3, 4))
+            return (velocity - batch.target)[:, :, past:].square().mean((1, 2, 3, 4))
 
         with torch.no_grad():
             reference = errors(self.reference)

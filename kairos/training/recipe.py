@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kairos.data.config import above_0, arguments, at_least, build
 from kairos.errors import UserError
-from kairos.training.config import above_0, arguments, at_least, build
 from kairos.training.decoder import DecoderStage
 from kairos.training.stage import Stage
 from kairos.training.vae import VAEStage
@@ -142,21 +142,10 @@ class Recipe:
 def read_recipe(path: Path) -> Recipe:
     """The recipe of a YAML file. Raises UserError, in one line, for what cannot be used."""
     try:
-        import yaml
-
-        from kairos.data.yaml_text import load_yaml
+        from kairos.data.yaml_text import read_yaml
     except ModuleNotFoundError:
         raise UserError('training needs more packages; pip install "kairos-world[train]"') from None
-    try:
-        content = load_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"no recipe at {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the recipe {path}: {error}") from None
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    content = read_yaml(path, "recipe")
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a mapping of keys to values")
     return build_recipe(content, path.name)

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
+from kairos.data.config import above_0, at_least
 from kairos.errors import UserError
 from kairos.request import did_you_mean
 from kairos.schedulers import FewStepScheduler
 from kairos.training.clips import Bucket
-from kairos.training.config import above_0, at_least
 
 TASKS = ("t2v", "ti2v", "i2v", "continuation", "rollout", "unconditional")
 OBJECTIVES = ("flow", "distillation", "preference")

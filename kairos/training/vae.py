@@ -9,10 +9,10 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from kairos.data.config import above_0, at_least
 from kairos.errors import UserError
 from kairos.models.vae import normalisation, quickest_dtype
 from kairos.models.vae_layers import quicken
 from kairos.training.ahead import Ahead, workers_for
 from kairos.training.batches import seed_of
-from kairos.training.config import above_0, at_least
-from kairos.training.kept import kept_steps
+from kairos.training.fit import fit
 from kairos.training.muon import Muon, split_parameters
 from kairos.worlds import BACKGROUND, COLORS, simulate
 
@@ -273,28 +273,33 @@ def train_stage(
     for part in (vae.encoder, vae.quant_conv):
         part.requires_grad_(not stage.decoder_only)
     optimizer = Muon(split_parameters(vae, muon_lr=stage.muon_lr, adamw_lr=stage.muon_lr / 10))
-    base = [group["lr"] for group in optimizer.param_groups]
     before = copy.deepcopy(vae).requires_grad_(False) if stage.anchor else None
-    reported = time.monotonic()
     average: Tensor | None = None
-    ahead = Ahead(partial(_draw, seed, number, stage, scenes), workers_for(vae.device))
-    with ahead, kept_steps(folder, vae, optimizer, stage.steps, seed_of(seed, number)) as steps:
-        for step in steps:
+
+    with Ahead(partial(_draw, seed, number, stage, scenes), workers_for(vae.device)) as ahead:
+
+        def loss(step: int) -> Tensor:
+            nonlocal average
             ahead.begin(range(step, min(step + 1 + 2 * ahead.workers, stage.steps)))
-            rate = min(1.0, (step + 1) / 20) * (1 + (stage.final_lr - 1) * step / stage.steps)
-            for group, full in zip(optimizer.param_groups, base, strict=True):
-                group["lr"] = full * rate
-            loss, squared = vae_loss(vae, pixels(ahead.get(step), vae.device), stage, kl_weight, before)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-            optimizer.step()
-            squared = squared.detach()
-            average = squared if average is None else average.lerp(squared, 0.05)
-            if time.monotonic() - reported > 15:
-                reported = time.monotonic()
-                decibels = 10 * math.log10(4 / float(average))
-                logger.info("stage %d step %d/%d: %.1f dB", number, step, stage.steps, decibels)
+            value, squared = vae_loss(vae, pixels(ahead.get(step), vae.device), stage, kl_weight, before)
+            average = squared.detach() if average is None else average.lerp(squared.detach(), 0.05)
+            return value
+
+        fit(
+            folder,
+            vae,
+            optimizer,
+            stage.steps,
+            loss,
+            rate=partial(falling_rate, stage.final_lr, stage.steps),
+            seed=seed_of(seed, number),
+            told=lambda _: f"{10 * math.log10(4 / float(cast(Tensor, average))):.1f} dB",
+        )
+
+
+def falling_rate(final: float, steps: int, step: int) -> float:
+    """The share of the learning rate at a step: twenty to warm up, then linearly down to `final`."""
+    return min(1.0, (step + 1) / 20) * (1 + (final - 1) * step / steps)
 
 
 def _draw(seed: int, number: int, stage: VAEStage, scenes: tuple[str, ...], step: int) -> Tensor:

@@ -5,28 +5,33 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
-from kairos.curation.views import Views
+from kairos.curation.views import Stage, Views
 from kairos.errors import UserError
 
 
 @dataclass(frozen=True)
-class Nsfw:
-    """An image classifier; the score is the greatest probability of `label` over the samples."""
+class ModelStage(Stage):
+    """`model`: a folder, or a name that transformers can load."""
 
-    name: ClassVar[str] = "nsfw"
-    version: ClassVar[int] = 1
-    inputs: ClassVar[tuple[str, ...]] = ("samples",)
-    outputs: ClassVar[tuple[str, ...]] = ("nsfw",)
-    scores_clips: ClassVar[bool] = True
+    inputs = ("samples",)
     model: str = ""
-    label: str = "nsfw"
 
     def __post_init__(self) -> None:
-        _need_model(self)
+        if not self.model:
+            raise UserError("model is missing; give a folder or a name that transformers can load")
+
+
+@dataclass(frozen=True)
+class Nsfw(ModelStage):
+    """An image classifier; the score is the greatest probability of `label` over the samples."""
+
+    name = "nsfw"
+    outputs = ("nsfw",)
+    label: str = "nsfw"
 
     def measure(self, views: Views) -> dict[str, Any]:
         import torch
@@ -41,18 +46,11 @@ class Nsfw:
 
 
 @dataclass(frozen=True)
-class Embedding:
+class Embedding(ModelStage):
     """The mean over the samples of a vision model's embedding; near duplicates are found by it as well."""
 
-    name: ClassVar[str] = "embedding"
-    version: ClassVar[int] = 1
-    inputs: ClassVar[tuple[str, ...]] = ("samples",)
-    outputs: ClassVar[tuple[str, ...]] = ("embedding",)
-    scores_clips: ClassVar[bool] = True
-    model: str = ""
-
-    def __post_init__(self) -> None:
-        _need_model(self)
+    name = "embedding"
+    outputs = ("embedding",)
 
     def measure(self, views: Views) -> dict[str, Any]:
         mean = _embedded(self.model, views).mean(axis=0)
@@ -60,22 +58,18 @@ class Embedding:
 
 
 @dataclass(frozen=True)
-class Aesthetics:
+class Aesthetics(ModelStage):
     """LAION's kind of predictor: a linear head, about 1 to 10, on unit CLIP embeddings.
 
     `head` is a safetensors file with `weight` (1, d) and `bias` (1,).
     """
 
-    name: ClassVar[str] = "aesthetics"
-    version: ClassVar[int] = 1
-    inputs: ClassVar[tuple[str, ...]] = ("samples",)
-    outputs: ClassVar[tuple[str, ...]] = ("aesthetics",)
-    scores_clips: ClassVar[bool] = True
-    model: str = ""
+    name = "aesthetics"
+    outputs = ("aesthetics",)
     head: str = ""
 
     def __post_init__(self) -> None:
-        _need_model(self)
+        super().__post_init__()
         if not Path(self.head).is_file():
             raise UserError(f"head must be a safetensors file with weight and bias, got {self.head!r}")
 
@@ -111,8 +105,3 @@ def _loaded(name: str, kind: str) -> tuple[Any, Any]:
 
     model = getattr(transformers, kind).from_pretrained(name).eval()
     return model, transformers.AutoImageProcessor.from_pretrained(name)
-
-
-def _need_model(plugin: Any) -> None:
-    if not plugin.model:
-        raise UserError("model is missing; give a folder or a name that transformers can load")

@@ -12,7 +12,7 @@ A clip is decoded once, for the views that the stages still to be run ask for.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 from kairos.curation.plugins import PLUGINS
 from kairos.curation.settings import Settings, hash_of
@@ -23,19 +23,7 @@ from kairos.curation.stages.physics import Physics
 from kairos.curation.stages.tags import Caption, Tags
 from kairos.curation.stages.text import Text
 from kairos.curation.tables import HIDDEN, TEXTS
-from kairos.curation.views import Views
-
-
-class Stage(Protocol):
-    """What the class of a stage has; see the top of this file."""
-
-    name: ClassVar[str]
-    version: ClassVar[int]
-    inputs: ClassVar[tuple[str, ...]]
-    outputs: ClassVar[tuple[str, ...]]
-
-    def measure(self, views: Views) -> dict[str, Any]: ...
-
+from kairos.curation.views import Stage, Views
 
 STAGES: Mapping[str, type] = {
     stage.name: stage

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
-from kairos.curation.settings import check_positive
-from kairos.curation.views import Views
+from kairos.curation.views import Stage, Views
 
 
 @dataclass(frozen=True)
-class Fingerprint:
+class Fingerprint(Stage):
     """For each moment 256 bits (ImageHash's DCT hash) of the picture and 64 of what moves in it, for the clip
     its colours; all in hexadecimal. Two runs of one experiment before one camera differ in what moves only.
 
@@ -20,16 +19,13 @@ class Fingerprint:
     A flat picture has no hash worth comparing and gives none.
     """
 
-    name: ClassVar[str] = "fingerprint"
-    version: ClassVar[int] = 1
-    inputs: ClassVar[tuple[str, ...]] = ("grey", "samples")
-    outputs: ClassVar[tuple[str, ...]] = ("moments", "changes", "colors")
+    name = "fingerprint"
+    inputs = ("grey", "samples")
+    outputs = ("moments", "changes", "colors")
     rate: float = 2.0
     flat: float = 2.0  # grey levels of standard deviation
     change: float = 16.0  # grey levels from the clip's median picture: what is less is noise
-
-    def __post_init__(self) -> None:
-        check_positive(self, but=("flat", "change"))
+    may_be_0 = ("flat", "change")
 
     def measure(self, views: Views) -> dict[str, Any]:
         import cv2

@@ -5,31 +5,26 @@ from __future__ import annotations
 import base64
 import io
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
-from kairos.curation.settings import check_positive
-from kairos.curation.views import Views
+from kairos.curation.views import Stage, Views
 
 
 @dataclass(frozen=True)
-class Sharpness:
+class Sharpness(Stage):
     """The variance of the Laplacian, the usual measure of blur: the median over the sampled frames.
 
     Only where there is something to see: the sharpest cells of a grid of cells count, so that a flat wall
     behind a sharp ball is no blur.
     """
 
-    name: ClassVar[str] = "sharpness"
-    version: ClassVar[int] = 1
-    inputs: ClassVar[tuple[str, ...]] = ("samples",)
-    outputs: ClassVar[tuple[str, ...]] = ("sharpness",)
+    name = "sharpness"
+    inputs = ("samples",)
+    outputs = ("sharpness",)
     cells: int = 6  # along each side
     share: float = 0.1  # of the cells, the sharpest
-
-    def __post_init__(self) -> None:
-        check_positive(self)
 
     def measure(self, views: Views) -> dict[str, Any]:
         import cv2
@@ -47,14 +42,14 @@ class Sharpness:
 
 
 @dataclass(frozen=True)
-class Exposure:
+class Exposure(Stage):
     """Mean brightness in [0, 1], and the share of frames that are black."""
 
-    name: ClassVar[str] = "exposure"
-    version: ClassVar[int] = 1
-    inputs: ClassVar[tuple[str, ...]] = ("grey",)
-    outputs: ClassVar[tuple[str, ...]] = ("brightness", "dark_share")
+    name = "exposure"
+    inputs = ("grey",)
+    outputs = ("brightness", "dark_share")
     dark: float = 0.04  # a frame whose brightest pixels are below this is black
+    may_be_0 = ("dark",)
 
     def measure(self, views: Views) -> dict[str, Any]:
         levels = (views.grey.astype(np.float32) - 16) / 219  # limited range
@@ -66,14 +61,14 @@ class Exposure:
 
 
 @dataclass(frozen=True)
-class Bars:
+class Bars(Stage):
     """The share of the picture that black bars take: borders that are black in every bright frame."""
 
-    name: ClassVar[str] = "bars"
-    version: ClassVar[int] = 1
-    inputs: ClassVar[tuple[str, ...]] = ("grey",)
-    outputs: ClassVar[tuple[str, ...]] = ("bars_share",)
+    name = "bars"
+    inputs = ("grey",)
+    outputs = ("bars_share",)
     dark: float = 0.06
+    may_be_0 = ("dark",)
 
     def measure(self, views: Views) -> dict[str, Any]:
         lit = (views.grey.max(axis=0).astype(np.float32) - 16) / 219 > self.dark
@@ -90,19 +85,15 @@ def _extent(lines: Any) -> int:
 
 
 @dataclass(frozen=True)
-class Strip:
+class Strip(Stage):
     """Six small pictures in a row, a JPEG in base64: for the report, and for models that write captions."""
 
-    name: ClassVar[str] = "strip"
-    version: ClassVar[int] = 1
-    inputs: ClassVar[tuple[str, ...]] = ("samples",)
-    outputs: ClassVar[tuple[str, ...]] = ("strip",)
+    name = "strip"
+    inputs = ("samples",)
+    outputs = ("strip",)
     pictures: int = 6
     height: int = 112
     quality: int = 80
-
-    def __post_init__(self) -> None:
-        check_positive(self)
 
     def measure(self, views: Views) -> dict[str, Any]:
         from PIL import Image

@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
-from kairos.curation.settings import check_positive
-from kairos.curation.views import Views
+from kairos.curation.views import Stage, Views
 
 
 @dataclass(frozen=True)
-class Motion:
+class Motion(Stage):
     """Motion vectors of the codec, as cosmos-curate takes them: free, for the decoder has them anyway.
 
     motion: the mean over picture and time, in picture widths a second. motion_patch: the mean over time of
     the cells that move most, so that one small ball on a still ground counts.
     """
 
-    name: ClassVar[str] = "motion"
-    version: ClassVar[int] = 1
-    inputs: ClassVar[tuple[str, ...]] = ("vectors",)
-    outputs: ClassVar[tuple[str, ...]] = ("motion", "motion_patch")
+    name = "motion"
+    inputs = ("vectors",)
+    outputs = ("motion", "motion_patch")
     share: float = 0.02  # of the cells, those that move most
-
-    def __post_init__(self) -> None:
-        check_positive(self)
 
     def measure(self, views: Views) -> dict[str, Any]:
         if not len(views.vectors):
@@ -38,22 +33,19 @@ class Motion:
 
 
 @dataclass(frozen=True)
-class Flow:
+class Flow(Stage):
     """Dense optical flow (DIS, its fastest preset) between frames at `rate` a second.
 
     flow: its mean in picture widths a second; flow_share: how much of the picture moves; camera: the median
     flow, which is that of the ground.
     """
 
-    name: ClassVar[str] = "flow"
-    version: ClassVar[int] = 1
-    inputs: ClassVar[tuple[str, ...]] = ("grey",)
-    outputs: ClassVar[tuple[str, ...]] = ("flow", "flow_share", "camera")
+    name = "flow"
+    inputs = ("grey",)
+    outputs = ("flow", "flow_share", "camera")
     rate: float = 4.0
     least: float = 0.02  # widths a second: what is slower stands still
-
-    def __post_init__(self) -> None:
-        check_positive(self, but=("least",))
+    may_be_0 = ("least",)
 
     def measure(self, views: Views) -> dict[str, Any]:
         import cv2
@@ -78,7 +70,7 @@ class Flow:
 
 
 @dataclass(frozen=True)
-class Richness:
+class Richness(Stage):
     """How many independent things happen over time: the effective rank of the pictures' change.
 
     The exponential of the entropy of the spectrum of the clip's small pictures about their mean, without
@@ -86,16 +78,13 @@ class Richness:
     as many as it has places.
     """
 
-    name: ClassVar[str] = "richness"
-    version: ClassVar[int] = 1
-    inputs: ClassVar[tuple[str, ...]] = ("grey",)
-    outputs: ClassVar[tuple[str, ...]] = ("richness",)
+    name = "richness"
+    inputs = ("grey",)
+    outputs = ("richness",)
     rate: float = 4.0
     side: int = 24
     noise: float = 0.5  # grey levels, a pixel
-
-    def __post_init__(self) -> None:
-        check_positive(self, but=("noise",))
+    may_be_0 = ("noise",)
 
     def measure(self, views: Views) -> dict[str, Any]:
         import cv2

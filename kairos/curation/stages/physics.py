@@ -9,24 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kairos.curation.settings import check_positive
 from kairos.curation.stages.tracking import Track, gap, moving_masks, tracks_of
-from kairos.curation.views import Views
+from kairos.curation.views import Stage, Views
 
 
 @dataclass(frozen=True)
-class Physics:
+class Physics(Stage):
     """Scores from tracks. Counts are of the clip; events_per_s counts moments, not the parts of one."""
 
-    name: ClassVar[str] = "physics"
-    version: ClassVar[int] = 2
-    inputs: ClassVar[tuple[str, ...]] = ("grey",)
-    outputs: ClassVar[tuple[str, ...]] = (
+    name = "physics"
+    version = 2
+    inputs = ("grey",)
+    outputs = (
         "physics_score",
         "events_per_s",
         "jumps",
@@ -43,9 +42,7 @@ class Physics:
     least_frames: int = 6  # of a track that counts
     least_reach: float = 0.03  # picture widths that it must go
     one_moment_s: float = 0.25
-
-    def __post_init__(self) -> None:
-        check_positive(self, but=("least_jump", "relative_jump", "least_frames", "least_reach"))
+    may_be_0 = ("least_jump", "relative_jump", "least_frames", "least_reach")
 
     def measure(self, views: Views) -> dict[str, Any]:
         grey = views.grey

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
-from kairos.curation.views import Views
+from kairos.curation.views import Stage, Views
 from kairos.curation.vocabulary import DOMAINS, EVENTS
 
 _DOMAIN_WORDS = {
@@ -33,12 +33,12 @@ _EVENT_WORDS = {
 
 
 @dataclass(frozen=True)
-class Tags:
+class Tags(Stage):
     """One domain and any events. What the manifest says goes before words, words before measurement."""
 
-    name: ClassVar[str] = "tags"
-    version: ClassVar[int] = 2
-    inputs: ClassVar[tuple[str, ...]] = (
+    name = "tags"
+    version = 2
+    inputs = (
         "labels",
         "jumps",
         "contacts",
@@ -46,7 +46,7 @@ class Tags:
         "reappearances",
         "falls",
     )
-    outputs: ClassVar[tuple[str, ...]] = ("domain", "events")
+    outputs = ("domain", "events")
     measured: bool = True  # whether the physics scores give tags
 
     def measure(self, views: Views) -> dict[str, Any]:
@@ -81,14 +81,14 @@ class Tags:
 
 
 @dataclass(frozen=True)
-class Caption:
+class Caption(Stage):
     """The source's own caption; without one a plain sentence of the tags. A plug-in writes better ones."""
 
-    name: ClassVar[str] = "caption"
-    version: ClassVar[int] = 1
-    inputs: ClassVar[tuple[str, ...]] = ("labels", "domain", "events", "camera")
-    outputs: ClassVar[tuple[str, ...]] = ("caption",)
+    name = "caption"
+    inputs = ("labels", "domain", "events", "camera")
+    outputs = ("caption",)
     camera_moves: float = 0.05  # picture widths a second
+    may_be_0 = ("camera_moves",)
 
     def measure(self, views: Views) -> dict[str, Any]:
         if views.labels.get("caption"):

@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
-from kairos.curation.settings import check_positive
-from kairos.curation.views import Views
+from kairos.curation.views import Stage, Views
 
 _ENGINES: list[Any] = []  # loaded once in a process
 
 
 @dataclass(frozen=True)
-class Text:
+class Text(Stage):
     """OCR by RapidOCR (PP-OCR on ONNX Runtime, its models in the package) on a few of the sampled frames.
 
     What is found is read as well: a box counts only where letters were recognised in it.
     """
 
-    name: ClassVar[str] = "text"
-    version: ClassVar[int] = 1
-    inputs: ClassVar[tuple[str, ...]] = ("samples",)
-    outputs: ClassVar[tuple[str, ...]] = ("text_share", "text")
+    name = "text"
+    inputs = ("samples",)
+    outputs = ("text_share", "text")
     samples: int = 2
     sure: float = 0.6  # the least confidence of what was read
     side: int = 640  # pixels of the longer side of what is looked at
-
-    def __post_init__(self) -> None:
-        check_positive(self, but=("samples", "sure"))
+    may_be_0 = ("samples", "sure")
 
     def measure(self, views: Views) -> dict[str, Any]:
         import cv2

@@ -1,4 +1,4 @@
-"""Mappings of a recipe to frozen dataclasses: unknown keys, missing ones and wrong types in one line each."""
+"""Mappings of YAML as frozen dataclasses: unknown keys, missing ones and wrong types in one line each."""
 
 from __future__ import annotations
 
@@ -30,20 +30,22 @@ KINDS = {
 def check_keys(mapping: Any, known: Iterable[str], where: str) -> None:
     """Refuse what is no mapping, and a key that is not known, naming the nearest one that is."""
     if not isinstance(mapping, dict):
-        raise UserError(f"{where} must be a mapping of keys to values, got {mapping!r}")
+        raise UserError(f"{where} must hold a mapping, got {mapping!r}")
     known = list(known)
     for key in mapping:
         if key not in known:
             raise UserError(f"{where}: unknown key {key!r}{did_you_mean(str(key), known)}")
 
 
-def arguments(function: Callable[..., Any], mapping: Any, where: str) -> dict[str, Any]:
+def arguments(
+    function: Callable[..., Any], mapping: Any, where: str, *, finite: bool = True
+) -> dict[str, Any]:
     """A mapping from YAML as arguments of `function`. Raises UserError for what is not an optional one, and
     for a value of another type."""
     parameters = inspect.signature(function).parameters.values()
     check_keys(mapping, [p.name for p in parameters if p.default is not p.empty], where)
     hints = typing.get_type_hints(function)
-    return {key: convert(hints[key], value, f"{where}.{key}") for key, value in mapping.items()}
+    return {key: convert(hints[key], value, f"{where}.{key}", finite) for key, value in mapping.items()}
 
 
 def at_least(least: float, holder: Any, *names: str, where: str = "", of: str = "") -> None:
@@ -82,7 +84,7 @@ def build(cls: type[T], mapping: Any, where: str, **more: Any) -> T:
     return cls(**values)
 
 
-def convert(kind: Any, value: Any, where: str) -> Any:
+def convert(kind: Any, value: Any, where: str, finite: bool = True) -> Any:
     """`value` as the annotation `kind` has it: numbers, texts, paths, tuples, mappings and dataclasses."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
@@ -90,7 +92,7 @@ def convert(kind: Any, value: Any, where: str) -> Any:
             return None
         if bool in inner and isinstance(value, bool):
             return value
-        return convert(next(part for part in inner if part is not type(None)), value, where)
+        return convert(next(part for part in inner if part is not type(None)), value, where, finite)
     if is_dataclass(kind):
         return build(kind, value, where)  # type: ignore[arg-type]
     if origin is tuple:
@@ -107,9 +109,11 @@ def convert(kind: Any, value: Any, where: str) -> Any:
         with suppress(ValueError):
             value = float(value)
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if not math.isfinite(value):
+        if math.isnan(value) or (finite and math.isinf(value)):
             raise UserError(f"{where} must be a finite number, got {value}")
         return value
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
     if kind is Any:
         return value
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
