@@ -889,7 +889,6 @@ def test_the_simulator_draws_squares_alone(tmp_path):
 
 def test_pairs_are_made_again_where_what_they_were_made_of_has_changed(tmp_path, monkeypatch, caplog):
     from kairos.data.media import write_video
-    from kairos.training import clips as clips_file
     from kairos.training import preference
 
     class Counted(Encoders):
@@ -922,7 +921,7 @@ def test_pairs_are_made_again_where_what_they_were_made_of_has_changed(tmp_path,
     read.clear()
     preference.manifest_pairs(tmp_path / "pairs", manifest, bucket, encoders, fps)
     assert read == ["1.mp4", "0.mp4"]  # under its old name it is another clip
-    # What is made is not lost with what it was made of, nor made again for what older releases wrote down.
+    # What is made is not lost with what it was made of, nor made again when that is back.
     gone, read[:] = tmp_path / "0.mp4", []
     gone.rename(tmp_path / "kept")
     preference.manifest_pairs(tmp_path / "pairs", manifest, bucket, encoders, fps)
@@ -935,12 +934,8 @@ def test_pairs_are_made_again_where_what_they_were_made_of_has_changed(tmp_path,
     manifest.write_text("{")
     with pytest.raises(UserError, match="line 1: not JSON"):
         preference.manifest_pairs(tmp_path / "pairs", manifest, bucket, encoders, fps)
-    listed = json.loads((tmp_path / "pairs" / preference.LIST).read_text())
     (tmp_path / "kept").rename(gone)
     manifest.write_text(text)
-    said = [clips_file.content_hash(text.encode()), str(manifest), bucket.name, fps, ("v", "t")]
-    listed["of"] = preference.digest(said)
-    (tmp_path / "pairs" / preference.LIST).write_text(json.dumps(listed))
     preference.manifest_pairs(tmp_path / "pairs", manifest, bucket, encoders, fps)
     assert not read
     # Where the template holds pictures, the first frame is before the words: here of some 40 tokens.
