@@ -98,7 +98,7 @@ def one_video(kind: str, threads: int, clock: str, frames_file: str) -> dict[str
     with stage("imports"):
         if kind == "ours":  # as the commands do
             from kairos.cli.machine import import_libraries
-            from kairos.heap import keep_freed_memory
+            from kairos.process import keep_freed_memory
 
             keep_freed_memory()
             import_libraries()

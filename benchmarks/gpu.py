@@ -277,9 +277,14 @@ class Bench:
             self.randn(1, TEXT_TOKENS, config.text_dim),
         )
 
-    def step(self, clip: Clip) -> dict[str, Any]:
+    def velocity(self, clip: Clip) -> Callable[[], Tensor]:
+        """A step's one forward."""
         model, inputs = self.kairos(), self.step_inputs(clip)
         mask = torch.ones(1, TEXT_TOKENS, dtype=torch.bool, device=self.device)  # as the pipeline gives it
+        return lambda: model(*inputs, encoder_attention_mask=mask).sample
+
+    def step(self, clip: Clip) -> dict[str, Any]:
+        model, velocity = self.kairos(), self.velocity(clip)
         tokens = sizes.clip_shape(model.config, clip.height, clip.width, 4 * clip.latent_frames - 3).tokens
         about = {
             "tokens": tokens,
@@ -287,10 +292,7 @@ class Bench:
             "weights_gb": sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9,
         }
         made: dict[str, Tensor] = {}
-        found = self.timed(
-            lambda: made.update(velocity=model(*inputs, encoder_attention_mask=mask).sample),
-            clip.tflop.get("step"),
-        )
+        found = self.timed(lambda: made.update(velocity=velocity()), clip.tflop.get("step"))
         return about | found | {"finite": bool(torch.isfinite(made["velocity"]).all())}
 
     def four_steps(self, clip: Clip) -> dict[str, Any]:
@@ -321,19 +323,14 @@ class Bench:
         that the first call is the compiler's; its velocity is compared with the plain one's."""
         from kairos.models.compiled import compile_blocks
 
-        model, inputs = self.kairos(), self.step_inputs(clip)
+        model, velocity = self.kairos(), self.velocity(clip)
         self.held = ("kairos compiled", model)  # no plain one for later items
-        mask = torch.ones(1, TEXT_TOKENS, dtype=torch.bool, device=self.device)
-
-        def velocity() -> Tensor:
-            return model(*inputs, encoder_attention_mask=mask).sample.float()
-
-        plain = velocity()
+        plain = velocity().float()
         compile_blocks(model)
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
         found = self.timed(velocity, clip.tflop.get("step"))
-        difference = (velocity() - plain).norm() / plain.norm()
+        difference = (velocity().float() - plain).norm() / plain.norm()
         return found | {
             "relative_difference": difference.item(),
             "kernels_ms": self._kernels_ms(velocity),
@@ -406,9 +403,9 @@ class Bench:
 
     def kernels(self, clip: Clip) -> dict[str, Any]:
         """Where a step's time goes, kernel by kernel; the mixing of each kind of block beside it."""
-        model, inputs = self.kairos(), self.step_inputs(clip)
-        model(*inputs)
-        kernels_ms = self._kernels_ms(lambda: model(*inputs))
+        model, velocity = self.kairos(), self.velocity(clip)
+        velocity()
+        kernels_ms = self._kernels_ms(velocity)
         by_kind: dict[str, float] = {}
         hooks = []
         events: list[tuple[str, list[Any]]] = []
@@ -423,7 +420,7 @@ class Bench:
         if self.cuda:
             for block in model.blocks:
                 hooks += [block.register_forward_pre_hook(before), block.register_forward_hook(after)]
-            model(*inputs)
+            velocity()
             torch.cuda.synchronize()
             for hook in hooks:
                 hook.remove()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from datetime import date
 from typing import Any
 
 from kairos.bench import processor
+from kairos.process import peak_gb
 
 PROMPT = "a red ball rolls to the right"
 
@@ -132,8 +132,7 @@ def one_pass(chunks: int, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def peak_mb() -> float:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
+    return round(1e3 * (peak_gb() or 0.0), 1)
 
 
 if __name__ == "__main__":

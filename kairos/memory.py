@@ -14,6 +14,7 @@ from typing import Any
 
 from kairos import sizes
 from kairos.errors import UserError
+from kairos.request import Request
 from kairos.sizes import EFFICIENCY, PEAK_TFLOPS
 
 QUANTIZED = {
@@ -119,28 +120,18 @@ class Clip:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-def clip_of(
-    defaults: Mapping[str, Any],
-    scheduler: str,
-    height: int | None = None,
-    width: int | None = None,
-    num_frames: int | None = None,
-    steps: int | None = None,
-    guidance: float | None = None,
-) -> Clip:
+def clip_of(defaults: Mapping[str, Any], scheduler: str, request: Request | None = None) -> Clip:
     """What is asked for, the model's defaults for what is not, rounded up as the pipeline does."""
-
-    def said(value: float | None, name: str) -> Any:
-        return defaults[name] if value is None else value
-
-    frames = int(said(num_frames, "num_frames"))
+    asked = (request or Request("any")).completed(defaults)
+    assert asked.height and asked.width and asked.num_frames
+    assert asked.num_inference_steps and asked.guidance_scale is not None
     few = scheduler == "few_step"
     return Clip(
-        height=-(-int(said(height, "height")) // 16) * 16,
-        width=-(-int(said(width, "width")) // 16) * 16,
-        num_frames=-(-(frames - 1) // 4) * 4 + 1,
-        steps=FEW_STEPS if few else int(said(steps, "num_inference_steps")),
-        guided=not few and said(guidance, "guidance_scale") > 1,
+        height=-(-asked.height // 16) * 16,
+        width=-(-asked.width // 16) * 16,
+        num_frames=-(-(asked.num_frames - 1) // 4) * 4 + 1,
+        steps=FEW_STEPS if few else asked.num_inference_steps,
+        guided=not few and asked.guidance_scale > 1,
     )
 
 
@@ -155,6 +146,11 @@ class Model:
     parameters: Mapping[str, int]
     dtypes: tuple[str, ...] = ("bfloat16",)
     vae_dtype: str | None = "float32"
+
+    def __post_init__(self) -> None:
+        for dtype in (*self.dtypes, self.vae_dtype):
+            if dtype is not None and dtype not in sizes.BYTES:
+                raise UserError(f"dtype must be one of {', '.join(sizes.BYTES)}, got {dtype!r}")
 
 
 @dataclass(frozen=True)
@@ -172,6 +168,8 @@ class Terms:
             raise UserError(f"memory must be above 0 GB, got {self.budget_gb:g}")
         if not 0 < self.peak_tflops < float("inf"):
             raise UserError(f"the peak must be above 0 TFLOP/s, got {self.peak_tflops:g}")
+        if self.device not in ("cuda", "cpu"):
+            raise UserError(f'device must be "cuda" or "cpu", got {self.device!r}')
         if self.quantize is not None and self.quantize not in QUANTIZED:
             raise UserError(f"quantize must be one of {', '.join(QUANTIZED)}, got {self.quantize!r}")
 
@@ -200,6 +198,8 @@ def plan(
     """
     terms = Terms(budget_gb, device, quantize, tiled, peak_tflops)
     clips = [clips] if isinstance(clips, Clip) else clips
+    if not clips:
+        raise UserError("there is nothing to plan for: give one clip or several")
     by_clip = [_ways(model, clip, terms) for clip in clips]
     fitting = [way for way in zip(*by_clip, strict=True) if all(one.peak_gb <= budget_gb for one in way)]
     if fitting:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -24,11 +25,10 @@ class ModelInfo:
     Attributes:
         path: where its LinearDiT lies, or None where the model is not downloaded, or not all of it.
         repositories: part -> where it is downloaded from.
-        config: of the LinearDiT.
+        config, vae_config: of the LinearDiT, and of the VAE what its size follows from.
         defaults: height, width, num_frames, fps, num_inference_steps and guidance_scale that it was made for.
         parameters: part -> how many.
         tokens: of a clip of the defaults' size.
-        state_mb: what a chunk-causal rollout of that size carries from chunk to chunk, in bfloat16.
     """
 
     name: str
@@ -39,17 +39,32 @@ class ModelInfo:
     scheduler: str
     causal: str
     config: dict[str, Any]
+    vae_config: dict[str, Any]
     defaults: dict[str, float]
     parameters: dict[str, int]
     tokens: int
-    state_mb: float
+
+    def vae_dtype(self, dtype: str) -> str:
+        """The VAE's precision beside a LinearDiT in `dtype`: the released VAE stays in its own, and float16
+        holds none."""
+        return "float32" if self.repositories or dtype == "float16" else dtype
+
+    def state_mb(self, dtype: str) -> tuple[float, float]:
+        """What a rollout of the defaults' size carries from chunk to chunk, if the model is chunk-causal: the
+        layers' part in `dtype`, and that of the VAE's decoder in the VAE's precision."""
+        height, width = int(self.defaults["height"]), int(self.defaults["width"])
+        shape = sizes.clip_shape(self.config, height, width, 1)
+        layers = sizes.state_bytes(self.config, shape.tokens_per_frame, dtype)
+        latents = (height // 8) * (width // 8)
+        decoder = sizes.decoder_state_bytes(self.vae_config, latents, self.vae_dtype(dtype))
+        return layers / 1e6, decoder / 1e6
 
 
 def info(name_or_path: str | os.PathLike[str]) -> ModelInfo:
     """Describe a model by name or folder. Raises UserError as `kairos.presets.load_pipeline` does."""
     model = locate(name_or_path)
     preset, folder = model.preset, model.folder
-    config = dict(sizes.RELEASED_TRANSFORMER)
+    config, vae_config = dict(sizes.RELEASED_TRANSFORMER), dict(sizes.RELEASED_VAE_CONFIG)
     if preset is not None and model.released:
         path = local_files(preset, folder)["transformer"] if is_downloaded(preset, folder) else None
         template, scheduler = preset.template, preset.scheduler
@@ -62,7 +77,9 @@ def info(name_or_path: str | os.PathLike[str]) -> ModelInfo:
         path = folder = model.saved
         index = model.index()
         config |= read_json(folder / "transformer" / "config.json")
-        _check(config, folder)
+        _check(config, sizes.RELEASED_TRANSFORMER, folder / "transformer")
+        vae_config |= read_json(folder / "vae" / "config.json")
+        _check(vae_config, sizes.RELEASED_VAE_CONFIG, folder / "vae")
         template = index.get("prompt_template", "2025-12")
         scheduler = "few_step" if "FewStep" in str(index.get("scheduler")) else "flow_match"
         parameters = {part: stored_parameters(folder / part) for part in PARTS}
@@ -77,10 +94,10 @@ def info(name_or_path: str | os.PathLike[str]) -> ModelInfo:
         scheduler=scheduler,
         causal=config.get("causal", "none"),
         config=config,
+        vae_config=vae_config,
         defaults=defaults,
         parameters=parameters,
         tokens=shape.tokens,
-        state_mb=sizes.state_bytes(config, shape.tokens_per_frame) / 1e6,
     )
 
 
@@ -101,17 +118,17 @@ def for_planning(about: ModelInfo, device: str, dtype: str = "auto") -> memory.M
         about.config,
         about.parameters,
         automatic if dtype == "auto" else (dtype,),
-        vae_dtype="float32" if released else None,
+        vae_dtype="float32" if released or dtype == "float16" else None,
     )
 
 
-def _check(config: dict[str, Any], folder: Path) -> None:
+def _check(config: Mapping[str, Any], released: Mapping[str, Any], folder: Path) -> None:
     """Refuse sizes that are none; the model's own class knows the rest."""
 
     def positive(value: Any) -> bool:
         return isinstance(value, int) and value > 0
 
-    for name, usual in sizes.RELEASED_TRANSFORMER.items():
+    for name, usual in released.items():
         value, wanted = config[name], "a positive whole number"
         fits = positive(value)
         if isinstance(usual, tuple):
@@ -121,9 +138,7 @@ def _check(config: dict[str, Any], folder: Path) -> None:
             wanted = "S, D and G, one for each block of a group"
             fits = isinstance(value, str) and bool(value) and set(value) <= set("SDG")
         if not fits:
-            raise UserError(
-                f"{folder / 'transformer'}: the configuration's {name} must be {wanted}, got {value!r}"
-            )
+            raise UserError(f"{folder}: the configuration's {name} must be {wanted}, got {value!r}")
 
 
 def stored_parameters(folder: Path) -> int:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan, DiffusionPipeline
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
@@ -26,14 +27,14 @@ from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGenera
 
 from kairos.conditioning import TEMPLATES, PromptTemplate, encode_prompts
 from kairos.data.media import as_rgb, fill_frame, to_uint8
-from kairos.errors import UserError
+from kairos.errors import UserError, listed
 from kairos.models import vae as video_vae
 from kairos.models.step_cache import StepCache
 from kairos.models.transformer import KairosTransformer3DModel, PromptMemory
 from kairos.models.vae import SPATIAL, TEMPORAL
 from kairos.models.vae_layers import quicken
+from kairos.presets import all_defaults
 from kairos.schedulers import FewStepScheduler, FlowMatchScheduler, draw_noise
-from kairos.sizes import RELEASED_DEFAULTS
 
 if TYPE_CHECKING:
     from kairos.streaming import Rollout
@@ -59,23 +60,38 @@ class KairosPipeline(DiffusionPipeline):
     the prompt), `scheduler`. `prompt_template` names one of `kairos.conditioning.TEMPLATES`; `defaults`
     holds what a call does not say: height, width, num_frames, fps, num_inference_steps, guidance_scale; and
     `guide_continuation`, whether guidance leads what follows frames that are there (true if it is not said).
+    Without a text encoder, calls take `prompt_embeds`. float16 does not hold what is inside the VAE: one that
+    comes in it becomes float32.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
-    _optional_components = ["processor"]
+    _optional_components = ["processor", "text_encoder", "tokenizer"]
+
+    transformer: KairosTransformer3DModel
+    vae: AutoencoderKLWan
+    text_encoder: Qwen2_5_VLForConditionalGeneration | None
+    tokenizer: PreTrainedTokenizerBase | None
+    scheduler: FlowMatchScheduler | FewStepScheduler
 
     def __init__(
         self,
         transformer: KairosTransformer3DModel,
         vae: AutoencoderKLWan,
-        text_encoder: Qwen2_5_VLForConditionalGeneration,
-        tokenizer: PreTrainedTokenizerBase,
+        text_encoder: Qwen2_5_VLForConditionalGeneration | None,
+        tokenizer: PreTrainedTokenizerBase | None,
         scheduler: FlowMatchScheduler | FewStepScheduler,
         processor: Any = None,
         prompt_template: str = "2025-12",
-        defaults: dict[str, Any] | None = None,
+        defaults: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        for name, part in (("transformer", transformer), ("vae", vae)):
+            if part is None:
+                raise UserError(f"a pipeline needs a {name}, got None; load the model again, whole")
+        if vae.dtype == torch.float16:
+            vae.float()
+        for part in (transformer, vae, text_encoder):
+            align(part)
         self.register_modules(
             transformer=transformer,
             vae=quicken(vae),
@@ -87,9 +103,15 @@ class KairosPipeline(DiffusionPipeline):
         if prompt_template not in TEMPLATES:
             raise UserError(f"prompt_template must be one of {', '.join(TEMPLATES)}, got {prompt_template!r}")
         self.branches: Branches = one_after_the_other
-        self.register_to_config(
-            prompt_template=prompt_template, defaults=RELEASED_DEFAULTS | (defaults or {})
-        )
+        self.register_to_config(prompt_template=prompt_template, defaults=all_defaults(defaults or {}))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "scheduler" and not isinstance(value, FlowMatchScheduler):
+            raise UserError(
+                "the scheduler must be a FlowMatchScheduler or a FewStepScheduler, whose sigmas are those of "
+                f"these models, got {type(value).__name__}"
+            )
+        super().__setattr__(name, value)
 
     @torch.no_grad()
     def __call__(
@@ -115,7 +137,7 @@ class KairosPipeline(DiffusionPipeline):
         step_cache: float | None = None,
         callback_on_step_end: Callable[[KairosPipeline, int, Tensor, dict], dict | None] | None = None,
         return_dict: bool = True,
-    ) -> KairosPipelineOutput | tuple:
+    ) -> Any:
         """Make videos.
 
         Args:
@@ -138,34 +160,44 @@ class KairosPipeline(DiffusionPipeline):
                 (dropped).
             step_cache: leave out most of a step that is like the one before, up to this change of the first
                 block (see `kairos.models.step_cache`). None, the default, computes every step in full.
-            callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}). What it may answer:
-                {"latents": new ones}; {"interrupt": True} to end the sampling there, with the latents as
-                they are.
+            callback_on_step_end: called as (pipeline, step, timestep, {"latents": ..., "total": ...}). A
+                chunk-causal model makes the video in up to three chunks, each with all its steps: `step`
+                counts on through them, up to `total`, and the latents are those up to the chunk's end. What
+                it may answer: {"latents": new ones}; {"interrupt": True} to end the sampling there, with the
+                latents as they are. Nothing else ends a call: a pipeline may have several at once.
+
+        Returns:
+            A KairosPipelineOutput; with `return_dict` false a tuple of its frames alone.
 
         Raises:
             UserError: for input that cannot be used, with the rule and the fix.
         """
         defaults = self.config.defaults
         height, width = self._rounded_size(height, width)
-        num_frames = self._rounded_frames(defaults["num_frames"] if num_frames is None else num_frames)
-        steps = int(defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps)
-        if steps < 1:
-            raise UserError(f"num_inference_steps must be at least 1, got {steps}")
+        num_frames = self._rounded_frames(num_frames)
+        steps = whole(
+            "num_inference_steps",
+            defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps,
+        )
         guidance = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
+        if not (is_number(guidance) and 0 <= guidance <= MAX_GUIDANCE):
+            raise UserError(f"guidance_scale must be a number from 0 to {MAX_GUIDANCE}, got {guidance!r}")
         if isinstance(self.scheduler, FewStepScheduler):
             guidance = 1.0
         if output_type not in ("np", "pt", "pil", "latent"):
             raise UserError(f'output_type must be "np", "pt", "pil" or "latent", got {output_type!r}')
         if after_encoding not in ("keep", "cpu", "free"):
             raise UserError(f'after_encoding must be "keep", "cpu" or "free", got {after_encoding!r}')
-        if step_cache is not None and not step_cache > 0:
-            raise UserError(f"step_cache must be above 0, such as 0.1, got {step_cache}")
-        if num_videos_per_prompt < 1:
-            raise UserError(f"num_videos_per_prompt must be at least 1, got {num_videos_per_prompt}")
+        if step_cache is not None and not (is_number(step_cache) and step_cache > 0):
+            raise UserError(f"step_cache must be above 0, such as 0.1, got {step_cache!r}")
+        num_videos_per_prompt = whole("num_videos_per_prompt", num_videos_per_prompt)
         if prompt_embeds is not None and prompt:
             raise UserError("prompt and prompt_embeds exclude each other: the embeddings are the prompt's")
         if negative_prompt_embeds is not None and negative_prompt:
             raise UserError("negative_prompt and negative_prompt_embeds exclude each other")
+        for pair in (prompt_embeds, negative_prompt_embeds):
+            if pair is not None:
+                check_embeds(pair, self.transformer.config.text_dim)
         for warning in far_from(defaults, height=height, width=width, num_frames=num_frames):
             logger.warning(warning)
         given = self._given_frames(image, video, num_frames)
@@ -174,12 +206,21 @@ class KairosPipeline(DiffusionPipeline):
 
         # 1. Prompts to embeddings; the image is part of the positive prompt where the template says so.
         picture = given[0] if given else None
-        positive = prompt_embeds or self.encode_prompt(prompt, image=picture)
+        positive = prompt_embeds
+        if positive is None:
+            positive = self.encode_prompt(prompt, image=picture)
         negative = None
         if guidance > 1 and is_guided(defaults, len(given)):
-            negative = negative_prompt_embeds or self.encode_prompt(negative_prompt or "")
+            negative = negative_prompt_embeds
+            if negative is None:
+                negative = self.encode_prompt(negative_prompt or "")
             if len(negative[0]) == 1:
                 negative = repeated(negative, len(positive[0]), device)
+            elif len(negative[0]) != len(positive[0]):
+                raise UserError(
+                    f"give one negative prompt, or one for each of the {len(positive[0])} prompts, "
+                    f"got {len(negative[0])}"
+                )
         self._release_text_encoder(after_encoding)
         positive = repeated(positive, num_videos_per_prompt, device)
         negative = negative and repeated(negative, num_videos_per_prompt, device)
@@ -197,8 +238,8 @@ class KairosPipeline(DiffusionPipeline):
         )
         if latents is None:
             latents = draw_noise(shape, generator)
-        elif tuple(latents.shape) != shape:
-            raise UserError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
+        elif not isinstance(latents, Tensor) or latents.shape != shape:
+            raise UserError(f"latents must have the shape {shape}, as a tensor, got {described(latents)}")
         latents = latents.to(device, torch.float32, copy=True)  # written to below; the caller's stay
 
         # 3. Denoise, chunk by chunk, and 4. decode.
@@ -214,15 +255,16 @@ class KairosPipeline(DiffusionPipeline):
             )
             return len(scheduler.timesteps)
 
-        with self.progress_bar(total=len(chunks) * set_timesteps(shape[2])) as progress:
+        total = len(chunks) * set_timesteps(shape[2])
+        with self.progress_bar(total=total) as progress:
             taken, interrupted = 0, False
 
             def after_step(timestep: Tensor, chunk: Tensor) -> tuple[Tensor, bool]:
                 nonlocal taken, interrupted
                 if callback_on_step_end is not None:
-                    answer = callback_on_step_end(self, taken, timestep, {"latents": chunk}) or {}
-                    chunk = answer.get("latents", chunk)
-                    interrupted = answer.get("interrupt", False)
+                    told = {"latents": chunk, "total": total}
+                    answer = callback_on_step_end(self, taken, timestep, told)
+                    chunk, interrupted = after_answer(answer, chunk)
                 taken += 1
                 progress.update()
                 return chunk, interrupted
@@ -271,7 +313,7 @@ class KairosPipeline(DiffusionPipeline):
         texts = [prompts] if isinstance(prompts, str) else prompts
         if not (isinstance(texts, list | tuple) and texts and all(isinstance(text, str) for text in texts)):
             raise UserError(f"a prompt must be a text or a list of texts, got {prompts!r}")
-        if self.text_encoder is None:
+        if self.text_encoder is None or self.tokenizer is None:
             raise UserError("the text encoder was freed; load the pipeline again or pass prompt_embeds")
         template: PromptTemplate = TEMPLATES[self.config.prompt_template]
         return encode_prompts(
@@ -295,7 +337,7 @@ class KairosPipeline(DiffusionPipeline):
         few_step: bool = False,
         prompt_template: str = "2026",
         dtype: torch.dtype = torch.bfloat16,
-        defaults: dict[str, float] | None = None,
+        defaults: Mapping[str, Any] | None = None,
         **transformer_config: Any,
     ) -> KairosPipeline:
         """Build the pipeline from the released files.
@@ -329,22 +371,22 @@ class KairosPipeline(DiffusionPipeline):
         width = self.config.defaults["width"] if width is None else width
         patch = self.transformer.config.patch_size
         unit_y, unit_x = SPATIAL * patch[1], SPATIAL * patch[2]
-        if not (1 <= height < math.inf and 1 <= width < math.inf):
-            raise UserError(f"height and width must be positive, got {height} x {width}")
+        if not all(is_number(side) and 1 <= side < math.inf for side in (height, width)):
+            raise UserError(f"height and width must be positive numbers, got {height!r} x {width!r}")
         rounded = int(-(-height // unit_y) * unit_y), int(-(-width // unit_x) * unit_x)
         if rounded != (height, width):
-            logger.warning("%d x %d is rounded up to %d x %d", height, width, *rounded)
+            logger.warning("%s x %s is rounded up to %d x %d", height, width, *rounded)
         return rounded
 
-    def _rounded_frames(self, num_frames: float) -> int:
-        """The number of frames rounded up to 4n + 1, and said so."""
-        if not 1 <= num_frames < math.inf:
-            raise UserError(
-                f"num_frames must be 4n + 1, got {num_frames}; try {RELEASED_DEFAULTS['num_frames']}"
-            )
+    def _rounded_frames(self, num_frames: float | None) -> int:
+        """The number of frames, by default the model's, rounded up to 4n + 1, and said so."""
+        own = self.config.defaults["num_frames"]
+        num_frames = own if num_frames is None else num_frames
+        if not (is_number(num_frames) and 1 <= num_frames < math.inf):
+            raise UserError(f"num_frames must be a number of at least 1, got {num_frames!r}; try {own}")
         rounded = int(-(-(num_frames - 1) // TEMPORAL) * TEMPORAL + 1)
         if rounded != num_frames:
-            logger.warning("%d frames are rounded up to %d", num_frames, rounded)
+            logger.warning("%s frames are rounded up to %d", num_frames, rounded)
         return rounded
 
     @staticmethod
@@ -393,6 +435,11 @@ class KairosPipeline(DiffusionPipeline):
             [video_vae.decode(self.vae, one.to(self.vae.dtype), tiled=tiled) for one in latents.split(1)]
         )
         frames = frames.float().div_(2).add_(0.5).clamp_(0, 1).transpose(1, 2).cpu()
+        if self.vae.dtype == torch.float16 and not frames.isfinite().all():
+            raise UserError(
+                "the frames are no finite numbers: float16 does not hold what is inside the VAE; "
+                "give it more with pipeline.vae.to(torch.float32)"
+            )
         if output_type == "pt":
             return frames
         array = frames.permute(0, 1, 3, 4, 2).numpy()
@@ -402,7 +449,7 @@ class KairosPipeline(DiffusionPipeline):
 
     def _release_text_encoder(self, after_encoding: str) -> None:
         if after_encoding == "cpu" and self.text_encoder is not None:
-            self.text_encoder.to("cpu")
+            self.text_encoder.to("cpu")  # type: ignore[arg-type]
         elif after_encoding == "free":
             self.register_modules(text_encoder=None)
         if after_encoding != "keep" and torch.cuda.is_available():
@@ -432,6 +479,72 @@ def pictures(video: Any) -> list[Image.Image]:
     return frames
 
 
+def align(module: torch.nn.Module | None) -> None:
+    """Have weights begin where torch's own memory does. In a mapped file they begin anywhere, and products of
+    tensors that are not aligned differ in their last bit."""
+    for weight in () if module is None else module.parameters():
+        plain = type(weight) is torch.nn.Parameter and weight.device.type == "cpu"
+        if plain and weight.data_ptr() % ALIGNMENT:
+            weight.data = weight.data.clone()
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number, NumPy's and a tensor's too, and not nan."""
+    try:
+        return not math.isnan(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last of a tensor with several
+        return False
+
+
+def whole(name: str, value: Any) -> int:
+    """A whole number of at least 1. Raises UserError, by its name."""
+    if not is_number(value) or value % 1 != 0:
+        raise UserError(f"{name} must be a whole number, got {value!r}")
+    if value < 1:
+        raise UserError(f"{name} must be at least 1, got {value!r}")
+    return int(value)
+
+
+def described(value: Any) -> str:
+    """The shape of a tensor, or those of several; of another thing what it is."""
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(described, value))})"
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
+def check_embeds(pair: Any, width: int) -> None:
+    """Refuse what is not a pair of embeddings (B, T, width) and their mask (B, T)."""
+    if isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(part, Tensor) for part in pair):
+        embeds, mask = pair
+        if embeds.ndim == 3 and embeds.shape[2] == width and embeds.shape[:2] == mask.shape:
+            return
+    raise UserError(
+        f"prompt embeddings must be a pair of tensors, embeddings (B, T, {width}) and their mask (B, T), "
+        f"got {described(pair)}"
+    )
+
+
+def after_answer(answer: Any, latents: Tensor) -> tuple[Tensor, bool]:
+    """The latents after what a callback answered to them, and whether the sampling ends there."""
+    if answer is None or answer is False:
+        return latents, False
+    if not isinstance(answer, Mapping):
+        raise UserError(f"callback_on_step_end must answer a dictionary or None, got {answer!r}")
+    if unknown := [str(key) for key in answer if key not in ("latents", "interrupt", "total")]:
+        raise UserError(f"callback_on_step_end may answer latents and interrupt, got {listed(unknown)}")
+    own = answer.get("latents", latents)
+    if not isinstance(own, Tensor) or own.shape != latents.shape:
+        raise UserError(
+            f"the latents that callback_on_step_end answers must be a tensor {tuple(latents.shape)}, "
+            f"got {described(own)}"
+        )
+    return own.to(latents), bool(answer.get("interrupt", False))
+
+
+MAX_GUIDANCE = 100
+"""As in requests; far above it all models make noise."""
+ALIGNMENT = 64
+"""Bytes at whose multiples torch's own memory begins."""
 OPENING_FRAMES = 2
 """Latent frames that a chunk-causal model makes one by one, before it makes several at once."""
 

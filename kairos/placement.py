@@ -33,14 +33,20 @@ def place(pipeline: KairosPipeline, plan: Plan, device: torch.device) -> KairosP
     for name, where in places.items():
         module = getattr(pipeline, name)
         if where == STREAMED:
-            stream(module, device, by_blocks=name == "transformer")
+            # Of the encoder the model inside, which is what works: its head makes words.
+            working = module.model if name == "text_encoder" else module
+            stream(working, device, by_blocks=name == "transformer")
         else:
             module.to(device)
     return pipeline
 
 
 def stream(module: nn.Module, device: torch.device, *, by_blocks: bool) -> None:
-    """Have the module's blocks (or its single layers) on `device` only while they work."""
+    """Have the module's blocks (or its single layers) on `device` only while they work.
+
+    Blocks are needed in every step and pinned once: pinned anew for each copy, they would hold up the one that
+    works. What works once for a prompt is not: pinned memory is in powers of two, nearly twice the encoder's.
+    """
     from diffusers.hooks import apply_group_offloading
 
     on_gpu = device.type == "cuda"
@@ -52,7 +58,7 @@ def stream(module: nn.Module, device: torch.device, *, by_blocks: bool) -> None:
         offload_type="block_level" if by_blocks else "leaf_level",
         use_stream=on_gpu,
         non_blocking=on_gpu,
-        low_cpu_mem_usage=on_gpu,
+        low_cpu_mem_usage=not by_blocks,
         **size,
     )
 

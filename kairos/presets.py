@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kairos import hub
-from kairos.errors import UserError, one_line
+from kairos.errors import UserError, listed, one_line
 from kairos.hub import Source
 from kairos.sizes import RELEASED_DEFAULTS
 
@@ -184,18 +184,26 @@ def load_pipeline(
     Args:
         name_or_path: a name of PRESETS, a folder that a pipeline was saved to, or one that `download` filled.
         device: where to.
-        dtype: precision; None is float32 on a CPU, bfloat16 elsewhere.
+        dtype: precision; None is float32 on a CPU, bfloat16 elsewhere. float16 leaves the VAE in float32.
         weights: another LinearDiT instead of the model's own: a released file, its shards or a folder, whose
             config.json counts before what the model says of its own.
 
     Raises:
-        UserError: for a name that is not known, files that are not there, and weights that do not fit.
+        UserError: for a name that is not known, files that are not there, weights that do not fit, and a
+            device that cannot be used.
     """
     import torch
 
     model = locate(name_or_path)
+    try:
+        device = torch.device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError, TypeError) as error:
+        raise UserError(f'device {str(device)!r} cannot be used: {one_line(error)}; try "cpu"') from error
     if dtype is None:
-        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UserError(f"dtype must be a precision of torch's, such as torch.bfloat16, got {dtype!r}")
     pipeline = (_load_released if model.released else _load_saved)(model, dtype, weights)
     _check_parts(pipeline, name_or_path)
     return pipeline.to(device)
@@ -272,7 +280,7 @@ def defaults_of(name_or_path: str | os.PathLike[str]) -> dict[str, float]:
     model = locate(name_or_path)
     if model.released:
         return dict(model.released.defaults)
-    return _all_defaults(model.index().get("defaults") or {}, name_or_path)
+    return all_defaults(model.index().get("defaults") or {})
 
 
 def is_downloaded(preset: Preset, folder: Path | None = None) -> bool:
@@ -309,7 +317,11 @@ def _load_saved(model: Model, dtype: torch.dtype, weights: Any) -> KairosPipelin
     from kairos.weights import load_transformer_file, load_vae_file
 
     folder = model.saved
-    model.index()  # refuses a folder that is none
+    if model.index().get("text_encoder") == [None, None]:
+        raise UserError(
+            f"{folder} was saved without a text encoder; save the pipeline before that is freed, or load it "
+            "with KairosPipeline.from_pretrained and give it prompt_embeds"
+        )
     text_encoder, tokenizer, processor = load_text_encoder(folder, dtype=dtype)
     otherwise = {} if weights is None else model.config()
     transformer = folder / "transformer" if weights is None else weights
@@ -329,8 +341,7 @@ def _load_saved(model: Model, dtype: torch.dtype, weights: Any) -> KairosPipelin
 
 
 def _check_parts(pipeline: KairosPipeline, name: object) -> None:
-    """The parts speak to each other: widths of embeddings, channels of latents; and defaults are numbers."""
-    _all_defaults(pipeline.config.defaults, name)
+    """The parts speak to each other: widths of embeddings, channels of latents."""
     config = pipeline.transformer.config
     assert pipeline.text_encoder is not None
     width = pipeline.text_encoder.config.get_text_config().hidden_size
@@ -345,14 +356,21 @@ def _check_parts(pipeline: KairosPipeline, name: object) -> None:
         )
 
 
-def _all_defaults(own: Any, name: object) -> dict[str, float]:
-    """A pipeline's own defaults, and the released model's for what they do not say."""
+def all_defaults(own: Any) -> dict[str, Any]:
+    """A pipeline's own defaults, and the released model's for what they do not say.
+
+    Raises:
+        UserError: for a name that is none of theirs and a value that is no number.
+    """
     if not isinstance(own, Mapping):
-        raise UserError(f"{name}: the pipeline's defaults must be a dictionary, got {own!r}")
+        raise UserError(f"the pipeline's defaults must be a dictionary, got {own!r}")
+    known = [*RELEASED_DEFAULTS, "guide_continuation"]
+    if unknown := [str(name) for name in own if name not in known]:
+        raise UserError(f"the pipeline has no default {listed(unknown)}; known are {', '.join(known)}")
     defaults = RELEASED_DEFAULTS | dict(own)
-    for key in RELEASED_DEFAULTS:
-        if not isinstance(value := defaults[key], int | float) or not math.isfinite(value):
-            raise UserError(f"{name}: the pipeline's default {key} must be a number, got {value!r}")
+    for name in RELEASED_DEFAULTS:
+        if not isinstance(value := defaults[name], int | float) or not math.isfinite(value):
+            raise UserError(f"the pipeline's default {name} must be a number, got {value!r}")
     return defaults
 
 

@@ -103,6 +103,18 @@ class Request:
             return "ti2v" if self.prompt.strip() else "i2v"
         return "t2v"
 
+    def completed(self, defaults: Mapping[str, Any]) -> Request:
+        """The request with every value that it left to the model, whose defaults are these."""
+        return replace(
+            self,
+            height=self.height or int(defaults["height"]),
+            width=self.width or int(defaults["width"]),
+            num_frames=self.num_frames or int(defaults["num_frames"]),
+            num_inference_steps=self.num_inference_steps or int(defaults["num_inference_steps"]),
+            guidance_scale=defaults["guidance_scale"] if self.guidance_scale is None else self.guidance_scale,
+            fps=self.fps or defaults["fps"],
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """What was said, without what was left to the model: JSON that `from_dict` reads."""
         blank = {field.name: field.default for field in fields(self)}

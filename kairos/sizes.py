@@ -40,6 +40,9 @@ RELEASED_DEFAULTS: dict[str, float] = {
 RELEASED_VAE, RELEASED_TEXT_ENCODER = 126_892_531, 8_292_166_656
 """Parameters of the WAN2.1 VAE and of Qwen2.5-VL-7B."""
 
+RELEASED_VAE_CONFIG = {"z_dim": 16, "base_dim": 96, "num_res_blocks": 2}
+"""What the size of the WAN2.1 VAE's decoder follows from."""
+
 PROCESS_GB = 0.6
 """What Python and the libraries hold in the machine's memory, whatever the model."""
 
@@ -109,7 +112,7 @@ def transformer_parameters(config: Mapping[str, Any]) -> int:
 
 
 def state_bytes(config: Mapping[str, Any], tokens_per_frame: int, dtype: str = "bfloat16") -> int:
-    """Bytes that a chunk-causal rollout carries from chunk to chunk.
+    """Bytes that the layers of a chunk-causal model carry from chunk to chunk.
 
     Keys and values of the last 3 latent frames in each S block and of 3 x dilation in each D block; in each G
     block the recurrent state, in float32, and the last inputs of the convolutions.
@@ -123,6 +126,22 @@ def state_bytes(config: Mapping[str, Any], tokens_per_frame: int, dtype: str = "
         "G": heads * (head_k * head_v * 4 + (CONV_SIZE - 1) * (2 * head_k + head_v) * BYTES[dtype]),
     }
     return sum(sizes[kind] for kind in kinds(config))
+
+
+def decoder_state_bytes(vae: Mapping[str, Any], latents: int, dtype: str) -> int:
+    """Bytes that the VAE's decoder carries from chunk to chunk, of frames of so many latents.
+
+    The last two inputs of each causal convolution: two in each residual block, of which a level has one more
+    than the encoder's. Each level has twice the height and width of the one before.
+    """
+    base, convolutions = vae["base_dim"], 2 * (vae["num_res_blocks"] + 1)
+    levels = (
+        vae["z_dim"] + (4 + convolutions + 1) * 4 * base,  # the first, the middle's, and the step in time
+        2 * base + convolutions * 4 * base,  # the first of them sees half of the channels; a step in time too
+        convolutions * 2 * base,
+        (convolutions + 1) * base,  # and the last
+    )
+    return 2 * latents * sum(4**level * channels for level, channels in enumerate(levels)) * BYTES[dtype]
 
 
 def forward_flops(config: Mapping[str, Any], shape: Shape, text_tokens: int = 512) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from kairos.cli import main
 from kairos.cli.bench import curve_svg, hardware
 from kairos.errors import MachineError, UserError
 from kairos.models.gated_delta_net import PRECISE
+from kairos.process import peak_gb
 from kairos.training.vae import build_vae
 
 SMALL = {"model": "kairos-tiny", "height": 32, "width": 32, "runs": 1}
@@ -46,6 +48,16 @@ def test_the_stages_of_a_video_are_timed_apart():
     assert found["peak_gb"] > 0 and found["weights"] == "the model's"
     # Five frames: about 0.9 GFLOP, nearly all in convolutions.
     assert 0.5e-3 < found["stages"]["decode frames"]["tflop"] < 2e-3
+
+
+def test_a_system_that_tells_no_peak_of_memory_can_time_models():
+    program = (
+        "import sys; sys.modules['resource'] = None\n"  # as on Windows
+        "import kairos.bench, kairos.process\n"
+        "assert kairos.process.peak_gb() is None"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert 0.01 < (peak_gb() or 0) < 1000
 
 
 @pytest.mark.parametrize("kind", ["stages", "hybrid", "full"])
@@ -156,6 +168,16 @@ def test_a_gpu_that_is_named_is_the_current_one_before_anything_is_made(monkeypa
             measure_here(Run(kind, latent_frames=1, **SMALL, device="cuda:1"))
     with pytest.raises(Chosen, match="cuda:1"):
         calibrate_step_cache("kairos-tiny", [0.1], device="cuda:1", dtype="float32")
+
+
+def test_the_peak_of_float32_is_that_of_tf32_and_the_setting_is_left_as_it_was(monkeypatch):
+    products, seen = torch.backends.cuda.matmul, []
+    monkeypatch.setattr(bench, "clocks", lambda: {"played": lambda: seen.append(products.allow_tf32) or len(seen)})
+    for own in (False, True):
+        monkeypatch.setattr(products, "allow_tf32", own)
+        assert bench.matmul_flops.__wrapped__("cpu", torch.float32, 2, "played") == 2 * 2**3
+        assert products.allow_tf32 == own
+    assert all(seen) and len(seen) == 40
 
 
 def test_a_shorter_text_takes_fewer_operations():

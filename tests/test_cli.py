@@ -38,8 +38,9 @@ class FakePipeline:
         self.defaults = {"height": 32, "width": 32, "num_frames": 5, "fps": 16}
         self.defaults |= {"num_inference_steps": 2, "guidance_scale": 3.0}
         self.config = SimpleNamespace(defaults=self.defaults, prompt_template="tiny")
-        self.device = torch.device("cpu")
+        self.device = self._execution_device = torch.device("cpu")
         self.transformer, self.text_encoder = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.text_encoder.model = nn.Identity()
         self.vae = nn.Sequential()
         self.vae.dtype = torch.float32
         self.vae.encoder = self.vae.decoder = nn.Identity()
@@ -193,6 +194,15 @@ def test_a_full_disk_behind_what_is_printed_is_the_machines_failure() -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("name", ["runs/events", b"runs/events"])
+def test_a_full_disk_is_the_machines_failure_whatever_library_finds_it_full(
+    kairos: Any, fake: FakePipeline, name: str | bytes
+) -> None:
+    fake.failure = OSError(28, "No space left on device", name)
+    status, _, complaint = kairos("generate", "x", "-o", "out.mp4")
+    assert (status, complaint) == (1, "error: no space left on device: runs/events\n")
+
+
 def test_a_configuration_may_name_the_output(kairos: Any, fake: FakePipeline) -> None:
     Path("config.py").write_text('\ufeffoutput = "named.mp4"\n', encoding="utf-8")  # as Windows writes it
     assert kairos("generate", "x", "--config", "config.py")[0] == 0
@@ -264,8 +274,7 @@ def test_frames_that_are_no_numbers_become_no_video(
     assert status == 2 and "no finite numbers" in complaint and not Path("out.mp4").exists()
 
 
-def test_half_precision_leaves_the_vae_in_one_that_holds_it() -> None:
-    assert vae_precision(RunOptions(dtype="float16"), torch.device("cpu")) == torch.float32
+def test_the_vaes_precision_is_its_own_where_a_precision_is_said() -> None:
     assert vae_precision(RunOptions(dtype="float16", vae_dtype="bfloat16"), "cpu") == torch.bfloat16
     assert vae_precision(RunOptions(dtype="float32"), torch.device("cpu")) is None
 

@@ -155,8 +155,11 @@ def test_a_model_is_described_without_being_loaded(kairos: Any) -> None:
         "GPU, in bfloat16",
     ):
         assert fact in said
-    assert "state of a rollout" not in said  # it sees whole clips, and carries none
-    assert "state of a rollout" in kairos("models", "info", "kairos-tiny")[1]
+    carried = "1,854.3 MB of the layers in bfloat16, 2,905.5 MB of the VAE's decoder in float32"
+    assert f"state, if chunk-causal  {carried}" in said
+    said = kairos("models", "info", "kairos-tiny")[1]
+    carried = "1.1 MB of the layers in float32, 4.6 MB of the VAE's decoder in float32"
+    assert f"state of a rollout  {carried}" in said
 
 
 @pytest.mark.parametrize("command", ["info", "download"])

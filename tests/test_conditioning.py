@@ -121,8 +121,9 @@ def picture(width: int = 112, height: int = 56, color: str = "red") -> Image.Ima
 def calls_of(encoder, monkeypatch) -> list[dict]:
     """What the encoder is called with from here on."""
     seen = []
-    forward = encoder.forward
-    monkeypatch.setattr(encoder, "forward", lambda **inputs: seen.append(inputs) or forward(**inputs))
+    model = encoder.model
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda **inputs: seen.append(inputs) or forward(**inputs))
     return seen
 
 
@@ -310,6 +311,17 @@ def test_adapters_that_are_switched_make_another_encoder(tokenizer, encoder):
     assert torch.equal(encode(), plain)
     encoder.enable_adapters()
     assert not torch.allclose(encode(), plain)
+
+
+def test_what_was_embedded_under_autocast_is_not_served_outside_it(tokenizer, encoder):
+    def encode() -> torch.Tensor:
+        return encode_prompts(encoder, tokenizer, ["a ball"], template=TEMPLATES["tiny"])[0]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = encode()
+    assert not torch.equal(encode(), rounded)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(encode(), rounded)
 
 
 def test_the_cache_forgets_the_oldest_prompts(tokenizer, encoder, monkeypatch):

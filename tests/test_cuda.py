@@ -10,12 +10,17 @@ from __future__ import annotations
 import copy
 import importlib
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import random_pipeline
+from PIL import Image
 from torch import Tensor
 
+from kairos.memory import RESIDENT, STREAMED, WHOLE
+from kairos.ops import routes
 from kairos.ops.gated_delta import gated_delta_rule
 from kairos.ops.windowed_attention import windowed_attention
 
@@ -62,6 +67,7 @@ def float32_is_float32(monkeypatch):
 def measured(monkeypatch):
     """Routes are measured for few keys too, for which one product under a mask would do."""
     monkeypatch.setattr(windowed, "DENSE_TOKENS_CUDA", 0)
+    monkeypatch.setattr(routes, "_CHOSEN", {})
 
 
 @pytest.fixture
@@ -326,6 +332,54 @@ def test_the_transformer_trains_with_the_gradients_of_a_cpu(measured, without_fl
         torch.testing.assert_close(gradients[1][name], expected, atol=1e-4, rtol=1e-2, msg=name)
 
 
+def test_it_trains_in_bfloat16_with_the_same_gradients_whether_or_not_blocks_are_computed_twice(
+    measured, without_flex
+):
+    model, inputs = random_transformer()
+
+    def gradients(device: str, precise: bool = False) -> Tensor:
+        model.to(device).zero_grad()
+        with torch.autocast(device, HALF, enabled=not precise):
+            velocity = model(*(x.to(device) for x in inputs)).sample
+        velocity.float().square().mean().backward()
+        return torch.cat([p.grad.flatten().cpu() for p in model.parameters()])
+
+    truth, own, once = gradients("cpu", precise=True), gradients("cpu"), gradients("cuda")
+    model.enable_gradient_checkpointing()
+    twice = gradients("cuda")
+    for found in (once, twice):
+        assert relative(found, truth) < 2 * relative(own, truth) + 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("causal", ["none", "chunk"])
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_nothing_in_a_step_waits_for_the_gpu(measured, without_flex, causal, dtype):
+    model, (latents, time, prompt) = random_transformer(causal=causal, pad_dilated=causal == "none")
+    mask = torch.ones(1, 7, dtype=torch.bool, device="cuda")
+    model.to("cuda", dtype)
+    inputs = latents.to("cuda", dtype), time.to("cuda"), prompt.to("cuda", dtype)
+    options = {"encoder_attention_mask": mask, "chunk_frames": (1, 6, 2) if causal == "chunk" else None}
+    model(*inputs, **options)  # routes are measured, tables made
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(*inputs, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@torch.no_grad()
+def test_compiled_blocks_give_the_velocity_of_plain_ones(measured, without_flex):
+    from kairos.models.compiled import compile_blocks
+
+    model, inputs = random_transformer()
+    model, inputs = model.cuda(), [x.cuda() for x in inputs]
+    plain = model(*inputs).sample
+    compile_blocks(model)
+    assert largest(model(*inputs).sample, plain) < 1e-4 * max(1, plain.abs().max().item())
+
+
 @torch.no_grad()
 def test_the_vae_encodes_and_decodes_as_on_a_cpu():
     from diffusers import AutoencoderKLWan
@@ -355,3 +409,43 @@ def test_kairos_tiny_makes_the_video_of_a_cpu(without_flex):
         made.append(torch.as_tensor(pipeline("a red ball rolls to the right", generator=generator).frames))
     difference = (made[1] - made[0]).abs()
     assert difference.mean() < 1e-3 and difference.max() < 0.02
+
+
+def test_a_rollout_is_that_of_a_cpu(measured, without_flex):
+    made = []
+    for device in ("cpu", "cuda"):
+        pipeline = random_pipeline(causal="chunk", pad_dilated=False).to(device)
+        pipeline.set_progress_bar_config(disable=True)
+        rollout = pipeline.stream("a ball", generator=torch.Generator().manual_seed(0), chunk_frames=2)
+        made.append(torch.cat([torch.as_tensor(next(rollout)) for _ in range(4)], dim=1))
+    assert largest(made[1], made[0]) < 1e-3
+
+
+@pytest.mark.parametrize("kind", [None, "int8"])
+@pytest.mark.parametrize("places", [(WHOLE, WHOLE, WHOLE), (STREAMED, STREAMED, RESIDENT)])
+def test_parts_that_come_and_go_make_the_videos_of_parts_that_stay(places, kind):
+    from kairos.placement import place, quantize
+
+    made = []
+    for there in ((RESIDENT, RESIDENT, RESIDENT), places):
+        pipeline = random_pipeline()
+        pipeline.set_progress_bar_config(disable=True)
+        if kind is not None:
+            pytest.importorskip("torchao")
+            quantize(pipeline, kind)
+        names = ("transformer", "text_encoder", "vae")
+        parts = [SimpleNamespace(name=name, place=where) for name, where in zip(names, there, strict=True)]
+        place(pipeline, SimpleNamespace(parts=parts), torch.device("cuda"))
+        for prompt, image in (("a ball", None), ("two balls", Image.new("RGB", (32, 32), "red"))):
+            generator = torch.Generator().manual_seed(0)
+            made.append(pipeline(prompt, image=image, generator=generator, output_type="pt").frames)
+    for mine, expected in zip(made[2:], made[:2], strict=True):
+        assert largest(mine, expected) < 1e-5
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_several_gpus_make_the_video_of_one(kairos, ranks):
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    status, said, errors = kairos("certify", "--gpus", "--ranks", ranks)
+    assert status == 0, said + errors

@@ -18,9 +18,10 @@ from kairos.errors import UserError
 
 
 class Scripted(BaseHTTPRequestHandler):
-    """A server that sends prepared bodies: an empty one drops the connection, an open one comes by half."""
+    """A server that sends prepared bodies: an empty one drops the connection, an open one comes by half, a
+    number is a status without a body."""
 
-    bodies: list[str] = []
+    bodies: list[str | int] = []
     asked: list[dict] = []
 
     def do_POST(self) -> None:
@@ -28,10 +29,20 @@ class Scripted(BaseHTTPRequestHandler):
         body = type(self).bodies.pop(0)
         if not body:
             return
+        if isinstance(body, int):
+            self.send_response(body)
+            self.send_header("Location", "/elsewhere")
+            self.send_header("Retry-After", "0")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         self.send_response(200)
         self.send_header("Content-Length", str(len(body) + (not body.endswith(("}", "]")))))
         self.end_headers()
         self.wfile.write(body.encode())
+
+    def do_GET(self) -> None:
+        type(self).asked.append({"path": self.path, "key": self.headers["Authorization"]})
 
     def log_message(self, *_: object) -> None:
         pass
@@ -48,7 +59,7 @@ def ask():
     views = Views(fps=16, frames=8, height=48, width=80, samples=samples)
     clip = {"height": 48, "width": 80, "strip": Strip(pictures=4).measure(views)["strip"]}
 
-    def asked(*bodies: str, **changes) -> dict:
+    def asked(*bodies: str | int, **changes) -> dict:
         Scripted.bodies, Scripted.asked = list(bodies), []
         url = f"http://127.0.0.1:{server.server_port}/v1"
         options = {"physics": False, "requests_per_minute": 6e6, "retries": 1} | changes
@@ -94,6 +105,24 @@ def test_an_answer_loses_half_a_character_which_no_file_can_hold(ask, said) -> N
 def test_a_connection_that_ends_early_is_tried_again(ask, broken) -> None:
     assert ask(broken, answer("A cat.")) == {"scores": {"caption": "A cat."}, "tokens": 7}
     assert "does not answer" in ask(broken, broken)["failed"]
+
+
+@pytest.mark.parametrize("status", [408, 429, 503])
+def test_an_endpoint_that_is_busy_or_fails_is_asked_again(ask, status) -> None:
+    assert ask(status, answer("A cat.")) == {"scores": {"caption": "A cat."}, "tokens": 7}
+    assert f"answered {status}" in ask(status, status)["failed"]
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [(302, "answered 302"), (401, f"set {KEY}"), (answer("x" * (1 << 20)), "more than 1 MiB")],
+)
+def test_an_endpoint_that_refuses_redirects_or_never_ends_is_asked_once_and_nobody_else(
+    ask, monkeypatch, body, said
+) -> None:
+    monkeypatch.setenv(KEY, "secret")
+    assert said in ask(body)["failed"]
+    assert len(Scripted.asked) == 1
 
 
 def test_a_second_question_that_fails_or_is_not_afforded_leaves_the_first_one_paid(ask) -> None:

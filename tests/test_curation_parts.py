@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -379,6 +383,18 @@ def test_a_kill_between_shards_and_their_index_leaves_no_shard_that_is_taken_for
         assert tar.getnames() == ["aa.json", "aa.mp4", "bb.json", "bb.mp4"]
 
 
+def test_only_a_ledger_that_is_none_is_to_be_deleted(tmp_path) -> None:
+    from kairos.curation.ledger import Ledger
+
+    (tmp_path / "ledger.sqlite").write_text("no database\n" * 99)
+    with pytest.raises(MachineError, match=r"cannot open .*: file is not a database; delete it"):
+        Ledger(tmp_path)
+    (tmp_path / "ledger.sqlite").unlink()
+    (tmp_path / "ledger.sqlite").mkdir()
+    with pytest.raises(MachineError, match=r"cannot open .*: unable to open database file$"):
+        Ledger(tmp_path)
+
+
 def test_a_full_disk_is_the_machines_failure_and_not_a_files(folder, tmp_path, monkeypatch) -> None:
     from kairos.curation import pipeline
     from kairos.curation.ledger import Ledger
@@ -394,6 +410,11 @@ def test_a_full_disk_is_the_machines_failure_and_not_a_files(folder, tmp_path, m
         ):
             with pytest.raises(MachineError, match=r"cannot write .*ledger.sqlite: .*full; free some space"):
                 write_more()
+    with monkeypatch.context() as patch:
+        said = sqlite3.OperationalError("disk I/O error")
+        patch.setattr(sqlite3, "connect", lambda _: SimpleNamespace(executescript=Mock(side_effect=said)))
+        with pytest.raises(MachineError, match=r"cannot open .*: disk I/O error; free some space, and run"):
+            Ledger(tmp_path / "work")
     failing = {"machine": "cannot write clips: no space left"}
     monkeypatch.setattr(pipeline, "run_locally", lambda task, items, **_: ((i, failing) for i in items))
     with pytest.raises(MachineError, match="no space left"):
@@ -573,6 +594,10 @@ def test_a_text_that_is_not_read_ends_no_run_and_says_why(folder, monkeypatch) -
     found = {entry.path: entry for entry in take_in(folder, Limits())[1]}
     assert (found["one.mp4"].labels, found["two.mp4"].labels) == ({"caption": "Two balls meet."}, {})
     assert found["two.txt"].reason == "belongs to the video of this name; too long, not read"
+    (folder / "two.txt").write_bytes("Ein B\xe4ll rollt.".encode("latin-1"))
+    found = {entry.path: entry for entry in take_in(folder, Limits())[1]}
+    assert found["two.mp4"].labels == {}
+    assert found["two.txt"].reason == "belongs to the video of this name; not UTF-8, not read"
 
     def forbidden(path, *_, **__):
         raise PermissionError(13, "Permission denied")
@@ -796,17 +821,38 @@ def test_models_score_by_name_or_folder(tmp_path) -> None:
     assert 1 < Aesthetics(model=str(tmp_path), head=head).measure(views)["aesthetics"] < 9
 
 
+def test_a_clip_is_as_sharp_as_its_frames_that_show_anything() -> None:
+    from kairos.curation.stages.looks import Sharpness
+
+    def sharpness(samples) -> float:
+        views = Views(fps=16, frames=8, height=120, width=160, samples=samples)
+        return Sharpness().measure(views)["sharpness"]
+
+    empty = np.full((120, 160, 3), 200, np.uint8)
+    ball = cv2.circle(empty.copy(), (60, 60), 12, (200, 30, 30), -1)
+    blurred = cv2.GaussianBlur(ball, (0, 0), 6)
+    there = sharpness(np.stack([ball] * 8))
+    assert there > 60
+    assert sharpness(np.stack([ball] * 3 + [empty] * 5)) == there  # it leaves the picture
+    assert sharpness(np.stack([blurred] * 3 + [empty] * 5)) < 30
+    assert sharpness(np.stack([ball] * 3 + [blurred] * 5)) < 30
+    assert sharpness(np.stack([empty] * 8)) == 0
+
+
+def test_an_address_without_a_ray_cluster_is_refused_at_once(folder, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace())  # which tries an address for minutes
+    with pytest.raises(UserError, match=r"no Ray at 127\.0\.0\.1:1"):
+        curate(folder, tmp_path / "out", Settings.from_dict(QUICK), ray="127.0.0.1:1")
+
+
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_ray_gives_what_the_local_executor_gives(folder, tmp_path) -> None:
     import pyarrow.parquet as pq
 
-    ray = pytest.importorskip("ray")
+    pytest.importorskip("ray")
     (folder / "broken.mp4").write_text("not a video")
     settings = Settings.from_dict(QUICK)
-    try:
-        curate(folder, tmp_path / "ray", settings, ray="local", workers=1)
-    finally:
-        ray.shutdown()
+    curate(folder, tmp_path / "ray", settings, ray="local", workers=1)
     curate(folder, tmp_path / "here", settings, workers=1)
     for name in ("manifest", "sources"):
         one, other = (pq.read_table(tmp_path / where / f"{name}.parquet") for where in ("ray", "here"))

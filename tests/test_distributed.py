@@ -6,12 +6,14 @@ Every process here is a gloo rank on the CPU. One start of four ranks serves all
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 import signal
 import subprocess
 import sys
 import time
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,13 @@ from conftest import random_pipeline
 
 from kairos.distributed import cost, ranks
 from kairos.distributed.exchange import slices, spread
-from kairos.distributed.launch import RankError, launch
+from kairos.distributed.launch import PRELOADED, RankError, _context, launch
 from kairos.distributed.parallel import choose_split, parallelize
 from kairos.distributed.queue import WorkQueue
 from kairos.errors import MachineError, UserError
 from kairos.sizes import RELEASED_TRANSFORMER, Shape, clip_shape
 
+ROOT = Path(__file__).parent.parent
 HEADS = 5  # neither 2, 3 nor 4 divide them
 SIZES = {"hidden_size": HEADS * 12, "num_attention_heads": HEADS, "gated_delta_head_dim": 8}
 VIDEO = {"height": 64, "width": 80, "num_frames": 9, "num_inference_steps": 2}
@@ -68,6 +71,7 @@ def parity_on_ranks() -> dict[str, Any]:
         pipe = tiny_pipeline(causal)
         alone = make(pipe)
         state = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
+        attributes = [list(vars(part)) for part in pipe.vae.modules()]
         for case in CASES:
             _, size, split, strips = case
             if case[0] != causal:
@@ -82,6 +86,7 @@ def parity_on_ranks() -> dict[str, Any]:
             pipe.branches = tiny_branches()
         found[f"{causal} restored"] = (make(pipe) - alone).abs().max().item()
         assert all(torch.equal(value, state[name]) for name, value in pipe.transformer.state_dict().items())
+        assert attributes == [list(vars(part)) for part in pipe.vae.modules()]  # one would keep it from tiles
     found |= odds_and_ends(pipe) | bytes_sent()
     ranks.leave()
     return found
@@ -273,6 +278,19 @@ def test_the_queue_gives_each_number_once_and_a_long_job_holds_none_up() -> None
 # The start.
 
 
+def test_where_there_are_gpus_ranks_are_forked_off_a_process_that_has_not_asked_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To import diffusers is to ask. CUDA cannot be used in a process forked off one that has."""
+    preloaded: list[list[str]] = []
+    monkeypatch.setattr(forkserver, "ensure_running", lambda: None)
+    monkeypatch.setattr(forkserver, "set_forkserver_preload", preloaded.append)
+    for gpus in (2, 0):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        _context()
+    assert preloaded == [[], PRELOADED]
+
+
 @pytest.fixture
 def place(monkeypatch: pytest.MonkeyPatch) -> Any:
     def tell(**changed: object) -> None:
@@ -389,9 +407,8 @@ def test_gpus_that_are_not_there_are_refused() -> None:
 )
 def test_a_benchmark_of_nothing_is_refused(script: str, option: str, message: str) -> None:
     command = [sys.executable, f"benchmarks/{script}.py", option, "1"]
-    root = Path(__file__).parent.parent
-    environment = os.environ | {"PYTHONPATH": str(root)}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert message in done.stderr
 
@@ -410,18 +427,25 @@ def test_the_delta_rule_stays_with_its_tokens_when_sequences_are_long() -> None:
     assert cost.delta_route([2, 2, 2, 2], heads, 1, 1, 2) == "heads"
 
 
+@pytest.fixture
+def communication(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script that computes what the documentation says of many GPUs."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("communication")
+
+
 @pytest.mark.parametrize("size", [2, 3, 4, 6, 7, 8])
-def test_splitting_sends_less_than_broadcasting_the_sequence(size: int) -> None:
+def test_splitting_sends_less_than_broadcasting_the_sequence(communication: Any, size: int) -> None:
     tokens = clip_shape(RELEASED_TRANSFORMER, 480, 640, 81).tokens
-    split = max(cost.forward_bytes(RELEASED_TRANSFORMER, tokens, size))
-    assert split < 0.6 * max(cost.broadcast_bytes(RELEASED_TRANSFORMER, tokens, size))
+    split = max(cost.forward_bytes(RELEASED_TRANSFORMER, tokens, size, width=2))
+    assert split < 0.6 * max(communication.broadcast_bytes(RELEASED_TRANSFORMER, tokens, size, width=2))
 
 
-def test_more_ranks_are_computed_to_be_faster_but_never_by_more_than_their_number() -> None:
+def test_more_ranks_are_computed_to_be_faster_but_never_by_more_than_their_number(communication: Any) -> None:
     shape = Shape(21, 1200)
-    alone = cost.step_seconds(RELEASED_TRANSFORMER, shape, 1)
+    alone = communication.step_seconds(shape, 1, "context")
     for split in ("context", "cfg"):
-        gains = [alone / cost.step_seconds(RELEASED_TRANSFORMER, shape, n, split=split) for n in (2, 4, 8)]
+        gains = [alone / communication.step_seconds(shape, n, split) for n in (2, 4, 8)]
         assert gains == sorted(gains)
         assert all(0.5 * n < gain <= n for n, gain in zip((2, 4, 8), gains, strict=True))
 

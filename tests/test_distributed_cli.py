@@ -384,6 +384,28 @@ def test_the_certificate_covers_every_split_and_says_what_it_refused(kairos: Any
     assert re.search(r"^12 splits, largest difference \S+, below 0\.0001$", lines[-1])
 
 
+def test_a_certificate_in_float32_leaves_a_gpu_no_convolution_of_fewer_bits(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import torch.distributed as dist
+
+    from kairos import presets
+    from kairos.cli.certify import compare_on_rank
+    from kairos.distributed import ranks
+
+    def load(*_: Any, **__: Any) -> None:
+        assert not torch.backends.cudnn.allow_tf32
+        raise InterruptedError("enough is known")
+
+    caplog.set_level("ERROR", logger="kairos")  # as the rank will, but for this test alone
+    alone = ranks.World(0, 1, dist.HashStore(), torch.device("cpu"))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(ranks, "join", lambda *_: alone)
+    monkeypatch.setattr(presets, "load_pipeline", load)
+    with pytest.raises(InterruptedError):
+        compare_on_rank(None, {}, 1, "cuda")
+
+
 def test_a_difference_fails_the_certificate() -> None:
     from kairos.cli.certify import Finding, worst
 

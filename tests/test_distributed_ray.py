@@ -20,7 +20,7 @@ from kairos.cli.jobs import Job
 from kairos.cli.outcomes import Outcome
 from kairos.cli.run import Loaded, RunOptions
 from kairos.distributed.fleet import cluster, run_tasks
-from kairos.errors import MachineError
+from kairos.errors import MachineError, UserError
 from kairos.request import Request
 
 
@@ -141,6 +141,23 @@ def test_a_cluster_that_others_use_is_waited_for_with_a_word(
         with caplog.at_level("WARNING", "kairos"), cluster("auto", workers=3, on_gpus=True) as (_, room):
             assert (room, len(caplog.messages)) == (3, said)
     assert caplog.messages[0] == "of 3 GPUs 1 are free; the others are used once they are"
+
+
+def test_a_local_cluster_is_a_new_one_with_the_cores_that_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun: list[dict[str, Any]] = []
+    there = SimpleNamespace(init=lambda **options: begun.append(options), shutdown=lambda: None)
+    there.cluster_resources = lambda: {"CPU": 2.0}
+    monkeypatch.setitem(sys.modules, "ray", there)
+    with cluster("local", workers=2, on_gpus=False) as (_, room):
+        assert room == 2
+    assert (begun[0]["address"], begun[0]["num_cpus"]) == ("local", 2)  # without one Ray joins what runs here
+    with (
+        pytest.raises(UserError, match="3 CPUs are asked for and Ray has 2; ask for 2 at most"),
+        cluster("local", workers=3, on_gpus=False),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(("weights", "status"), [("5c", "skipped"), ("9d", "made")])

@@ -16,13 +16,16 @@ from torch import nn
 
 from kairos import presets
 from kairos.cli import main
+from kairos.cli.evaluate import table
 from kairos.data.media import read_video, write_video
 from kairos.errors import UserError
-from kairos.evaluation import scores
+from kairos.evaluation import scores, suite
 from kairos.evaluation.drift import by_second
 from kairos.evaluation.models import DiffusersModel, KairosModel, generate
 from kairos.evaluation.reading import read
-from kairos.evaluation.suite import Case, Settings, evaluate
+from kairos.evaluation.suite import Case, Settings, evaluate, record_key
+from kairos.models import vae as video_vae
+from kairos.schedulers import shift_for
 from kairos.worlds import simulate
 from kairos.worlds.export import export
 
@@ -78,7 +81,7 @@ def test_a_callable_that_knows_the_truth_is_at_the_floor_and_broken_ones_are_not
 
 
 def test_results_have_value_interval_and_floors_for_each_split(tmp_path):
-    evaluate(Oracle(), Settings(**SMALL), output=tmp_path, name="oracle")
+    evaluate(Oracle(), Settings(**SMALL), output=str(tmp_path), name="oracle")
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["scenes"] == results["splits"]["in"]["scenes"]
     for split in SMALL["splits"]:
@@ -151,6 +154,19 @@ def test_a_model_that_knows_the_clip_prefers_it_to_its_twin_with_noise_of_each_c
     assert (asked, drawn) == run()
 
 
+def test_a_video_from_the_caption_has_other_noise_than_the_continuation_of_its_clip():
+    class Both:
+        from_text, drawn = True, []
+
+        def batch(self, prompts, first, num_frames, seeds):
+            self.drawn.extend(seeds)
+            return np.zeros((len(prompts), num_frames, *first.shape[2:]), np.uint8)
+
+    model = Both()
+    evaluate(model, replace(ONE_CLIP, clips=2))
+    assert len(set(model.drawn)) == len(model.drawn) == 4
+
+
 def test_videos_that_do_not_begin_with_the_given_frames_are_told(caplog):
     def only_what_was_made(frames, given):
         return np.concatenate([frames[given:], np.repeat(frames[-1:], given, 0)])
@@ -207,21 +223,47 @@ def test_a_run_that_stopped_goes_on_and_one_with_more_clips_keeps_what_there_is(
     assert other.calls == 8
 
 
-def test_a_student_is_compared_with_its_teacher(tmp_path):
+def test_records_under_other_settings_or_without_videos_from_captions_are_not_taken():
+    model = Oracle()
+    keys = {record_key(model, ONE_CLIP)}
+    for change in ({"seed": 1}, {"num_frames": 29}, {"given": 9}, {"size": 32}):
+        keys.add(record_key(model, replace(ONE_CLIP, **change)))
+    model.from_text = True
+    assert len(keys | {record_key(model, ONE_CLIP)}) == 6
+
+
+def test_a_student_is_compared_with_its_teacher(tmp_path, caplog):
     settings = Settings(**SMALL)
     evaluate(Oracle(), settings, output=tmp_path / "teacher")
     slow = Oracle(lambda frames, given: frames[np.r_[:given, given - 1 + np.arange(1, 29) // 2]])
-    results = evaluate(slow, settings, teacher=tmp_path / "teacher")
+    results = evaluate(slow, settings, teacher=str(tmp_path / "teacher"))
     assert 0.3 < results["scenes"]["uniform"]["motion_to_teacher"]["value"] < 0.7
+    assert not caplog.messages
+    evaluate(slow, replace(settings, clips=3, scenes=("uniform",)), teacher=tmp_path / "teacher")
+    assert caplog.messages == [f"{tmp_path / 'teacher'} has 4 of the 6 clips; motion is compared on those"]
     with pytest.raises(UserError, match="no results of a model's evaluation"):
         evaluate(slow, settings, teacher=tmp_path)
-    with pytest.raises(
-        UserError, match="of other clips: their seed, given frames and frames are 0, 5 and 33"
-    ):
-        evaluate(slow, replace(settings, seed=1), teacher=tmp_path / "teacher")
+    for change in ({"seed": 1}, {"given": 9}, {"num_frames": 29}):
+        with pytest.raises(
+            UserError, match="of other clips: their seed, given frames and frames are 0, 5 and 33"
+        ):
+            evaluate(slow, replace(settings, **change), teacher=tmp_path / "teacher")
     elsewhere = replace(settings, scenes=("bounce",))
     with pytest.raises(UserError, match="none of these clips"):
         evaluate(slow, elsewhere, teacher=tmp_path / "teacher")
+
+
+def test_the_table_has_the_columns_that_a_scene_has_a_number_for():
+    def headings(*scenes):
+        measures = {f"scene {number}": measured for number, measured in enumerate(scenes)}
+        view = table({"model": "m", "splits": {"in": {"scenes": measures}}})
+        return [column.header for column in view.columns], [list(column.cells)[1:] for column in view.columns]
+
+    error = {"velocity_error": {"value": 0.5, "floor_truth": 0.01, "floor_vae": None}}
+    assert headings(error)[0] == ["scene", "velocity", "truth", "own"]
+    named, cells = headings(error, error | {"motion_to_teacher": {"value": 0.9}})
+    assert named == ["scene", "velocity", "truth", "teacher", "own"]
+    assert cells[named.index("teacher")] == ["", "0.90"]
 
 
 def test_the_report_shows_the_videos_of_its_own_run(tmp_path):
@@ -233,6 +275,13 @@ def test_the_report_shows_the_videos_of_its_own_run(tmp_path):
     still.identity = "still"
     first, other = report(good), report(still)
     assert first != other and report(good) == first
+
+
+def test_videos_of_the_first_clips_are_kept_and_no_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(suite, "SHOWN", 1)
+    settings = replace(ONE_CLIP, clips=2, num_frames=13)
+    evaluate(lambda prompt, first, n: first[-1:].repeat(n, 0), settings, output=tmp_path)
+    assert [file.name for file in tmp_path.glob("videos/*/*/*")] == ["uniform-000.mp4"]
 
 
 def test_a_plot_has_the_scenes_of_every_split(tmp_path):
@@ -293,8 +342,10 @@ def test_a_pipeline_is_measured_in_all_that_it_can_do(chunk_causal_pipeline, tmp
     assert json.loads((tmp_path / "results.json").read_text()) == results
 
 
-@pytest.mark.parametrize("given", (0, 5))
-def test_the_adapter_makes_what_the_pipeline_makes(chunk_causal_pipeline, given):
+@pytest.mark.parametrize(("given", "guide_continuation"), [(0, True), (5, True), (0, False)])
+def test_the_adapter_makes_what_the_pipeline_makes(chunk_causal_pipeline, given, guide_continuation):
+    defaults = chunk_causal_pipeline.config.defaults | {"guide_continuation": guide_continuation}
+    chunk_causal_pipeline.register_to_config(defaults=defaults)
     clips = [simulate("uniform", index=index, num_frames=9, size=32) for index in range(2)]
     prompts = [clip.caption for clip in clips]
     first = np.stack([clip.frames[:given] for clip in clips])
@@ -313,12 +364,47 @@ def test_the_adapter_makes_what_the_pipeline_makes(chunk_causal_pipeline, given)
     assert np.abs(one.astype(int) - together[1]).max() <= 1
 
 
-def test_surprise_is_the_flow_loss_and_the_same_for_the_same_noise(chunk_causal_pipeline):
-    model = KairosModel(chunk_causal_pipeline, steps=1)
-    videos = np.stack([simulate("bounce", index=0, num_frames=13, size=32).frames] * 2)
-    first, second = model.surprise(["a ball"] * 2, videos, 5, [7, 7]).tolist()
-    assert first == pytest.approx(second, rel=1e-5) and first > 0
-    assert model.surprise(["a ball"], videos[:1], 5, [8]).item() != first
+def test_each_caption_of_a_batch_is_read_with_its_own_picture(chunk_causal_pipeline, monkeypatch):
+    seen = []
+
+    def spy(self, prompts, image):
+        seen.append((prompts, image.getpixel((0, 0))[0]))
+        return torch.zeros(1, 3, 32), torch.ones(1, 3, dtype=torch.bool)
+
+    monkeypatch.setattr(type(chunk_causal_pipeline), "encode_prompt", spy)
+    chunk_causal_pipeline.register_to_config(prompt_template="2026")
+    first = np.stack([np.full((1, 32, 32, 3), level, np.uint8) for level in (10, 20, 30)])
+    KairosModel(chunk_causal_pipeline, steps=1, guidance=1).batch(["a", "b", "c"], first, 5, [1, 2, 3])
+    assert seen == [(["a"], 10), (["b"], 20), (["c"], 30)]
+
+
+def test_measuring_leaves_the_pipelines_own_sampler_as_it_is_for_other_threads(chunk_causal_pipeline):
+    before = chunk_causal_pipeline.scheduler.timesteps.clone()
+    model, nothing = KairosModel(chunk_causal_pipeline, steps=3), np.zeros((1, 0, 32, 32, 3), np.uint8)
+    model.batch(["a ball"], nothing, 5, [0])
+    assert torch.equal(chunk_causal_pipeline.scheduler.timesteps, before)
+
+
+@torch.no_grad()
+def test_surprise_is_the_flow_loss_of_clean_given_frames_and_the_same_for_the_same_noise(
+    chunk_causal_pipeline,
+):
+    pipe, generator = chunk_causal_pipeline, torch.Generator().manual_seed(7)
+    video = simulate("bounce", index=0, num_frames=13, size=32).frames[None]
+    latents = video_vae.encode(pipe.vae, torch.from_numpy(video).permute(0, 4, 1, 2, 3) / 127.5 - 1)
+    embeds, mask = pipe.encode_prompt(["a ball"])
+    shift, losses = shift_for(4, 4), []
+    for even in (0.2, 0.4, 0.6, 0.8):
+        sigma = shift * even / (1 + (shift - 1) * even)
+        noise = torch.randn(latents.shape, generator=generator)
+        noisy = torch.cat((latents[:, :, :2], ((1 - sigma) * latents + sigma * noise)[:, :, 2:]), dim=2)
+        times = torch.tensor([[0, 0, 1000 * sigma, 1000 * sigma]])
+        velocity = pipe.transformer(noisy, times, embeds, encoder_attention_mask=mask, chunk_frames=(2, 2))
+        losses.append((velocity.sample - (noise - latents))[:, :, 2:].square().mean().item())
+    model = KairosModel(pipe, steps=1)
+    first, second, other = model.surprise(["a ball"] * 3, video.repeat(3, 0), 5, [7, 7, 8]).tolist()
+    assert first == pytest.approx(sum(losses) / 4, rel=1e-5)
+    assert first == pytest.approx(second, rel=1e-5) and first != pytest.approx(other, rel=1e-3)
 
 
 def test_surprise_is_at_what_follows_the_given_frames_only(chunk_causal_pipeline):
@@ -466,6 +552,15 @@ def test_records_of_another_model_or_precision_are_not_taken(tmp_path):
     assert KairosModel(others).identity != identity
     pipeline.to(torch.bfloat16)
     assert KairosModel(pipeline).identity == f"{identity}-bfloat16"
+
+
+def test_a_pipelines_name_in_results_tells_its_parts_its_steps_and_its_guidance(pipeline):
+    names = {KairosModel(pipeline).identity}
+    names |= {KairosModel(pipeline, steps=7).identity, KairosModel(pipeline, guidance=4.5).identity}
+    for part in ("transformer", "vae", "text_encoder"):
+        next(getattr(pipeline, part).parameters()).data.mul_(1.5)
+        names.add(KairosModel(pipeline).identity)
+    assert len(names) == 6
 
 
 def test_a_few_step_model_says_that_its_steps_are_its_own(caplog):

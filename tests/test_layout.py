@@ -16,10 +16,10 @@ PACKAGE = ROOT / "kairos"
 
 # Imports point down or sideways, never up.
 LAYERS = {
-    "credentials": 1,
+    "endpoint": 1,
     "errors": 0,
-    "heap": 0,
     "ops": 1,
+    "process": 0,
     "conditioning": 2,
     "data": 2,
     "distributed": 2,

@@ -1,6 +1,7 @@
 """Images and videos in and out of files."""
 
 import errno
+import math
 import os
 import struct
 import subprocess
@@ -139,6 +140,27 @@ def test_reading_at_a_higher_rate_repeats_frames_and_keeps_the_duration(tmp_path
 def test_reading_stops_at_max_frames(tmp_path: Path) -> None:
     media.write_video(tmp_path / "out.mp4", moving_square(8), fps=16)
     assert len(media.read_video(tmp_path / "out.mp4", fps=32, max_frames=5)) == 5
+
+
+def test_rates_and_counts_that_cannot_be_are_refused_in_one_line_and_nothing_is_written(
+    tmp_path: Path,
+) -> None:
+    path, frames = tmp_path / "out.mp4", moving_square(4)
+    for fps in (0, 0.0001, -1, math.nan, math.inf):
+        with pytest.raises(UserError, match=rf"fps must be at least 0\.001, got {fps}"):
+            media.write_video(path, frames, fps=fps)
+    for scale in (0, -1, 1.5):
+        with pytest.raises(UserError, match=f"scale must be a whole number of 1 or more, got {scale}"):
+            media.write_video(path, frames, fps=16, scale=scale)
+    assert not path.exists()
+    media.write_video(path, frames, fps=0.001)
+    for arguments, message in (
+        ({"fps": math.inf}, "fps must be above 0, got inf"),
+        ({"max_frames": 0}, "max_frames must be at least 1, got 0"),
+        ({"skip": -1}, "skip must be at least 0, got -1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            media.read_video(path, **arguments)
 
 
 def test_an_image_is_turned_upright_and_made_rgb(tmp_path: Path) -> None:

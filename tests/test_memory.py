@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from itertools import groupby
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -197,6 +198,17 @@ def test_on_a_cpu_weights_go_to_bfloat16_only_where_float32_is_too_much() -> Non
     assert (roomy.dtype, tight.dtype) == ("float32", "bfloat16")
 
 
+def test_a_device_a_precision_and_a_list_of_clips_that_are_none_are_refused_in_one_line(released) -> None:
+    clip = Clip(480, 640, 81, 4, guided=False)
+    for device in ("mps", torch.device("cuda")):
+        with pytest.raises(UserError, match='device must be "cuda" or "cpu", got '):
+            memory.plan(released, clip, 24, device=device)
+    with pytest.raises(UserError, match="dtype must be one of float32, bfloat16, float16, got 'nonsense'"):
+        for_planning(info("kairos-4b-480p"), "cuda", dtype="nonsense")
+    with pytest.raises(UserError, match="nothing to plan for: give one clip or several"):
+        memory.plan(released, [], 24)
+
+
 def kairos(*arguments: str) -> int:
     with pytest.raises(SystemExit) as end:
         main(list(arguments))
@@ -252,7 +264,8 @@ def test_on_a_cpu_a_list_is_planned_with_the_encoder_that_it_keeps(tmp_path, mon
     assert (places(alone)[0], places(listed)[0]) == (FREED, RESIDENT)
     assert listed.stages[-1].peak_gb > alone.stages[-1].peak_gb
     job = Job(Request(prompt="a ball"), tmp_path / "out.mp4")
-    worker = batch._planned([job], run.RunOptions(device="cpu", memory="8"))
+    refused = Job(Request(input_video="start.mp4", input_frames=33), tmp_path / "refused.mp4")
+    worker = batch._planned([job, refused], run.RunOptions(device="cpu", memory="8"))
     assert worker is not None and places(worker)[0] == RESIDENT
 
 
@@ -273,6 +286,29 @@ def test_a_plan_is_carried_out(pipeline, released) -> None:
     plan = memory.plan(released, SHORT, 5)
     assert torch.equal(frames(place(pipeline, plan, torch.device("cpu"))), resident)
     assert any(hasattr(block, "_diffusers_hook") for block in pipeline.transformer.blocks)
+
+
+@pytest.mark.parametrize(("by_blocks", "pinned_once"), [(True, True), (False, False)])
+def test_blocks_that_are_streamed_to_a_gpu_are_pinned_once_before_they_work(
+    pipeline, monkeypatch, by_blocks, pinned_once
+) -> None:
+    waiting, pinned = SimpleNamespace(synchronize=lambda: None), []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: waiting)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: waiting)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    stream(pipeline.transformer, torch.device("cuda"), by_blocks=by_blocks)
+    assert len(pinned) == (len(list(pipeline.transformer.blocks.parameters())) if pinned_once else 0)
+
+
+def test_the_clock_waits_for_the_gpu_that_parts_are_offloaded_from(pipeline, released, monkeypatch) -> None:
+    plan = memory.plan(released, CLIP, 80)
+    plan = replace(plan, parts=tuple(replace(part, place=WHOLE) for part in plan.parts))
+    place(pipeline, plan, torch.device("cuda"))
+    assert pipeline.device.type == "cpu"
+    waited, watched = [], []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waited.append(device.type))
+    run._watch(SimpleNamespace(watch=lambda module, name, wait: watched.append(wait())), pipeline)
+    assert waited == ["cuda"] * len(watched) and len(watched) == 4
 
 
 @pytest.mark.parametrize("given", ["image", "video"])
@@ -415,11 +451,13 @@ def test_without_bitsandbytes_too(pipeline, monkeypatch) -> None:
         ("patch_size", [2, 2], "3 positive whole numbers"),
         ("patch_size", None, "3 positive whole numbers"),
         ("layer_pattern", "SXG", "S, D and G"),
+        ("base_dim", "x", "a positive whole number, got 'x'"),
     ],
 )
 def test_a_model_with_sizes_that_are_none_is_not_described(tmp_path, name, value, wanted):
-    (tmp_path / "transformer").mkdir()
+    for part in ("transformer", "vae"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text(json.dumps({name: value}))
     (tmp_path / "model_index.json").write_text("{}")
-    (tmp_path / "transformer" / "config.json").write_text(json.dumps({name: value}))
     with pytest.raises(UserError, match=f"{name} must be {wanted}"):
         info(tmp_path)

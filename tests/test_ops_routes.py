@@ -107,3 +107,58 @@ def test_training_is_measured_apart_from_inference():
     measured = len(calls)
     assert quickest("product", found, (torch.randn(3, requires_grad=True),)).requires_grad
     assert len(calls) > measured + 4
+
+
+class Doubled(torch.autograd.Function):
+    """Twice x, and a way back that a test can spoil."""
+
+    @staticmethod
+    def forward(ctx, x, back):
+        ctx.back = back
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.back(gradient), None
+
+
+def slow_back(gradient: torch.Tensor) -> torch.Tensor:
+    time.sleep(0.1)
+    return 2 * gradient
+
+
+def no_way_back(gradient: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("out of shared memory")
+
+
+@pytest.mark.parametrize(
+    ("back", "said"),
+    [
+        (slow_back, "other 1"),  # 100 ms and more
+        (no_way_back, "other does not run here: out of shared memory"),
+        (lambda gradient: 2.1 * gradient, "other is off by 1.0e-01 in a gradient, and left out"),
+    ],
+)
+def test_in_training_a_route_is_taken_only_if_its_way_back_is_quick_too_and_right(caplog, back, said):
+    def safe(x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.01)
+        return 2 * x
+
+    x = torch.randn(3, requires_grad=True)
+    found = {"safe": safe, "other": lambda x: Doubled.apply(x, back)}
+    quickest("product", found, (x,)).sum().backward()
+    assert torch.equal(x.grad, torch.full((3,), 2.0))
+    assert said in caplog.text
+    with torch.no_grad():
+        quickest("product", found, (x,))
+    assert "product on cpu: other" in caplog.text  # without a way back it is the quicker one
+
+
+def test_measuring_keeps_nothing_for_the_checkpoint_that_may_be_around_it():
+    """A checkpointed block is run again on the way back, measures nothing then, and has to keep as much."""
+    found = {"safe": lambda x: x.exp().exp(), "other": lambda x: (time.sleep(0.01), x.exp().exp())[1]}
+    x, kept = torch.randn(3, requires_grad=True), []
+    for times in (1, 2):
+        with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
+            quickest("product", found, (x,))
+        assert len(kept) == 2 * times

@@ -47,6 +47,21 @@ def layouts(draw):
     }
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_blocks_take_their_masks_from_nowhere_else_and_make_small_ones_once(monkeypatch, kept):
+    """What is copied to a GPU waits for all that it has to do."""
+    qkv, options = random_qkv(9, 3, past=2), {"tokens_per_frame": 3, "chunk_frames": (4, 2, 3)}
+    expected = windowed_attention(*qkv, **options, backend="reference")
+    monkeypatch.setattr(torch, "tensor", lambda *_, **__: pytest.fail("a copy"))
+    if not kept:
+        monkeypatch.setattr(module, "DENSE_TOKENS_CUDA", 0)
+    for _ in range(2):
+        found = windowed_attention(*qkv, **options, backend="blocked")
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        if kept:
+            monkeypatch.setattr(torch, "ones", lambda *_, **__: pytest.fail("a mask made anew"))
+
+
 @given(layout=layouts(), batch=st.integers(1, 2))
 @settings(max_examples=80, deadline=None)
 def test_the_blocked_route_and_its_gradients_equal_the_reference(layout, batch):

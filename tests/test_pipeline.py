@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import pickle
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 from PIL import Image
 
 from kairos import FewStepScheduler, KairosPipeline, UserError
@@ -100,6 +103,8 @@ def test_sizes_are_rounded_up_and_said_so(pipeline, caplog):
     assert frames.shape == (1, 9, 32, 32, 3)
     assert "30 x 17 is rounded up to 32 x 32" in caplog.text
     assert "6 frames are rounded up to 9" in caplog.text
+    pipeline._rounded_size(32.5, 32)
+    assert "32.5 x 32 is rounded up to 48 x 32" in caplog.text
 
 
 def test_a_size_far_from_the_models_own_is_warned_of(pipeline, caplog):
@@ -201,6 +206,48 @@ def test_a_video_that_is_stopped_in_its_first_chunk_begins_no_other(chunk_causal
     assert steps == [0, 0, 1, 2, 3, 4, 5]
 
 
+def test_a_callback_is_told_how_many_steps_there_are_in_all_chunks(chunk_causal_pipeline, picture):
+    told = []
+
+    def note(pipe, step, timestep, kwargs):
+        told.append((step, kwargs["total"]))
+        return kwargs  # as diffusers' callbacks do
+
+    chunk_causal_pipeline("x", generator=seeded(), callback_on_step_end=note)
+    assert told == [(step, 6) for step in range(6)]
+    told.clear()
+    chunk_causal_pipeline("x", image=picture, generator=seeded(), callback_on_step_end=note)
+    assert told == [(step, 4) for step in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (True, "must answer a dictionary or None, got True"),
+        ("stop", "must answer a dictionary or None, got 'stop'"),
+        ({"latent": torch.zeros(1)}, "may answer latents and interrupt, got latent$"),
+        ({"latents": np.zeros((1, 16, 3, 4, 4))}, r"a tensor \(1, 16, 3, 4, 4\), got ndarray"),
+        ({"latents": torch.zeros(1, 16, 3, 8, 8)}, r"a tensor \(1, 16, 3, 4, 4\), got \(1, 16, 3, 8, 8\)"),
+    ],
+)
+def test_an_answer_of_a_callback_that_cannot_be_used_is_refused(pipeline, answer, message):
+    with pytest.raises(UserError, match=message):
+        pipeline("x", generator=seeded(), callback_on_step_end=lambda *_: answer)
+
+
+def frames_in_another_process(pipeline: KairosPipeline) -> np.ndarray:
+    return pipeline("a ball", generator=seeded()).frames
+
+
+def test_a_pipeline_makes_its_video_in_another_process_before_its_first_call_and_after(pipeline):
+    fresh = pickle.dumps(pipeline)
+    made = pipeline("a ball", generator=seeded()).frames
+    used = pickle.dumps(pipeline)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        for sent in map(pickle.loads, (fresh, used)):
+            assert np.array_equal(pool.submit(frames_in_another_process, sent).result(), made)
+
+
 def test_calls_in_several_threads_do_not_disturb_each_other(chunk_causal_pipeline):
     """A callback of the first waits inside its first step until the second call is through."""
     pipe = chunk_causal_pipeline
@@ -289,6 +336,58 @@ def test_saving_and_loading_gives_the_same_video(pipeline, tmp_path):
     )
 
 
+def test_weights_of_a_file_are_aligned_wherever_they_lie_in_it(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    again = KairosPipeline.from_pretrained(tmp_path)
+    for module in (again.transformer, again.vae, again.text_encoder):
+        assert not any(parameter.data_ptr() % 64 for parameter in module.parameters())
+
+
+def test_a_pipeline_is_saved_and_loaded_without_its_text_encoder(pipeline, tmp_path):
+    embeds = pipeline.encode_prompt("a ball"), pipeline.encode_prompt("")
+    made = pipeline("a ball", generator=seeded(), after_encoding="free").frames
+    pipeline.save_pretrained(tmp_path)
+    again = KairosPipeline.from_pretrained(tmp_path)
+    assert again.text_encoder is None
+    again.set_progress_bar_config(disable=True)
+    frames = again(prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1], generator=seeded()).frames
+    assert np.array_equal(frames, made)
+
+
+def test_float16_that_the_vae_cannot_hold_becomes_float32_or_is_said(pipeline):
+    parts = pipeline.components
+    parts["vae"].half()
+    halved = KairosPipeline(**parts, prompt_template="tiny", defaults=pipeline.config.defaults)
+    halved.set_progress_bar_config(disable=True)
+    assert halved.vae.dtype == torch.float32
+    halved.vae.half()
+    halved("x", generator=seeded())  # as it happens these weights stay small
+    with torch.no_grad():
+        halved.vae.decoder.conv_out.bias.fill_(torch.nan)
+    with pytest.raises(UserError, match=r"float16 does not hold .* pipeline.vae.to\(torch.float32\)"):
+        halved("x", generator=seeded())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"defaults": {"heigth": 3}}, "no default heigth; known are height, width"),
+        ({"defaults": {"height": "x"}}, "default height must be a number, got 'x'"),
+        ({"vae": None}, "needs a vae, got None"),
+        ({"scheduler": EulerDiscreteScheduler()}, "must be a FlowMatchScheduler .* EulerDiscreteScheduler"),
+    ],
+)
+def test_parts_and_defaults_that_cannot_work_are_refused_when_a_pipeline_is_made(pipeline, change, message):
+    with pytest.raises(UserError, match=message):
+        KairosPipeline(**pipeline.components | {"prompt_template": "tiny"} | change)
+
+
+def test_another_scheduler_is_refused_when_it_is_set(pipeline):
+    with pytest.raises(UserError, match="got EulerDiscreteScheduler"):
+        pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    pipeline.scheduler = FewStepScheduler.from_config(pipeline.scheduler.config)
+
+
 def test_a_freed_text_encoder_is_missed_with_a_clear_line(pipeline):
     embeds = pipeline.encode_prompt(["a ball"]), pipeline.encode_prompt([""])
     with_text = pipeline("a ball", generator=seeded(), after_encoding="free").frames
@@ -323,7 +422,7 @@ def test_one_negative_prompt_serves_all_prompts(pipeline):
     ("arguments", "message"),
     [
         ({"height": -4}, "must be positive"),
-        ({"num_frames": -3}, "4n \\+ 1"),
+        ({"num_frames": -3}, "at least 1, got -3; try 9$"),
         ({"output_type": "gif"}, "output_type"),
         ({"after_encoding": "burn"}, "after_encoding"),
         ({"latents": torch.zeros(1, 16, 2, 4, 4)}, "latents must have the shape"),
@@ -332,8 +431,26 @@ def test_one_negative_prompt_serves_all_prompts(pipeline):
         ({"generator": [seeded()] * 3}, "one for each of the 1 videos"),
         ({"height": 0}, "must be positive"),
         ({"width": float("nan")}, "must be positive"),
-        ({"num_frames": 0}, "4n \\+ 1"),
-        ({"num_frames": float("inf")}, "4n \\+ 1"),
+        ({"num_frames": 0}, "at least 1, got 0; try 9$"),
+        ({"num_frames": float("inf")}, "at least 1, got inf; try 9$"),
+        ({"num_frames": "9"}, "num_frames must be a number of at least 1, got '9'"),
+        ({"height": "64"}, "must be positive numbers, got '64' x 32"),
+        ({"num_inference_steps": 4.7}, "num_inference_steps must be a whole number, got 4.7"),
+        ({"num_inference_steps": "4"}, "must be a whole number, got '4'"),
+        ({"num_inference_steps": float("nan")}, "must be a whole number, got nan"),
+        ({"num_inference_steps": float("inf")}, "must be a whole number, got inf"),
+        ({"num_inference_steps": 0}, "must be at least 1, got 0"),
+        ({"num_videos_per_prompt": 1.5}, "num_videos_per_prompt must be a whole number, got 1.5"),
+        ({"step_cache": "x"}, "step_cache must be above 0, such as 0.1, got 'x'"),
+        ({"guidance_scale": float("inf")}, "guidance_scale must be a number from 0 to 100, got inf"),
+        ({"guidance_scale": float("nan")}, "from 0 to 100, got nan"),
+        ({"guidance_scale": 1e30}, "from 0 to 100, got 1e\\+30"),
+        ({"generator": 0}, r"torch.Generator, got 0; .* give torch.Generator\(\).manual_seed\(0\)"),
+        ({"latents": np.zeros((1, 16, 3, 4, 4))}, "latents must have the shape .* as a tensor, got ndarray"),
+        ({"prompt": "", "prompt_embeds": torch.zeros(1, 2, 32)}, "must be a pair .* got \\(1, 2, 32\\)"),
+        ({"negative_prompt_embeds": (torch.zeros(1, 2, 32), None)}, r"got \(\(1, 2, 32\), NoneType\)"),
+        ({"negative_prompt_embeds": (torch.zeros(1, 2, 8), torch.ones(1, 2))}, r"\(B, T, 32\)"),
+        ({"negative_prompt": ["a", "b"]}, "one for each of the 1 prompts, got 2"),
         ({"prompt": None}, "a text or a list of texts, got None"),
         ({"prompt": []}, "a text or a list of texts, got \\[\\]"),
         ({"negative_prompt": 3}, "a text or a list of texts, got 3"),

@@ -132,7 +132,7 @@ def test_what_is_said_of_the_4b_model_follows_from_its_configuration(huggingface
     assert whole_gb == plan.peak_gb
     assert freed_gb == plan.stages[0].peak_gb < whole_gb  # of encoding the prompt, beside all the rest
     assert gpu_memory_gb(about, "float32")[0] > whole_gb
-    assert 1000 < about.state_mb < 3000
+    assert 1000 < about.state_mb("bfloat16")[0] < 3000
     assert info("kairos-4b-720p").tokens == 21 * 45 * 80
     assert not huggingface.asked
 
@@ -346,6 +346,50 @@ def test_a_saved_pipeline_loads_strictly(pipeline, tmp_path):
     assert f"cannot load the pipeline in {tmp_path}" in refusal(load_pipeline, tmp_path)
     (tmp_path / "model_index.json").write_text("{")
     assert "cannot read" in refusal(load_pipeline, tmp_path)
+
+
+def test_a_saved_variant_is_read_where_there_are_no_plain_weights(pipeline, tmp_path):
+    def bias() -> torch.Tensor:
+        loaded = load_pipeline(tmp_path)
+        parts = loaded.transformer.head.head, loaded.vae.decoder.conv_out, loaded.text_encoder.lm_head
+        return torch.cat([part.weight.flatten() for part in parts])
+
+    pipeline.save_pretrained(tmp_path, variant="bf16", max_shard_size="30KB")
+    assert len(list(tmp_path.rglob("*.bf16-00001-of-*.safetensors"))) == 3
+    own = bias()
+    with torch.no_grad():
+        for parameter in (p for name in presets.PARTS for p in getattr(pipeline, name).parameters()):
+            parameter.mul_(2)
+    pipeline.save_pretrained(tmp_path)
+    assert torch.equal(bias(), 2 * own)
+
+
+def test_a_pipeline_that_was_saved_without_its_text_encoder_is_refused_with_what_to_do(pipeline, tmp_path):
+    pipeline.register_modules(text_encoder=None)
+    pipeline.save_pretrained(tmp_path)
+    message = refusal(load_pipeline, tmp_path)
+    assert "saved without a text encoder" in message and "KairosPipeline.from_pretrained" in message
+
+
+def test_in_float16_the_vae_is_loaded_and_planned_for_in_float32(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    loaded = load_pipeline(tmp_path, dtype=torch.float16)
+    assert (loaded.transformer.dtype, loaded.vae.dtype) == (torch.float16, torch.float32)
+    planned = (for_planning(info(tmp_path), "cuda", dtype).vae_dtype for dtype in ("float16", "bfloat16"))
+    assert tuple(planned) == ("float32", None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": "bfloat16"}, "such as torch.bfloat16, got 'bfloat16'"),
+        ({"dtype": torch.int64}, "got torch.int64"),
+        ({"device": "nonsense"}, "device 'nonsense' cannot be used"),
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
+    ],
+)
+def test_a_device_or_a_precision_that_cannot_be_used_is_refused(arguments, message):
+    assert message in refusal(load_pipeline, **arguments)
 
 
 def test_configurations_edited_by_hand_are_refused_in_one_line(pipeline, tmp_path):

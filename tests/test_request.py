@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,11 @@ def test_the_reference_dictionary_is_understood(tmp_path: Path) -> None:
         guidance_scale=5.0,
         num_inference_steps=50,
     )
+
+
+def test_a_request_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "request.json").write_text('{"prompt": "ein Bäll"}', encoding="utf-8-sig")
+    assert read(tmp_path / "request.json") == [Request(prompt="ein Bäll")]
 
 
 @pytest.mark.parametrize(
@@ -209,6 +215,26 @@ def test_the_shell_command_is_quoted() -> None:
         *("kairos", "generate", "--seed", "3", "--frames", "9", "--guidance", "0", "--tiled"),
         *("--model", "kairos-tiny", "--output", "my out.mp4", 'it\'s a "ball"; rm -rf $HOME'),
     ]
+
+
+def test_a_command_says_all_that_a_request_does() -> None:
+    said = {
+        **{"negative_prompt": "blur", "seed": 3, "num_frames": 9, "height": 32, "width": 48},
+        **{"num_inference_steps": 7, "guidance_scale": 2.5, "fps": 12.5, "tiled": True, "template": "tiny"},
+    }
+    own = (
+        "--negative blur --seed 3 --frames 9 --height 32 --width 48 --steps 7 --guidance 2.5 --fps 12.5 "
+        "--tiled --template tiny --output o.mp4 ball"
+    )
+    every = {"prompt", "output", *said}
+    for given, flags in (
+        ({"input_image": "a.png"}, "--image a.png"),
+        ({"input_video": "a.mp4", "input_frames": 5}, "--video a.mp4 --video-frames 5"),
+    ):
+        request = Request.from_dict({"prompt": "ball", **said, **given})
+        assert shell_command(request, "o.mp4", {}) == f"kairos generate {flags} {own}"
+        every |= given.keys()
+    assert every == {field.name for field in fields(Request)}
 
 
 def test_a_prompt_that_looks_like_an_option_is_still_a_prompt() -> None:

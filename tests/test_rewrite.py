@@ -191,7 +191,7 @@ def test_an_empty_answer_is_a_failure(stub):
 def test_endpoints_that_are_not_there_or_no_urls_are_refused(stub):
     url = stub.url
     stub.server_close()
-    assert "cannot be reached" in refusal(MachineError, url)
+    assert "does not answer" in refusal(MachineError, url)
     assert "must be an http or https URL" in refusal(UserError, "file:///etc/passwd")
     assert "must be an http or https URL" in refusal(UserError, "http://")
     assert "must be an http or https URL, got 'http://[::1/v1'" in refusal(UserError, "http://[::1/v1")
@@ -233,7 +233,14 @@ def local_model(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_local_model_writes_the_same_text_each_time_and_is_loaded_once(local_model):
+def set_generation(local_model, **options):
+    """Write `options` into what the model says of how it generates."""
+    settings = local_model / "generation_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | options))
+
+
+def test_a_local_model_that_samples_writes_the_same_text_each_time_and_is_loaded_once(local_model):
+    set_generation(local_model, do_sample=True, temperature=5.0)
     rewriter = Rewriter(str(local_model))
     text = rewriter("a ball")
     assert text and "You write prompts" not in text
@@ -253,8 +260,7 @@ def test_a_local_model_and_its_memory_on_a_gpu_are_let_go(local_model, monkeypat
 
 
 def test_a_local_answer_that_was_cut_is_no_prompt(local_model):
-    settings = local_model / "generation_config.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"forced_eos_token_id": None}))
+    set_generation(local_model, forced_eos_token_id=None)
     assert "had not finished after 12 tokens" in refusal(MachineError, str(local_model))
 
 

@@ -3,15 +3,18 @@
 import errno
 import io
 import json
+import logging
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,7 +32,7 @@ from kairos.errors import MachineError
 from kairos.pipeline import KairosPipeline
 from kairos.presets import load_pipeline
 from kairos.request import Request
-from kairos.schedulers import FewStepScheduler
+from kairos.schedulers import FewStepScheduler, draw_noise
 from kairos.streaming import DriftLimits, DriftMeter, OverlappingRollout, Rollout, WorldState
 
 CAUSAL = {"causal": "chunk", "pad_dilated": False}
@@ -300,7 +303,7 @@ def test_the_prompt_changes_at_its_second(rollout: Any, monkeypatch: pytest.Monk
     monkeypatch.setattr(
         Rollout, "change_prompt", lambda self, prompt: changed.append((self.state.frames, prompt))
     )
-    later = ("--prompt-at", "0.5s it falls", "--prompt-at", "0.2 s it stops")
+    later = ("--prompt-at", "0.5s", "it falls", "--prompt-at", "0.2 s it stops")
     assert rollout("a ball", "--seconds", 0.8, *SHORT[2:], *later, "-o", "out.mp4")[0] == 0
     assert changed == [(2, "it stops"), (3, "it falls")]
 
@@ -495,6 +498,8 @@ def test_input_that_cannot_be_used_is_refused_in_one_line(rollout: Any, models: 
         ("causal", ("--from-state", ".", *SHORT[:2]), "cannot read .: "),
         ("causal", ("--from-state", "world", *SHORT), "leave out num_inference_steps, chunk_frames"),
         ("causal", ("a", *SHORT, "--prompt-at", "0s b"), "is before the first chunk"),
+        ("causal", ("a", *SHORT, "--prompt-at", "12s"), 'takes a second and a text, such as "12s'),
+        ("causal", ("a", "--prompt-at", "12s", *SHORT), 'takes a second and a text, such as "12s'),
         ("causal", ("a", *SHORT, "--prompt-at", "soon b"), 'takes a second and a text, such as "12s'),
         ("causal", ("a", *SHORT, "--prompt-at", "1s \x1b[2J"), "--prompt-at holds the control character"),
         ("causal", ("a", *SHORT, "--prompt-at", "1s \udcff"), "--prompt-at holds the control character"),
@@ -611,6 +616,40 @@ def test_a_plan_in_tiles_is_kept_to_and_a_warning_is_given_once(
     assert complaint.count("20 x 32 is rounded up to 32 x 32") == 1
 
 
+def test_only_what_a_later_clip_repeats_is_left_unsaid_and_only_in_its_own_thread(
+    pipeline: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = logging.getLogger("kairos.pipeline")
+    in_first, in_second = threading.Event(), threading.Event()
+
+    def call(self: KairosPipeline, prompt: str, **_: Any) -> Any:
+        if prompt == "first":  # begins before the second's clip and ends within it
+            in_first.set()
+            in_second.wait(10)
+        elif prompt == "second":
+            in_first.wait(10)
+            in_second.set()
+            first.join(10)
+        told.warning("of %s", prompt)
+        return SimpleNamespace(frames=np.zeros((1, 9, 8, 8, 3), np.float32))
+
+    monkeypatch.setattr(KairosPipeline, "__call__", call)
+    rollouts = [OverlappingRollout(pipeline, prompt) for prompt in ("alone", "alone")]
+    for rollout, prompt in zip(rollouts, ("first", "second"), strict=True):
+        next(rollout)
+        rollout.change_prompt(prompt)
+    first = threading.Thread(target=next, args=rollouts[:1])
+    first.start()
+    second = threading.Thread(target=next, args=rollouts[1:])
+    second.start()
+    in_second.wait(10)
+    told.warning("of another thread")
+    second.join(10)
+    assert caplog.messages == ["of alone", "of alone", "of another thread"]
+    told.warning("afterwards")
+    assert caplog.messages[-1] == "afterwards"
+
+
 def test_futures_are_planned_for_as_videos_made_at_once(rollout: Any, monkeypatch: Any) -> None:
     told = []
 
@@ -675,11 +714,48 @@ def test_an_overlapping_rollout_refuses_what_it_cannot_do(pipeline: Any) -> None
         ({"overlap": -3}, "overlap must be 4n \\+ 1, got -3"),
         ({"overlap": 9}, "less than a clip's 9 frames, got 9"),
         ({"chunk_frames": 0}, "chunk_frames must be at least 1, got 0"),
+        ({"chunk_frames": 1.5}, "chunk_frames must be a whole number, got 1.5"),
+        ({"overlap": "5"}, "overlap must be 4n \\+ 1, got '5'"),
     ):
         with pytest.raises(UserError, match=message):
             OverlappingRollout(pipeline, "a ball", **options)
     with pytest.raises(UserError, match="once there is a first chunk"):
         OverlappingRollout(pipeline, "a ball").change_prompt("it falls")
+
+
+def test_the_clips_of_an_overlapping_rollout_have_noise_of_their_own(
+    pipeline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[torch.Tensor] = []
+
+    def watched(*arguments: Any) -> torch.Tensor:
+        drawn.append(draw_noise(*arguments))
+        return drawn[-1]
+
+    monkeypatch.setattr("kairos.pipeline.draw_noise", watched)
+    for _ in range(2):
+        generator = torch.Generator().manual_seed(0)
+        clips = OverlappingRollout(pipeline, "a ball", num_inference_steps=1, generator=generator)
+        next(clips), next(clips)
+    first, second, *again = drawn
+    assert not torch.equal(first, second) and all(map(torch.equal, (first, second), again))
+
+
+def test_the_prompt_of_an_overlapping_rollout_changes_from_the_next_clip_on(
+    pipeline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, asked = KairosPipeline.encode_prompt, []
+
+    def watched(self: Any, prompt: str, **options: Any) -> Any:
+        asked.append(prompt)
+        return encode(self, prompt, **options)
+
+    monkeypatch.setattr(KairosPipeline, "encode_prompt", watched)
+    clips = OverlappingRollout(pipeline, "a ball", num_inference_steps=1, guidance_scale=1)
+    next(clips)
+    clips.change_prompt("it falls")
+    next(clips)
+    assert asked == ["a ball", "it falls"]
 
 
 def test_a_rollout_goes_on_from_the_end_of_a_video(rollout: Any) -> None:
@@ -772,10 +848,16 @@ def test_each_measure_tells_its_own_decay(decay: Any, measure: str) -> None:
 
 def test_motion_is_counted_across_the_borders_of_chunks() -> None:
     whole, parts = DriftMeter(), DriftMeter()
-    parts.measure(picture(2)[:1])
-    motion = whole.measure(picture(2)).motion
+    parts.measure(picture(3)[:2])
+    motion = whole.measure(picture(3)).motion
     assert motion > 0
-    assert parts.measure(picture(2)[1:]).motion == pytest.approx(motion)
+    assert parts.measure(picture(3)[2:]).motion == pytest.approx(motion)
+
+
+def test_a_measure_that_is_no_number_breaks_its_limit() -> None:
+    drift = DriftMeter().measure(picture())
+    for name in vars(drift):
+        assert str(DriftLimits().broken_by(replace(drift, **{name: np.nan}))).startswith(f"{name} is nan")
 
 
 def test_a_rollout_that_drifts_is_stopped_where_that_is_asked_for(

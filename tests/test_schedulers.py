@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kairos import FewStepScheduler, FlowMatchScheduler, UserError
-from kairos.schedulers import shift_for
+from kairos.schedulers import draw_noise, shift_for
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "scheduler_cases.json").read_text())
 
@@ -76,6 +76,22 @@ def test_clips_of_a_batch_draw_their_noise_as_they_would_alone():
     assert torch.equal(together[1:], alone)
     with pytest.raises(UserError, match="one for each of the 2 videos"):
         scheduler.step(velocity, first, x, generator=generators[:1])
+
+
+def test_one_seed_is_one_noise_whatever_torchs_own_precision_and_device_are():
+    def drawn() -> list[torch.Tensor]:
+        one, two = (torch.Generator("cpu").manual_seed(seed) for seed in (1, 2))
+        return [draw_noise((2, 3), one), draw_noise((2, 3), [one, two])]
+
+    expected = drawn()
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            again = drawn()
+    finally:
+        torch.set_default_dtype(usual)
+    assert all(torch.equal(*pair) for pair in zip(expected, again, strict=True))
 
 
 @pytest.mark.parametrize("kind", [FlowMatchScheduler, FewStepScheduler])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import subprocess
 import sys
@@ -182,6 +183,27 @@ def test_a_step_like_the_one_before_leaves_later_blocks_out_and_another_does_not
     far = velocity(model, other, timestep, text, step_cache=cache)
     assert calls and torch.equal(far, velocity(model, other, timestep, text))
     assert (cache.computed, cache.skipped) == (2, 2)
+    torch.testing.assert_close(velocity(model, other, timestep, text, step_cache=cache), far)
+
+
+def test_a_step_is_compared_with_the_last_one_that_was_computed_in_full():
+    cache, first = StepCache(0.1), torch.ones(1, 2, 3)
+    assert not cache.skips(first)
+    assert cache.skips(1.06 * first)
+    assert not cache.skips(1.12 * first)  # 6 % from the step before, 12 % from the one that was computed
+
+
+def test_the_change_of_a_step_is_relative_to_its_mean_size():
+    cache, first = StepCache(0.05), torch.tensor([[[1.0, 1.0, 1.0, 9.0]]])
+    assert not cache.skips(first)
+    assert not cache.skips(first + 0.3)  # 10 % of the mean, 3 % of the largest
+
+
+def test_each_branch_of_guidance_has_a_step_cache_of_its_own(pipeline, caplog):
+    with caplog.at_level(logging.INFO, "kairos.pipeline"):
+        pipeline("a ball", num_inference_steps=3, guidance_scale=2, step_cache=1e9)
+    told = [message for message in caplog.messages if message.startswith("step cache")]
+    assert told == ["step cache: 2 of 3 steps left out"] * 2
 
 
 def test_a_prompt_stays_remembered_over_steps_that_are_left_out():
@@ -219,7 +241,7 @@ def test_a_video_is_the_same_under_a_cache_that_never_skips_and_another_under_on
 
 FRESH_PAGES = """
 import ctypes, resource
-from kairos.heap import keep_freed_memory
+from kairos.process import keep_freed_memory
 keep_freed_memory()
 libc, size = ctypes.CDLL(None), 12 << 20
 libc.malloc.restype = ctypes.c_void_p

@@ -20,7 +20,7 @@ from torch import Tensor
 from kairos import FewStepScheduler, UserError
 from kairos.models import vae as video_vae
 from kairos.pipeline import KairosPipeline
-from kairos.sizes import state_bytes
+from kairos.sizes import decoder_state_bytes, state_bytes
 from kairos.streaming import Rollout, StreamingVAEDecoder, WorldState, resume, stream
 
 
@@ -160,6 +160,27 @@ def test_videos_of_a_batch_are_those_that_come_alone(pipe):
         np.testing.assert_allclose(video, take(stream(pipe, prompt, generator=seeded(seed)), 2)[0], atol=1e-4)
 
 
+def test_videos_of_one_batch_without_generators_are_different(pipe):
+    frames = next(stream(pipe, ["a ball"] * 2))
+    assert not np.allclose(frames[0], frames[1], atol=1e-2)
+
+
+@pytest.mark.parametrize(("template", "read"), [("2026", True), ("2025-12", False)])
+def test_the_image_is_part_of_the_prompt_where_the_template_says_so(
+    pipe, picture, monkeypatch, template, read
+):
+    seen = []
+
+    def spy(encoder, tokenizer, prompts, *, images, **options):
+        seen.append((prompts, images))
+        return torch.zeros(len(prompts), 3, pipe.transformer.config.text_dim), torch.ones(len(prompts), 3)
+
+    monkeypatch.setattr("kairos.pipeline.encode_prompts", spy)
+    other = KairosPipeline(**pipe.components, prompt_template=template, defaults=pipe.config.defaults)
+    stream(other, "x", image=picture, negative_prompt="y", guidance_scale=2)
+    assert seen == [(["x"], [picture] if read else None), (["y"], None)]
+
+
 def test_the_state_is_as_large_after_a_thousand_chunks_as_after_ten(pipe, tmp_path):
     rollout = stream(pipe, "a ball", chunk_frames=2, num_inference_steps=1, generator=seeded())
     sizes = []
@@ -182,6 +203,8 @@ def test_the_size_of_the_state_is_the_one_computed_beforehand(pipe):
     layers = rollout.state.transformer.layers
     found = sum(tensor.nbytes for layer in layers for tensor in vars(layer).values())
     assert found == state_bytes(pipe.transformer.config, tokens_per_frame=4, dtype="float32")
+    decoder = sum(feature.nbytes for feature in rollout.state.decoder if isinstance(feature, Tensor))
+    assert decoder == decoder_state_bytes(pipe.vae.config, latents=16, dtype="float32")
 
 
 def test_what_a_state_holds_is_not_a_view_of_more(pipe):
@@ -337,6 +360,38 @@ def test_a_state_of_another_model_is_refused(pipe):
     assert "\n" not in str(caught.value)
 
 
+def test_a_state_belongs_to_its_vae_too(pipe):
+    other = KairosPipeline(
+        **pipe.components | {"vae": random_pipeline(seed=1).vae},
+        prompt_template="tiny",
+        defaults=pipe.config.defaults,
+    )
+    with pytest.raises(UserError, match="belongs to model"):
+        resume(other, stream(pipe, "a ball", num_inference_steps=1).state)
+
+
+def test_a_rollout_is_set_to_no_world_but_one_of_its_model(pipe):
+    other = random_pipeline(seed=1, causal="chunk", pad_dilated=False, dilation=2)
+    rollout, worlds = (stream(pipe, "a ball", num_inference_steps=1, generator=seeded()) for _ in range(2))
+    with pytest.raises(UserError, match="belongs to model"):
+        rollout.state = stream(other, "a ball", num_inference_steps=1).state
+    with pytest.raises(UserError, match="goes on from a WorldState"):
+        rollout.state = None
+    first = next(rollout)
+    rollout.state = worlds.state
+    assert np.array_equal(next(rollout), first)
+
+
+def test_a_world_is_shown_in_a_line_and_compared_by_what_it_is(pipe):
+    rollout = stream(pipe, "a ball", num_inference_steps=1)
+    next(rollout)
+    world = rollout.state
+    assert len(repr(world)) < 300 and "chunk_frames=3" in repr(world)
+    assert repr(world.transformer) == "TransformerState(frames=1)"
+    assert world == rollout.state and world != world.fork(1)
+    assert world.transformer == rollout.state.transformer != world.fork(1).transformer
+
+
 def test_a_state_of_another_model_says_where_the_right_one_is_named(pipe, tmp_path):
     other = random_pipeline(seed=1, causal="chunk", pad_dilated=False, dilation=2)
     world = stream(pipe, "a ball", num_inference_steps=1).state
@@ -410,12 +465,20 @@ def test_input_that_cannot_be_used_is_refused_in_one_line(pipe, picture):
         ({"num_inference_steps": -1}, "num_inference_steps must be at least 1, got -1"),
         ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
         ({"generator": [seeded(), seeded()]}, "a generator for each of the 1 videos, got 2"),
+        ({"generator": 0}, "must be a torch.Generator, got 0"),
+        ({"prompt": None}, "a text or a list of texts, got None"),
+        ({"prompt": 3}, "a text or a list of texts, got 3"),
+        ({"chunk_frames": "3"}, "chunk_frames must be a whole number, got '3'"),
+        ({"chunk_frames": 1.5}, "chunk_frames must be a whole number, got 1.5"),
+        ({"num_inference_steps": float("nan")}, "num_inference_steps must be a whole number, got nan"),
+        ({"guidance_scale": float("inf")}, "guidance_scale must be a number from 0 to 100, got inf"),
+        ({"negative_prompt": ["blur"] * 2, "guidance_scale": 3}, "one negative prompt, or one for each of"),
         ({"image": picture, "video": [picture] * 5}, "exclude each other"),
         ({"video": [picture] * 4}, "4n \\+ 1 frames, got 4"),
     ]
     for arguments, message in cases:
         with pytest.raises(UserError, match=message) as caught:
-            stream(pipe, "a ball", **arguments)
+            stream(pipe, **{"prompt": "a ball"} | arguments)
         assert "\n" not in str(caught.value)
     rollout = stream(pipe, "a ball", num_inference_steps=1)
     with pytest.raises(UserError, match="give the first prompt to stream"):
@@ -423,8 +486,27 @@ def test_input_that_cannot_be_used_is_refused_in_one_line(pipe, picture):
     next(rollout)
     with pytest.raises(UserError, match="one for each of the 1 videos, got 2"):
         rollout.change_prompt(["it stops", "it goes"])
-    with pytest.raises(UserError, match="1 future or more, got 0"):
+    with pytest.raises(UserError, match="a text or a list of texts, got None"):
+        rollout.change_prompt(None)
+    with pytest.raises(UserError, match="the number of futures must be at least 1, got 0"):
         rollout.state.fork(0)
+    with pytest.raises(UserError, match=r"number of futures must be a whole number, got 1\.5"):
+        rollout.state.fork(1.5)
+    with pytest.raises(UserError, match=r"a WorldState, such as WorldState\.load reads, got 'x'"):
+        resume(pipe, "x")
+
+
+def test_negative_prompts_and_generators_are_given_as_the_pipeline_takes_them(pipe):
+    def begin(**options) -> WorldState:
+        return stream(pipe, ["a ball", "a cube"], guidance_scale=3, **options).state
+
+    one, each, none, empty = (
+        begin(negative_prompt=negative).prompt for negative in ("blur", ["blur", "blur"], None, "")
+    )
+    assert all(map(torch.equal, one, each)) and all(map(torch.equal, none, empty))
+    assert not torch.equal(one[0], empty[0])
+    generators = seeded(1), seeded(2)
+    assert torch.equal(begin(generator=generators).generators, begin(generator=list(generators)).generators)
 
 
 def test_a_model_that_sees_the_future_is_refused(pipeline):

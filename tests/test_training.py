@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -37,7 +38,7 @@ from kairos.training.loop import train
 from kairos.training.muon import Muon, orthogonalise, split_parameters
 from kairos.training.parallel import Processes
 from kairos.training.plan import activation_bytes
-from kairos.training.progress import Progress
+from kairos.training.progress import Progress, duration
 from kairos.training.stage import Stage
 from kairos.weights import load_transformer_file
 
@@ -703,6 +704,34 @@ def test_progress_is_told_in_lines_and_in_tensorboard(clips, tmp_path, caplog):
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
     assert [event.step for event in events.Images("samples")] == [2, 4]
+
+
+def test_a_disk_that_tensorboard_finds_full_is_said_once_and_not_by_its_thread(tmp_path, monkeypatch):
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", b"events")
+
+    said = []
+    monkeypatch.setattr(threading, "excepthook", said.append)
+    monkeypatch.setattr(RecordWriter, "write", full)
+    with pytest.raises(OSError, match="No space left"), Progress(tmp_path, small_stage(), 1, 0, Processes()):
+        pass
+    for thread in threading.enumerate():
+        if type(thread).__module__.startswith("tensorboard"):
+            thread.join()
+    assert not said
+    monkeypatch.undo()
+    before = threading.excepthook
+    with Progress(tmp_path, small_stage(), 1, 0, Processes()):
+        assert threading.excepthook != before
+    assert threading.excepthook == before
+
+
+def test_durations_are_told_in_the_units_that_people_use():
+    told = {0.01234: "0.012 s", 0: "0 s", 7.31: "7.3 s", 65: "1 min 05 s", 3725: "1 h 02 min"}
+    assert {seconds: duration(seconds) for seconds in told} == told
+    assert duration(1.74e10) == "4,833,333 h 20 min"
 
 
 @pytest.mark.parametrize(

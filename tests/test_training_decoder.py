@@ -20,6 +20,7 @@ from kairos.training.vae import build_vae, pixels
 
 BUCKET = Bucket(9, 32, 32)
 SAMPLING = {"steps": 3, "guidance_scale": 1.0, "guide_continuation": True, "few_step": FewStepScheduler()}
+DEFAULTS = {"num_inference_steps": 4, "guidance_scale": 1.0}
 
 
 class Wrong:
@@ -104,7 +105,7 @@ def test_a_decoder_learns_what_a_model_means_and_the_encoder_stays(clips, tmp_pa
             return float((decode(vae, made) - pixels(frames, "cpu")).square().mean())
 
     wrong = error()
-    options = {"scheduler": FewStepScheduler(), "defaults": {"guidance_scale": 1.0}}
+    options = {"scheduler": FewStepScheduler(), "defaults": DEFAULTS}
     stage = DecoderStage(steps=80, muon_lr=0.02)
     train_decoder(tmp_path / "decoder", stage, vae, model, clips, references, **options)
     assert error() < 0.5 * wrong
@@ -132,7 +133,7 @@ def test_a_decoder_sees_samples_in_the_stages_precision_and_learns_in_float32(
     monkeypatch.setattr(decoder, "decoder_loss", lost)
     frames = np.zeros((9, 32, 32, 3), np.uint8)
     references = {key: ClipReference(key, key, "", BUCKET, lambda: frames) for key in clips.keys}
-    options = {"scheduler": FewStepScheduler(), "defaults": {}, "precision": precision}
+    options = {"scheduler": FewStepScheduler(), "defaults": DEFAULTS, "precision": precision}
     vae, model = build_vae(base_dim=8), Wrong(clips, offset=0.0)
     train_decoder(tmp_path / "decoder", DecoderStage(steps=1), vae, model, clips, references, **options)
     assert seen == [precision == "bfloat16", False]
@@ -155,7 +156,7 @@ def test_a_decoders_training_that_was_killed_goes_on_where_its_weights_are_the_s
         monkeypatch.setattr(decoder, "draw_latents", draw)
         torch.manual_seed(0)
         vae, model = build_vae(base_dim=8), Wrong(clips, offset=0.5)
-        options = {"scheduler": FewStepScheduler(), "defaults": {"guidance_scale": 1.0}, "origins": origins}
+        options = {"scheduler": FewStepScheduler(), "defaults": DEFAULTS, "origins": origins}
         train_decoder(tmp_path / folder, DecoderStage(steps=3), vae, model, clips, references, **options)
         return AutoencoderKLWan.from_pretrained(tmp_path / folder).state_dict()
 

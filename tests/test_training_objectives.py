@@ -16,7 +16,7 @@ from torch import Tensor
 from training_parts import clip_set, small_model, small_stage, stirred
 
 from kairos import KairosTransformer3DModel, UserError
-from kairos.schedulers import FewStepScheduler
+from kairos.schedulers import FewStepScheduler, FlowMatchScheduler
 from kairos.training import run as stage_run
 from kairos.training.cache import Encoders
 from kairos.training.clips import Bucket, SimulatorSource
@@ -30,9 +30,11 @@ from kairos.training.samples import SampleVideos, motion, sample_latents
 from kairos.training.stage import Distillation, LoRA, Preference
 from kairos.training.vae import build_vae
 from kairos.training.visible import cut_around, seen, visible_root
-from kairos.weights import load_transformer_file, save_original
-from kairos.weights.lora import apply_loras, parse_lora
-from kairos.weights.merge import dare, merge_files, parse_model, ties
+from kairos.weights import load_transformer_file, save_folder, save_original
+from kairos.weights.lora import apply_loras, parse_lora, split_weight
+from kairos.weights.merge import dare, merge_files, ties
+
+ONE_STEP = FlowMatchScheduler(), {"num_inference_steps": 1, "guidance_scale": 3.0}
 
 
 @pytest.fixture(scope="module")
@@ -516,7 +518,7 @@ def test_pictures_have_no_motion_to_compare_and_their_samples_no_first_frame(tmp
     pictures.captions = ["", ""]
     vae = build_vae(base_dim=8).eval()
     encoders = Encoders(vae, None, None, "tiny")
-    (one, _) = SampleVideos(pictures, encoders, ALONE, few_step=None, steps=1)(model, tmp_path, 1)
+    (one, _) = SampleVideos(pictures, encoders, ALONE, *ONE_STEP)(model, tmp_path, 1)
     assert one.shape == (1, 32, 32, 3)
 
 
@@ -737,9 +739,7 @@ def test_sample_videos_are_made_in_the_stages_precision(clips, tmp_path, monkeyp
     for precision, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
         model, seen_types = stirred(), set()
         model.blocks[0].ffn[0].register_forward_hook(lambda *call, kept=seen_types: kept.add(call[-1].dtype))
-        SampleVideos(clips, encoders, ALONE, few_step=None, steps=1, count=1, precision=precision)(
-            model, tmp_path, 1
-        )
+        SampleVideos(clips, encoders, ALONE, *ONE_STEP, count=1, precision=precision)(model, tmp_path, 1)
         assert seen_types == {dtype}
 
 
@@ -840,21 +840,22 @@ def test_the_random_half_of_a_lora_is_a_function_of_the_seed():
 
 def test_the_physics_measures_make_pairs(tmp_path):
     from kairos.presets import load_pipeline
-    from kairos.training.preference import LIST, encoders_of, load_pairs, rollout_pairs
+    from kairos.training.preference import LIST, load_pairs, rollout_pairs
 
     pipeline = load_pipeline("kairos-tiny-teacher", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     options = Preference(pairs=2, sampling_steps=2, guidance_scale=1.0)
     bucket = Bucket(13, 64, 64)
     source = SimulatorSource(("uniform",))
-    said = rollout_pairs(tmp_path, pipeline, source, bucket, options)
+    made_by = pipeline, Encoders(pipeline.vae, pipeline.text_encoder, pipeline.tokenizer, "tiny")
+    said = rollout_pairs(tmp_path, *made_by, source, bucket, options)
     assert said["better"] < said["worse"] and said["pairs"] >= 1
     listed = (tmp_path / LIST).stat().st_mtime_ns
-    assert rollout_pairs(tmp_path, pipeline, source, bucket, replace(options, beta=1.0)) == said
+    assert rollout_pairs(tmp_path, *made_by, source, bucket, replace(options, beta=1.0)) == said
     assert (tmp_path / LIST).stat().st_mtime_ns == listed  # they are there
-    said = rollout_pairs(tmp_path, pipeline, source, bucket, options, seed=1)
+    said = rollout_pairs(tmp_path, *made_by, source, bucket, options, seed=1)
     assert (tmp_path / LIST).stat().st_mtime_ns != listed
-    pairs = load_pairs(tmp_path, bucket, encoders_of(pipeline))
+    pairs = load_pairs(tmp_path, bucket, made_by[1])
     assert len(pairs) == said["pairs"] and pairs.past[0] == 2
     better, worse = pairs.better.latents([0]), pairs.worse.latents([0])
     assert torch.equal(better[:, :, :2], worse[:, :, :2]) and not torch.equal(better, worse)
@@ -870,10 +871,11 @@ def test_what_decides_about_pairs_is_the_same_in_every_process(tmp_path, monkeyp
     monkeypatch.setattr(preference, "digest", lambda what: told.append(what) or "of")
     monkeypatch.setattr(preference, "read_list", lambda folder: {"of": "of", "said": {}})
     pipeline = random_pipeline()
+    encoders = Encoders(pipeline.vae, pipeline.text_encoder, pipeline.tokenizer, "tiny")
     source, options = SimulatorSource(("uniform",)), Preference()
     for scheduler in (FewStepScheduler(), FewStepScheduler(shift=3.0)):
-        pipeline.register_modules(scheduler=scheduler)
-        preference.rollout_pairs(tmp_path, pipeline, source, Bucket(13, 64, 64), options)
+        made = encoders.pipeline(pipeline.transformer, scheduler, pipeline.config.defaults)
+        preference.rollout_pairs(tmp_path, made, encoders, source, Bucket(13, 64, 64), options)
     assert told[0] != told[1] and '"_' not in json.dumps(told)
 
 
@@ -884,7 +886,7 @@ def test_the_simulator_draws_squares_alone(tmp_path):
     with pytest.raises(UserError, match="pictures are square, bucket 13x64x96 is not"):
         list(source.references([wide], None))
     with pytest.raises(UserError, match="pictures are square, bucket 13x64x96 is not"):
-        rollout_pairs(tmp_path, None, source, wide, Preference())
+        rollout_pairs(tmp_path, None, None, source, wide, Preference())
 
 
 def test_pairs_are_made_again_where_what_they_were_made_of_has_changed(tmp_path, monkeypatch, caplog):
@@ -969,7 +971,7 @@ def test_a_line_that_is_no_pair_is_refused_with_its_number(tmp_path, entry, mess
 def test_exports_come_back_in_both_layouts(clips, tmp_path):
     model, batch = stirred(), batch_of(clips)
     save_original(model, tmp_path / "one.safetensors")
-    model.save_pretrained(tmp_path / "folder")
+    save_folder(model, tmp_path / "folder")
     save_weights(tmp_path / "ema", model, dict(model.named_parameters()))
     merge_files([(str(tmp_path / "ema"), 1.0)] * 2, tmp_path / "merged.safetensors")
     for again in (
@@ -1095,8 +1097,8 @@ def test_models_of_other_shapes_are_not_merged(three):
     ):
         merged(folder)
     with pytest.raises(UserError, match="FILE:WEIGHT"):
-        parse_model("x:y")
-    assert parse_model("x:0.5") == ("x", 0.5)
+        split_weight("x:y", "a model")
+    assert split_weight("x:0.5", "a model") == ("x", 0.5)
 
 
 def test_the_metadata_of_a_lora_says_its_rank(lora):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,14 @@ import torch
 import yaml
 from conftest import random_pipeline
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import Qwen2VLImageProcessorPil
 
-from kairos import KairosTransformer3DModel, MachineError, UserError
+from kairos import KairosPipeline, KairosTransformer3DModel, MachineError, UserError
 from kairos.presets import ASSETS
 from kairos.training import run as stage_run
+from kairos.training import steps
 from kairos.training.loop import build_optimizer
 from kairos.training.materials import encoder_dtype, load_start, sampler_of
 from kairos.training.parallel import ALONE
@@ -86,6 +89,7 @@ def test_a_recipe_makes_a_model_that_makes_a_video(tmp_path, monkeypatch):
     from kairos.training.visible import seen
     from kairos.weights import load_vae_file
 
+    os.umask(umask := os.umask(0))
     monkeypatch.setattr(vae, "MEASURED_CLIPS", 1)
     monkeypatch.setattr(visible, "CLIPS", 1)
     roots: dict[str, list[torch.Tensor | None]] = {"flow": [], "distillation": []}
@@ -132,6 +136,9 @@ def test_a_recipe_makes_a_model_that_makes_a_video(tmp_path, monkeypatch):
     video = pipeline("a red ball", num_frames=5).frames
     assert video.shape == (1, 5, 64, 64, 3)
     assert "_name_or_path" not in (tmp_path / "tiny" / "vae" / "config.json").read_text()
+    for part in ("vae", "conditioner", "decoder", "transformer", "tiny"):
+        modes = {file.stat().st_mode & 0o777 for file in (tmp_path / part).rglob("*.safetensors")}
+        assert modes == {0o666 & ~umask}, part
     first, second, last = (
         load_vae_file(tmp_path / part, dtype=torch.float32).state_dict()
         for part in ("vae", "decoder", "tiny/vae")
@@ -564,11 +571,52 @@ def test_the_command_plans_and_refuses_in_one_line(tmp_path, kairos):
     status, plan, said = kairos("train", "plan", file)
     assert status == 0, said
     assert all(word in plan for word in ("parameters", "optimizer", "activations", "steps, about"))
+    assert "on 1 x this device" in plan and "\nnot planned: vae, conditioner, cache, assemble\n" in plan
     status, _, said = kairos("train", "plan", file, "--memory-gb", "0.0001")
     assert status == 1 and said.count("\n") == 1 and "stage transformer needs" in said
     file.write_text("name: [")
     status, _, said = kairos("train", file)
     assert status == 2 and said.count("\n") == 1 and "is not YAML" in said
+
+
+def test_a_plan_for_a_gpu_that_is_told_of_computes_the_time_from_its_peak(tmp_path, kairos, monkeypatch):
+    from kairos.training import plan
+
+    def measured(*_):
+        raise AssertionError("this machine is not asked")
+
+    monkeypatch.setattr(plan, "measured_speed", measured)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(TINY))
+    exact = TINY | {"stages": [TINY["stages"][0] | {"precision": "float32"}]}
+    (tmp_path / "exact.yaml").write_text(yaml.safe_dump(exact))
+
+    def step_s(recipe, *options):
+        status, said, complaint = kairos("train", "plan", recipe, "--memory-gb", 80, *options)
+        assert status == 0 and "TFLOP/s, computed\n" in said, complaint
+        return float(said.split("tokens, about ")[1].split(" s on 1 x a GPU of ")[0])
+
+    assert step_s(file) == step_s(file, "--peak", 989.4) == pytest.approx(step_s(file, "--peak", 98.94) / 10)
+    assert step_s("exact.yaml") == pytest.approx(15 * step_s(file), rel=0.1)
+    status, _, said = kairos("train", "plan", file, "--peak", "989.4")
+    assert status == 2 and "--peak is of the GPU that --memory-gb tells of" in said
+    status, _, said = kairos("train", "plan", file, "--memory-gb", "80", "--peak", "0")
+    assert status == 2 and "must be above 0 TFLOP/s, got 0" in said
+
+
+def test_a_pipeline_that_finds_the_disk_full_is_not_left_half_there(tmp_path, monkeypatch):
+    content = changed(base="kairos-tiny-teacher", vae="absent", conditioner="absent", output=str(tmp_path))
+    recipe = build_recipe(content | {"model": {}}, "recipe")
+    monkeypatch.setattr(steps, "load_start", lambda *_: random_pipeline().transformer)
+
+    def full(self, folder):
+        (folder / "model_index.json").write_text("{}")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(KairosPipeline, "save_pretrained", full)
+    with pytest.raises(MachineError, match=r"cannot write .*tiny: no space left on device; free some space"):
+        steps.assemble(recipe, ALONE)
+    assert not list((tmp_path / "tiny").iterdir())
 
 
 def test_a_large_encoder_beside_a_gpu_is_bfloat16_and_any_other_float32(tmp_path, monkeypatch):

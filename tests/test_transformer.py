@@ -110,6 +110,21 @@ def test_golden_gated_delta_layer_with_its_states():
             torch.testing.assert_close(found, golden[f"conv_{name}_final"], atol=1e-4, rtol=0)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("sizes", [(1,) * 7, (2, 1, 4), (1, 2, 2, 2)])
+def test_a_gated_delta_layer_goes_on_from_pieces_shorter_than_its_convolution(sizes):
+    torch.manual_seed(0)
+    layer, x = GatedDeltaNet(16, 2, 8), torch.randn(1, 7, 16)
+    whole, state = layer.pass_over(x, None)
+    past, parts = None, []
+    for piece in x.split(sizes, dim=1):
+        y, past = layer.pass_over(piece, past)
+        parts.append(y)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole)
+    for ours, theirs in zip(vars(past).values(), vars(state).values(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("mode", ["t2v", "ti2v"])
 def test_golden_denoising_with_guidance(mode):
     golden = load_file(GOLDEN / "denoise_cases.safetensors")
@@ -290,6 +305,24 @@ def test_half_precision_keeps_the_gates_in_float32(tmp_path, dtype):
                 assert torch.equal(parameter, gates[name])
 
 
+@torch.no_grad()
+def test_gates_stay_exact_under_autocast(monkeypatch):
+    torch.manual_seed(0)
+    layer, x, seen = GatedDeltaNet(16, 2, 8), torch.randn(1, 9, 16), []
+    mix = layer.mix
+
+    def watched(projections, g, beta, past):
+        seen.append((g, beta))
+        return mix(projections, g, beta, past)
+
+    monkeypatch.setattr(layer, "mix", watched)
+    layer.pass_over(x, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer.pass_over(x, None)
+    for exact, cast in zip(*seen, strict=True):
+        assert cast.dtype == torch.float32 and torch.equal(exact, cast)
+
+
 def test_bfloat16_stays_near_float32():
     model = random_model()
     latents, timestep, text = random_inputs(9)
@@ -355,6 +388,18 @@ def test_layers_stored_in_eight_bits_are_widened_where_they_work():
     model.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
     assert model.blocks[3].gated_delta.q_conv1d.weight.dtype == torch.float8_e4m3fn
     assert (velocity(model, *inputs) - expected).norm() < 0.1 * expected.norm()
+
+
+@torch.no_grad()
+def test_a_model_is_exported_with_its_mask_and_works_on_itself():
+    model = random_model(num_layers=2, layer_pattern="SG")
+    latents, _, text = random_inputs(3)
+    options = {"encoder_attention_mask": torch.tensor([[True] * 3 + [False] * 2]), "return_dict": False}
+    inputs = latents, torch.tensor([500.0]), text
+    exported = torch.export.export(model, inputs, options).module()
+    for mask in (options["encoder_attention_mask"], torch.ones(1, 5, dtype=torch.bool)):
+        options["encoder_attention_mask"] = mask
+        torch.testing.assert_close(exported(*inputs, **options), model(*inputs, **options), atol=1e-4, rtol=0)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():

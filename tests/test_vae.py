@@ -171,6 +171,17 @@ def test_tiles_make_the_pixels_and_latents_of_the_whole(height, width, frames):
 
 
 @torch.no_grad()
+def test_tiling_is_enabled_as_diffusers_does_it(monkeypatch):
+    vae, tiled = AutoencoderKLWan(base_dim=8, num_res_blocks=1).eval(), []
+    for name, size in (("encode_in_tiles", (1, 16, 1, 40, 1)), ("decode_in_tiles", (1, 3, 1, 320, 8))):
+        made = torch.zeros(size)
+        monkeypatch.setattr(f"kairos.models.vae.{name}", lambda *_, made=made: tiled.append(made) or made)
+    vae.enable_tiling()
+    encode(vae, torch.zeros(1, 3, 1, 320, 8)), decode(vae, torch.zeros(1, 16, 1, 40, 1))
+    assert len(tiled) == 2
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_tiles_smaller_than_their_halo_are_exact_too(monkeypatch, blocks):
     monkeypatch.setattr("kairos.models.vae_tiles.TILE", 8)

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kairos import KairosTransformer3DModel, MachineError, UserError
+from kairos.data.files import whole_files
 from kairos.weights import (
     infer_transformer_config,
     load_transformer_file,
     load_vae_file,
     open_weights,
+    save_folder,
     save_original,
 )
 from kairos.weights.fingerprint import fingerprint
 from kairos.weights.lora import apply_loras, parse_lora
 from kairos.weights.merge import merge_files
+from kairos.weights.transformer import DIFFUSERS_FILE
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -360,12 +367,72 @@ def test_nothing_is_left_behind_where_saving_fails(model, tmp_path, monkeypatch)
 
     def full(tensors, path, metadata):
         path.write_bytes(b"a part")
-        raise OSError(28, "No space left on device")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("kairos.weights.transformer.save_file", full)
-    with pytest.raises(MachineError, match="disk is full"):
+    for save, to in ((save_original, tmp_path / "dit.safetensors"), (save_folder, tmp_path)):
+        with pytest.raises(MachineError, match=r"safetensors: no space left on device; free some space"):
+            save(model, to)
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting needs root")
+def test_weights_that_find_the_disk_really_full_leave_nothing(model, tmp_path):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "none", tmp_path]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not permitted here")
+    try:
+        for save, to in ((save_original, tmp_path / "dit.safetensors"), (save_folder, tmp_path)):
+            with pytest.raises(MachineError, match="no space left"):
+                save(model, to)
+        with pytest.raises(MachineError, match="no space left"), whole_files(tmp_path) as made:
+            model.save_pretrained(made)
+        assert not list(tmp_path.iterdir())
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_files_take_their_places_in_a_folder_together_or_not_at_all(tmp_path):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "checkpoint.pt").write_text("kept")
+    (tmp_path / "index.json").write_text("old")
+    for failure in (KeyboardInterrupt(), Exception("No space left on device (os error 28)"), None):
+        now = "old" if failure else "new"
+        with suppress(KeyboardInterrupt, MachineError), whole_files(tmp_path) as made:
+            (made / "vae").mkdir()
+            (made / "vae" / "config.json").write_text("{}")
+            (made / "index.json").write_text("new")
+            if failure:
+                raise failure
+        assert (tmp_path / "index.json").read_text() == now
+        assert (tmp_path / "vae" / "config.json").exists() is (failure is None)
+    assert sorted(file.name for file in tmp_path.rglob("*")) == [
+        "checkpoint.pt",
+        "config.json",
+        "index.json",
+        "vae",
+    ]
+
+
+def test_saved_weights_may_be_read_by_all_whom_the_umask_allows(model, tmp_path):
+    before = os.umask(0o022)
+    try:
         save_original(model, tmp_path / "dit.safetensors")
-    assert not list(tmp_path.iterdir())
+        save_folder(model, tmp_path / "folder")
+        with whole_files(tmp_path / "saved") as made:
+            model.save_pretrained(made)
+    finally:
+        os.umask(before)
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(files) == 5 and {file.stat().st_mode & 0o777 for file in files} == {0o644}
+
+
+def test_a_folder_of_weights_takes_the_place_of_the_shards_that_were_there(model, tmp_path):
+    KairosTransformer3DModel(**SIZES).save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.iterdir())) > 3
+    save_folder(model, tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", DIFFUSERS_FILE]
+    assert_same(load_transformer_file(tmp_path), model)
 
 
 def test_a_model_with_adapters_is_saved_under_the_released_names_once_they_are_unloaded(released, tmp_path):
@@ -422,6 +489,14 @@ def test_a_vae_with_missing_and_extra_tensors_is_refused(tmp_path):
     message = refusal(load_vae_file, tmp_path / "vae.safetensors")
     assert "lacks decoder.conv_out.bias" in message and "has stray" in message
     assert "is no WAN2.1 VAE" in refusal(load_vae_file, GOLDEN / "dit_weights.safetensors")
+
+
+def test_a_fingerprint_is_that_of_the_model_however_it_is_compiled():
+    model = KairosTransformer3DModel(**SIZES)
+    name = fingerprint({"transformer": model})
+    assert fingerprint({"transformer": torch.compile(model, backend="eager")}) == name
+    model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
+    assert fingerprint({"transformer": model}) == name
 
 
 def test_a_fingerprint_is_the_models_and_not_its_files_or_precisions(model, released):

@@ -4,13 +4,14 @@ Each command is a module here; heavy imports wait inside its body, so that `kair
 """
 
 import errno
+import os
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
 from typing import NoReturn
 
 from kairos.errors import KairosError, MachineError
-from kairos.heap import keep_freed_memory
+from kairos.process import keep_freed_memory
 
 REFUSED = {
     errno.ENAMETOOLONG: "the file name is too long",
@@ -19,7 +20,7 @@ REFUSED = {
 }
 """What the system says of a path that somebody gave."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-"""What it says of a disk that is full or fails, of standard output too."""
+"""What it says of a disk that is full or fails, of standard output too, where there is no file to name."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -48,10 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except MemoryError:
         message, status = "not enough memory; try a smaller size, fewer frames or --tiled", 1
     except OSError as error:
-        if error.filename and error.errno in REFUSED:
-            message, status = f"{REFUSED[error.errno]}: {error.filename}", 2
-        elif not error.filename and error.errno in FULL:
-            message, status = (error.strerror or str(error)).lower(), 1
+        name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+        where = f": {name}" if name else ""
+        if where and error.errno in REFUSED:
+            message, status = REFUSED[error.errno] + where, 2
+        elif error.errno in FULL:
+            message, status = (error.strerror or str(error)).lower() + where, 1
         else:
             raise
     except (KeyboardInterrupt, typer.Abort):

@@ -49,7 +49,7 @@ def kairos(
 
 
 app.command("generate")(generate.generate)
-app.command("rollout")(rollout.rollout)
+app.command("rollout", cls=rollout.SecondAndText)(rollout.rollout)
 app.command("show")(show.show)
 app.command("evaluate")(evaluate.evaluate)
 app.command("plan")(plan.plan)

@@ -155,7 +155,9 @@ def _planned(jobs: Sequence[Job], options: RunOptions) -> Plan | None:
         return None
     import torch
 
-    requests, device = [job.request for job in jobs], torch.device(options.device)
+    # One with more given frames than it makes is for its worker to refuse, by itself.
+    requests = [replace(job.request, input_frames=None) for job in jobs]
+    device = torch.device(options.device)
     # With nowhere to offload to, a worker keeps its encoder: it never knows which prompt is its last.
     return planned(requests, options, device, rolling=device.type == "cpu")
 

@@ -110,6 +110,7 @@ def compare_on_rank(model: str | None, request: dict[str, Any], most: int, kind:
     from kairos.pipeline import one_after_the_other
 
     logging.getLogger("kairos").setLevel(logging.ERROR)  # a small size is what was asked for
+    torch.backends.cudnn.allow_tf32 = False  # by default a GPU's convolutions round to ten bits
     world = join(kind, {"model": model})
     import_libraries()
     pipeline = presets.load_pipeline(model or presets.DEFAULT, device=world.device, dtype=torch.float32)

@@ -168,15 +168,16 @@ COLUMNS = {
     "truth": ("velocity_error", "floor_truth"),
     "VAE": ("velocity_error", "floor_vae"),
     "motion": ("motion_ratio", "value"),
+    "teacher": ("motion_to_teacher", "value"),
     "kept": ("conserved", "value"),
     "law": ("expectation", "value"),
     "text": ("all", "value"),
     "dB": ("psnr", "value"),
 }
-"""What the table shows: heading -> measure and which of its numbers."""
+"""What the table shows, where there is such a thing: heading -> measure and which of its numbers."""
 OWN = ("permanence", "contact")
-LEGEND = """velocity: its error beside its floors (truth, VAE); motion: to the truth's; kept: count, colours;
-law: possible preferred to impossible; text: all as captioned; dB: the VAE's PSNR;
+LEGEND = """velocity: its error beside its floors (truth, VAE); motion: to the truth's; teacher: to the teacher's;
+kept: count, colours; law: possible preferred to impossible; text: all as captioned; dB: the VAE's PSNR;
 own: the ball comes out again (occlusion), the balls meet and part (collision)"""
 
 
@@ -185,14 +186,20 @@ def table(results: dict[str, Any]) -> "Table":
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
+    every = [measures for found in results["splits"].values() for measures in found["scenes"].values()]
+    columns = {
+        heading: (name, which)
+        for heading, (name, which) in COLUMNS.items()
+        if any(measures.get(name, {}).get(which) is not None for measures in every)
+    }
     view = Table(title=results["model"], box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
-    for heading in ("scene", *COLUMNS, "own"):
+    for heading in ("scene", *columns, "own"):
         view.add_column(heading, justify="left" if heading == "scene" else "right", no_wrap=True)
     for split, found in results["splits"].items():
         view.add_section()
         view.add_row(split, style="bold")
         for scene, measures in found["scenes"].items():
-            cells = [number(measures.get(name, {}).get(which)) for name, which in COLUMNS.values()]
+            cells = [number(measures.get(name, {}).get(which)) for name, which in columns.values()]
             own = [number(measures[name]["value"]) for name in OWN if name in measures]
             view.add_row(scene, *cells, *(own or [""]))
     return view

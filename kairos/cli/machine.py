@@ -9,6 +9,7 @@ from typing import Any
 
 from kairos.cli.console import hush
 from kairos.errors import MachineError, UserError, one_line
+from kairos.process import peak_gb
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -38,7 +39,10 @@ def import_libraries() -> None:
 
 
 def device_and_dtype(device: str, dtype: str) -> tuple[Any, Any]:
-    """torch's own of what the command line says. Raises UserError for a device that cannot be used."""
+    """torch's own of what the command line says. Raises UserError for a device that cannot be used.
+
+    A GPU that is named becomes the current one: its memory is asked for, and streams are made, without a name.
+    """
     import torch
 
     name = device
@@ -46,6 +50,8 @@ def device_and_dtype(device: str, dtype: str) -> tuple[Any, Any]:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.device(name)
+        if found.type == "cuda" and found.index is not None:
+            torch.cuda.set_device(found)
         torch.empty(1, device=found).cpu()
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise UserError(f"device {device!r} cannot be used: {one_line(error)}; try --device cpu") from error
@@ -82,13 +88,7 @@ def peak_memory() -> str:
     """The most memory that this process has held so far, on the machine and on the GPU."""
     import torch
 
-    try:
-        import resource
-    except ImportError:  # Windows
-        said = "unknown"
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        said = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"
+    said = "unknown" if (peak := peak_gb()) is None else f"{peak:.2f} GB"
     if torch.cuda.is_available():
         said += f", {torch.cuda.max_memory_allocated() / 1e9:.2f} GB on the GPU"
     return said

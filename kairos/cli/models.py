@@ -55,8 +55,11 @@ def info(
         whole_gb, freed_gb = gpu_memory_gb(about, dtype)
         rows.append((f"GPU, in {dtype}", f"about {whole_gb:.3g} GB; {freed_gb:.3g} GB with --free-encoder"))
     rows.append(("beside that", f"about {PROCESS_GB} GB of the machine's memory for the libraries"))
-    if about.causal == "chunk":
-        rows.append(("state of a rollout", f"{about.state_mb:,.1f} MB in bfloat16"))
+    carried = "state of a rollout" if about.causal == "chunk" else "state, if chunk-causal"
+    for dtype in ("bfloat16", "float32"):
+        layers, decoder = about.state_mb(dtype)
+        vae = f"{decoder:,.1f} MB of the VAE's decoder in {about.vae_dtype(dtype)}"
+        rows.append((carried, f"{layers:,.1f} MB of the layers in {dtype}, {vae}"))
     for title, value in rows:
         out.print(f"{title.replace('_', ' '):>24}  {value}")
 

@@ -53,7 +53,7 @@ def plan(
     assert budget is not None
     # What no video can be is refused as `generate` refuses it.
     RunOptions(model=model, dtype=dtype, quantize=quantize)
-    Request(
+    request = Request(
         "any",
         height=height,
         width=width,
@@ -62,7 +62,7 @@ def plan(
         guidance_scale=guidance,
     )
     about = info(model)
-    clip = memory.clip_of(about.defaults, about.scheduler, height, width, frames, steps, guidance)
+    clip = memory.clip_of(about.defaults, about.scheduler, request)
     made = memory.plan(
         for_planning(about, device, dtype),
         clip,

@@ -14,21 +14,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def resolved(request: Request, defaults: Mapping[str, Any]) -> Request:
-    """The request with every value that it left to the model."""
-    return replace(
-        request,
-        height=request.height or int(defaults["height"]),
-        width=request.width or int(defaults["width"]),
-        num_frames=request.num_frames or int(defaults["num_frames"]),
-        num_inference_steps=request.num_inference_steps or int(defaults["num_inference_steps"]),
-        guidance_scale=defaults["guidance_scale"]
-        if request.guidance_scale is None
-        else request.guidance_scale,
-        fps=request.fps or defaults["fps"],
-    )
-
-
 def as_used(request: Request, pipeline: "KairosPipeline") -> Request:
     """The request without what changes nothing in this model; what of that was asked for is said."""
     defaults = pipeline.config.defaults
@@ -69,7 +54,7 @@ def check_request(request: Request, defaults: Mapping[str, Any], scale: int | No
     """What a model with these defaults would find wrong with a request for a clip, the files it names too."""
     from kairos.data.media import shown_size
 
-    request = resolved(request, defaults)
+    request = request.completed(defaults)
     assert request.height and request.width
     shown_size(request.height, request.width, scale)
     if request.input_video:

@@ -18,7 +18,7 @@ from rich.text import Text
 from kairos.cli.console import err, out, waiting
 from kairos.cli.jobs import keep_inputs
 from kairos.cli.machine import device_and_dtype, dtype_named, explained_memory, import_libraries
-from kairos.cli.resolve import as_used, check_inputs, resolved
+from kairos.cli.resolve import as_used, check_inputs
 from kairos.cli.run import RunOptions, check_model, load, pixels, planned
 from kairos.data.files import prepare_file
 from kairos.data.growing_video import GrowingFile, GrowingVideo, frame_count
@@ -114,7 +114,7 @@ def roll(job: RolloutJob, options: RunOptions) -> None:
             num_inference_steps=world.settings.num_inference_steps,
             guidance_scale=world.settings.guidance_scale,
         )
-    size = resolved(size, model.defaults)
+    size = size.completed(model.defaults)
     assert size.height and size.width
     shown_size(*grid_size(videos, size.height, size.width), options.scale)
     device, dtype = device_and_dtype(options.device, options.dtype)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from kairos import presets
 from kairos.cli.console import show_log
@@ -29,6 +30,20 @@ from kairos.errors import UserError
 from kairos.request import check_text
 
 length, world = panel("How long"), panel("The world")
+SECOND = r"\s*(\d+(?:\.\d*)?|\.\d+)\s*s"
+"""As --prompt-at says one: 12s."""
+
+
+class SecondAndText(TyperCommand):
+    """`--prompt-at 12s TEXT`, its value in two words, is `--prompt-at "12s TEXT"`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        args = list(args)
+        for place, word in enumerate(args):
+            second, *text = args[place + 1 : place + 3] or [""]
+            if word == "--prompt-at" and re.fullmatch(SECOND, second) and text and text[0][:1] != "-":
+                args[place + 1 : place + 3] = [f"{second} {text[0]}"]
+        return super().parse_args(ctx, args)
 
 
 def rollout(
@@ -153,7 +168,7 @@ def rollout(
 
 def prompt_change(text: str) -> tuple[float, str]:
     """`12s a blue ball falls` -> (12.0, "a blue ball falls")."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*s\s+(.*\S)\s*", text, re.DOTALL)
+    found = re.fullmatch(SECOND + r"\s+(.*\S)\s*", text, re.DOTALL)
     if found is None:
         raise UserError(f'--prompt-at takes a second and a text, such as "12s a ball falls", got {text!r}')
     check_text("--prompt-at", found[2])

@@ -22,7 +22,7 @@ from kairos.cli.machine import (
     import_libraries,
     peak_memory,
 )
-from kairos.cli.resolve import as_used, check_request, check_template, resolved, start_of_video
+from kairos.cli.resolve import as_used, check_request, check_template, start_of_video
 from kairos.errors import UserError
 from kairos.memory import QUANTIZED
 from kairos.request import Request, check_text
@@ -179,14 +179,11 @@ def encoder_after(options: RunOptions, device: Any, plan: "Plan | None" = None, 
 
 
 def vae_precision(options: RunOptions, device: Any) -> Any:
-    """The VAE's dtype; None leaves its own, as "auto" does where nothing is quicker or --dtype is given.
-
-    float16 does not hold what is inside this VAE: there it is float32.
-    """
+    """The VAE's dtype; None leaves its own, as "auto" does where nothing is quicker or --dtype is given."""
     from kairos.models.vae import quickest_dtype
 
-    if options.vae_dtype != "auto" or options.dtype == "float16":
-        return dtype_named("float32" if options.vae_dtype == "auto" else options.vae_dtype)
+    if options.vae_dtype != "auto":
+        return dtype_named(options.vae_dtype)
     return quickest_dtype(device) if options.dtype == "auto" else None
 
 
@@ -207,18 +204,7 @@ def planned(
     kind = "cpu" if device.type == "cpu" else "cuda"
     budget_gb = free_gb(device) if options.memory == "auto" else float(options.memory or 0)
     about = info(options.model)
-    clips = [
-        memory.clip_of(
-            about.defaults,
-            about.scheduler,
-            request.height,
-            request.width,
-            request.num_frames,
-            request.num_inference_steps,
-            request.guidance_scale,
-        )
-        for request in requests
-    ]
+    clips = [memory.clip_of(about.defaults, about.scheduler, request) for request in requests]
     model = for_planning(about, kind, options.dtype)
     if (precision := vae_precision(options, device)) is not None:
         model = replace(model, vae_dtype=str(precision).removeprefix("torch."))
@@ -234,7 +220,7 @@ def make_job(job: Job, loaded: Loaded, after_encoding: str = "keep", *, write: b
     from kairos.data.media import write_video
 
     pipeline, scale = loaded.pipeline, loaded.options.scale
-    request = resolved(as_used(job.request, pipeline), pipeline.config.defaults)
+    request = as_used(job.request, pipeline).completed(pipeline.config.defaults)
     with loaded.clock.stage("sample"):
         frames = make(pipeline, request, after_encoding, loaded.options.step_cache)
     if not write:
@@ -354,9 +340,10 @@ def _watch(clock: Clock, pipeline: "KairosPipeline") -> None:
     """Have the clock tell the pipeline's parts apart."""
     import torch
 
-    device = pipeline.device
+    device, encoder = pipeline._execution_device, pipeline.text_encoder  # not where offloaded parts lie
+    assert encoder is not None
     synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" else None
-    clock.watch(pipeline.text_encoder, "encode prompt", synchronize)
+    clock.watch(encoder.model, "encode prompt", synchronize)
     clock.watch(pipeline.vae.encoder, "encode frames", synchronize)
     clock.watch(pipeline.transformer, "denoise", synchronize)
     clock.watch(pipeline.vae.decoder, "decode frames", synchronize)

@@ -41,11 +41,12 @@ def show(
     if as_json:
         out.print(json.dumps(metadata, indent=2, ensure_ascii=not out.encoding.startswith("utf")))
         return
-    command = _command(video, metadata)
+    command = None if "sample" in metadata else _command(video, metadata)  # no command makes one of training
     for name, value in _rows(metadata):
         out.print(Text(f"{_printable(name):>20}", style="bold"), _printable(value))
-    out.print()
-    out.print(command)
+    if command is not None:
+        out.print()
+        out.print(command)
 
 
 def _command(video: Path, metadata: dict[str, Any]) -> str:

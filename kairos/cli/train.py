@@ -73,39 +73,63 @@ def plan(
     memory_gb: Annotated[
         float | None, option("Of the GPU of each process. Default: this machine's device.", "GB")
     ] = None,
+    peak: Annotated[
+        float | None,
+        option("Of such a GPU in bfloat16. Default: 989.4, an H100's.", "TFLOPS", show_default=False),
+    ] = None,
 ) -> None:
-    """Say what every stage needs: parameters, memory by part, time of a step. Refuse what cannot fit."""
+    """Say what each stage of the LinearDiT needs: parameters, memory by part, time of a step. Refuse what
+    cannot fit.
+
+    The time is this machine's, measured at matrix products, or with --memory-gb computed from the GPU's peak.
+    What else a recipe makes is named, and not planned.
+    """
     show_log(verbose=False)
+    from functools import cache
+
     import torch
 
+    from kairos import sizes
+    from kairos.errors import UserError
     from kairos.training.check import check_run
     from kairos.training.plan import (
-        EFFICIENCY,
         available_gb,
+        computed_speed,
         measured_speed,
         plan_stage,
         refuse_too_large,
     )
+    from kairos.training.progress import duration
     from kairos.training.recipe import read_recipe
 
+    if peak is not None and memory_gb is None:
+        raise UserError("--peak is of the GPU that --memory-gb tells of; give both, or leave it out")
+    peak = sizes.PEAK_TFLOPS if peak is None else peak
+    if not 0 < peak < float("inf"):
+        raise UserError(f"the peak must be above 0 TFLOP/s, got {peak:g}")
     content = read_recipe(recipe)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    speeds: dict[str, float] = {}
+    machine = "this device" if memory_gb is None else f"a GPU of {peak:g} TFLOP/s, computed"
+
+    @cache
+    def speed(precision: str) -> float:
+        return measured_speed(device, precision) if memory_gb is None else computed_speed(peak, precision)
+
     available = available_gb(device) if memory_gb is None else memory_gb
     kind = device.type if memory_gb is None else "cuda"  # a machine that is told of is none like this
     check_run(content, content.stages, processes)
     plans = [(stage, plan_stage(content, stage, processes, kind)) for stage in content.stages]
     for stage, needed in plans:
-        if stage.precision not in speeds:
-            speeds[stage.precision] = measured_speed(device, stage.precision)
-        step_s = needed.flops / (processes * EFFICIENCY * speeds[stage.precision])
+        step_s = needed.flops / (processes * speed(stage.precision))
         millions, trained = needed.parameters / 1e6, needed.trained / 1e6
         _say(f"{stage.name}: {millions:,.2f} M parameters, {trained:,.2f} M trained")
         parts = ", ".join(f"{part} {size:.3g}" for part, size in needed.memory_gb.items())
         _say(f"{'memory':>12}  {needed.total_gb:.3g} GB a process: {parts}")
-        devices = f"{processes} x this device"
-        _say(f"{'a step':>12}  up to {needed.tokens:,} tokens, about {step_s:.3g} s on {devices}")
-        _say(f"{'in all':>12}  {stage.steps:,} steps, about {stage.steps * step_s / 3600:.3g} h")
+        tokens, took = f"up to {needed.tokens:,} tokens", duration(step_s)
+        _say(f"{'a step':>12}  {tokens}, about {took} on {processes} x {machine}")
+        _say(f"{'in all':>12}  {stage.steps:,} steps, about {duration(stage.steps * step_s)}")
+    planned = {stage.name for stage in content.stages}
+    _say(f"not planned: {', '.join(name for name in content.steps if name not in planned)}")
     for _, needed in plans:
         refuse_too_large(needed, available)
 
@@ -115,31 +139,39 @@ def merge(
     models: Annotated[
         list[str],
         typer.Argument(
-            metavar="FILE[:WEIGHT]...", show_default=False, help="LinearDiTs: files or folders, with weights."
+            metavar="MODEL[:WEIGHT]...",
+            show_default=False,
+            help="LinearDiTs: models by name, files or folders, with weights.",
         ),
     ],
     output: Annotated[Path, option("The merged weights, in safetensors.", "FILE", "--output", "-o")],
     method: Annotated[str, option("average, ties or dare.", "NAME")] = "average",
     base: Annotated[
-        str | None, option("What the models were trained from; ties and dare need it.", "FILE")
+        str | None, option("What the models were trained from; ties and dare need it.", "MODEL")
     ] = None,
     density: Annotated[float, option("Share of the differences that ties and dare keep.", "SHARE")] = 0.5,
     seed: Annotated[int, option("Of dare's choice.", "N")] = 0,
 ) -> None:
     """Merge checkpoints of one model, tensor by tensor: never two of them are in memory."""
     show_log(verbose=True)
-    from kairos.weights.merge import merge_files, parse_model
+    from kairos.training.materials import weights_of
+    from kairos.weights.lora import split_weight
+    from kairos.weights.merge import merge_files
 
-    merge_files(
-        [parse_model(m) for m in models], output, method=method, base=base, density=density, seed=seed
-    )
+    weighted = [split_weight(model, "a model") for model in models]
+    weighted = [(str(weights_of(model)), weight) for model, weight in weighted]
+    start = None if base is None else str(weights_of(base))
+    merge_files(weighted, output, method=method, base=start, density=density, seed=seed)
     _say(f"{output}: {len(models)} models merged by {method}")
 
 
 @app.command()
 def export(
     weights: Annotated[
-        Path, typer.Argument(metavar="WEIGHTS", show_default=False, help="A LinearDiT: a file or a folder.")
+        str,
+        typer.Argument(
+            metavar="MODEL", show_default=False, help="A LinearDiT: a model by name, a file or a folder."
+        ),
     ],
     output: Annotated[
         Path,
@@ -150,8 +182,13 @@ def export(
         ),
     ],
     dtype: Annotated[str, option("bfloat16 or float32.", "NAME")] = "bfloat16",
+    lora: Annotated[
+        list[str] | None,
+        option("A LoRA to add to it, with its weight. May be given several times.", "FILE[:WEIGHT]"),
+    ] = None,
 ) -> None:
-    """Write a trained LinearDiT under the released names or in diffusers' layout."""
+    """Write a trained LinearDiT, with its LoRAs if it has any, under the released names or in diffusers'
+    layout."""
     show_log(verbose=True)
     from kairos.errors import UserError
 
@@ -160,15 +197,16 @@ def export(
     import torch
 
     from kairos.data.files import prepare_file, prepare_folder
-    from kairos.weights import load_transformer_file, save_original
+    from kairos.training.materials import released_config, weights_of
+    from kairos.weights import load_transformer_file, save_folder, save_original
+    from kairos.weights.lora import apply_loras, parse_lora
 
+    loras, path = [parse_lora(one) for one in lora or ()], weights_of(weights)
     single = output.suffix == ".safetensors"
     prepare_file(output) if single else prepare_folder(output)
-    model = load_transformer_file(weights, dtype=getattr(torch, dtype))
-    if single:
-        save_original(model, output)
-    else:
-        model.save_pretrained(output)
+    model = load_transformer_file(path, dtype=getattr(torch, dtype), otherwise=released_config(weights))
+    apply_loras(model, loras)
+    (save_original if single else save_folder)(model, output)
     _say(f"{output}: {sum(p.numel() for p in model.parameters()) / 1e6:,.2f} M parameters")
 
 

@@ -8,10 +8,13 @@ from collections.abc import Hashable
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 CAPACITY = 32
 """Embeddings that are kept of each encoder."""
+DEVICES = ("cpu", "cuda")
+"""Kinds of devices whose autocast an embedding is made under."""
 
 
 class EmbeddingCache:
@@ -52,4 +55,6 @@ def _version(encoder: nn.Module) -> Hashable:
         (layer.disable_adapters, *layer.active_adapters, str(getattr(layer, "scaling", "")))
         for layer in layers
     )
-    return writes, tuple(map(id, parameters)), adapters, parameters[0].dtype if parameters else None
+    cast = [torch.get_autocast_dtype(kind) for kind in DEVICES if torch.is_autocast_enabled(kind)]
+    precision = parameters[0].dtype if parameters else None, *cast
+    return writes, tuple(map(id, parameters)), adapters, precision

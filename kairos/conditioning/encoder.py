@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from PIL import Image
 from torch import Tensor
 from transformers import (
@@ -113,6 +115,7 @@ def load_text_encoder(
         loaded: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             folders["text_encoder"],
             dtype="auto" if dtype is None or '"quantization_config"' in config.read_text() else dtype,
+            variant=_variant(folders["text_encoder"]),
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # named below
@@ -139,6 +142,13 @@ def load_text_encoder(
                 processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
             break
     return encoder.eval(), tokenizer, processor
+
+
+def _variant(folder: Path) -> str | None:
+    """The variant that the weights were saved as, such as "bf16" of model.bf16.safetensors, if all were."""
+    layout = re.compile(r"model(?:\.(.+?))?(?:-\d+-of-\d+)?\.safetensors")
+    found = {match[1] for file in folder.iterdir() if (match := layout.fullmatch(file.name))}
+    return found.pop() if len(found) == 1 else None
 
 
 @dataclass(frozen=True)
@@ -254,16 +264,18 @@ def _encode(
     if pictures := [chat.pixels for chat in chats if chat.pixels is not None]:
         vision = {name: torch.cat([one[name] for one in pictures]).to(device) for name in pictures[0]}
         vision["mm_token_type_ids"] = (ids == text_encoder.config.image_token_id).int() * mask.int()
-    output = text_encoder(
-        input_ids=ids,
-        attention_mask=mask,
-        output_hidden_states=True,
-        logits_to_keep=1,  # the logits are not wanted
-        use_cache=False,
-        **vision,
-    )
-    hidden = output.hidden_states[-1]  # after the last norm
+    hidden = _hidden_states(text_encoder, input_ids=ids, attention_mask=mask, **vision)
     return [states[:length] for states, length in zip(hidden, lengths, strict=True)]
+
+
+@apply_forward_hook
+def _hidden_states(text_encoder: Qwen2_5_VLForConditionalGeneration, **inputs: Tensor) -> Tensor:
+    """The last hidden states (B, T, C), after the last norm.
+
+    Of the model inside: no logits are wanted, and for hidden states the outer one keeps those of every layer,
+    by hooks with which it cannot be pickled.
+    """
+    return text_encoder.model(**inputs, use_cache=False).last_hidden_state
 
 
 def _is_hooked(module: torch.nn.Module) -> bool:

@@ -6,23 +6,17 @@ OpenAI's chat protocol. Nothing is sampled, so that one prompt gives one text.
 
 from __future__ import annotations
 
-import json
 import time
-import urllib.error
-import urllib.request
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import urldefrag, urlsplit
 
-from kairos.credentials import bearer
+from kairos.endpoint import ask, at
 from kairos.errors import MachineError, UserError
 
 REWRITER = "Qwen/Qwen3-VL-8B-Instruct"
 KEY_VARIABLE = "KAIROS_REWRITE_API_KEY"
 MAX_TOKENS = 400
-MAX_BYTES = 1 << 20
-MAX_REASON_BYTES = 1 << 13
 
 INSTRUCTION = (
     "You write prompts for a video model. Turn what the user wants into one paragraph of at most 150 words, "
@@ -135,10 +129,10 @@ def _ask_endpoint(source: str, messages: list[dict[str, str]], deadline: float) 
         raise UserError(f"the endpoint must be an http or https URL, got {source!r}")
     url = url.rstrip("/")
     if not model:
-        model = _picked(url, _request(f"{url}/models", None, deadline), "data", 0, "id")
+        model = _picked(url, ask(f"{url}/models", None, KEY_VARIABLE, deadline), "data", 0, "id")
     body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": MAX_TOKENS}
-    answer = _request(f"{url}/chat/completions", body, deadline)
-    finished = _at(answer, "choices", 0, "finish_reason")  # before the text, which then may be null
+    answer = ask(f"{url}/chat/completions", body, KEY_VARIABLE, deadline)
+    finished = at(answer, "choices", 0, "finish_reason")  # before the text, which then may be null
     if finished == "length":  # half a prompt, or half of its thoughts
         raise _cut(f"{model} at {url}")
     if finished == "content_filter":
@@ -146,83 +140,13 @@ def _ask_endpoint(source: str, messages: list[dict[str, str]], deadline: float) 
     return _picked(url, answer, "choices", 0, "message", "content")
 
 
-def _request(url: str, body: dict[str, Any] | None, deadline: float) -> Any:
-    """The JSON that the endpoint answers with, to a GET or, with a body, a POST."""
-    headers = {"Content-Type": "application/json"} | bearer(KEY_VARIABLE)
-    request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)
-    opener = urllib.request.build_opener(_NoRedirects)
-    try:
-        with opener.open(request, timeout=max(deadline - time.monotonic(), 0.1)) as response:
-            content = _read(response, MAX_BYTES + 1, deadline)
-            if len(content) > MAX_BYTES:
-                raise UserError(f"{url} answers with more than {MAX_BYTES >> 20} MiB; it is no chat endpoint")
-    except urllib.error.HTTPError as error:
-        with error:
-            hint = f"; set {KEY_VARIABLE}" if error.code in (401, 403) else ""
-            kind = UserError if error.code < 500 and error.code not in (408, 429) else MachineError
-            said = _reason(error, deadline)
-            raise kind(f"{url} answered {error.code} {error.reason}{said}{hint}") from error
-    except (OSError, HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        late = isinstance(reason, TimeoutError)
-        said = "took too long" if late else f"cannot be reached: {str(reason) or type(reason).__name__}"
-        raise MachineError(f"{url} {said}; the prompt is not rewritten") from error
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{url} is not a URL that can be asked: {error}") from error
-    try:
-        return json.loads(content)
-    except ValueError as error:
-        raise UserError(f"{url} does not answer with JSON; it is no OpenAI-compatible endpoint") from error
-
-
-def _read(response: Any, limit: int, deadline: float) -> bytes:
-    """The answer's first bytes, `limit` at most."""
-    content = b""
-    while len(content) < limit and (part := response.read1(limit - len(content))):
-        content += part
-        if time.monotonic() > deadline:
-            raise TimeoutError
-    return content
-
-
-def _reason(error: urllib.error.HTTPError, deadline: float) -> str:
-    """What the endpoint itself says of its refusal, behind a colon; less the key, which it may repeat."""
-    try:
-        said = _at(json.loads(_read(error, MAX_REASON_BYTES, deadline)), "error", "message")
-    except (OSError, HTTPException, ValueError):
-        said = None
-    said = " ".join(said.split()) if isinstance(said, str) else ""
-    for header in bearer(KEY_VARIABLE).values():
-        said = said.replace(header.removeprefix("Bearer "), "...")
-    return said and f": {said[:200]}"
-
-
 def _picked(url: str, answer: Any, *path: str | int) -> str:
     """The text at `path` in an answer."""
-    text = _at(answer, *path)
+    text = at(answer, *path)
     if not isinstance(text, str):
         names = ".".join(map(str, path))
         raise UserError(f"{url} answers without {names}; it is no OpenAI-compatible endpoint")
     return text
-
-
-def _at(answer: Any, *path: str | int) -> Any:
-    """What is at `path` in an answer, None where there is nothing."""
-    for step in path:
-        try:
-            answer = answer[step]
-        except (LookupError, TypeError):
-            return None
-    return answer
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """The key goes to the endpoint that was named, nowhere else."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
 
 
 def _load(source: str) -> tuple[Any, Any]:

@@ -212,8 +212,10 @@ def _sidecar(entry: Source) -> tuple[Source, str]:
     if entry.file.suffix.lower() != ".txt":
         return belongs, ""
     try:
-        with entry.file.open(encoding=_UTF8, errors="replace") as file:
+        with entry.file.open(encoding=_UTF8) as file:
             text = file.read(_LONGEST_TEXT + 1)
+    except UnicodeDecodeError:
+        return replace(belongs, reason=f"{belongs.reason}; not UTF-8, not read"), ""
     except OSError as error:
         return replace(entry, reason=f"unreadable: {(error.strerror or str(error)).lower()}"), ""
     if len(text) > _LONGEST_TEXT:

@@ -37,7 +37,10 @@ class Ledger:
         try:
             self._db = sqlite3.connect(self._file)
             self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;" + _TABLES)
-        except sqlite3.DatabaseError as error:
+        except sqlite3.OperationalError as error:
+            self._lock.close()
+            raise self._failure("open", error) from None
+        except sqlite3.DatabaseError as error:  # what is there is no ledger
             self._lock.close()
             raise MachineError(f"cannot open {self._file}: {error}; delete it to begin anew") from None
 
@@ -55,9 +58,13 @@ class Ledger:
             with self._db:
                 yield
         except sqlite3.OperationalError as error:
-            fix = "; free some space, and run the command again"
-            full = "full" in str(error)
-            raise MachineError(f"cannot write {self._file}: {error}{fix if full else ''}") from error
+            raise self._failure("write", error) from error
+
+    def _failure(self, doing: str, error: sqlite3.OperationalError) -> MachineError:
+        """Of the disk: what the ledger holds is good."""
+        full = any(said in str(error) for said in ("full", "disk I/O"))  # of a disk SQLite may say either
+        fix = "; free some space, and run the command again" if full else ""
+        return MachineError(f"cannot {doing} {self._file}: {error}{fix}")
 
     def known_hash(self, path: str, stamp: str) -> str | None:
         """The SHA-256 of a file, where it was read before and has not changed since."""

@@ -14,7 +14,8 @@ import os
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -32,12 +33,13 @@ from kairos.curation.stages import Stage, hashes_of, stages_of
 from kairos.curation.tables import HIDDEN, read_rows, write_lines, write_manifest, write_sources
 from kairos.curation.workers import run_locally, run_on_ray
 from kairos.data.files import LOCK, prepare_folder, write_atomically
+from kairos.distributed.fleet import cluster
 from kairos.errors import MachineError, UserError
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Execute = Callable[..., Iterator[tuple[Any, dict[str, Any]]]]
+Execute = Callable[..., Generator[tuple[Any, dict[str, Any]], None, None]]
 
 VIEWS = ("thresholds", "duplicates", "rich", "balance", "shards")
 """The settings of a choice; the others are of what was computed."""
@@ -69,7 +71,8 @@ def curate(
     What is in the ledger of `output` is not done again, so that a second call goes on where the first was
     stopped. `ray` is the address of a Ray cluster, or "local"; without it `workers` child processes work
     here, one a core by default.
-    Raises UserError for input that cannot be used, MachineError where the disk or the cluster fails.
+    Raises UserError for input that cannot be used and for an address where nobody is, MachineError where the
+    disk or the cluster fails.
     """
     settings = settings or Settings()
     source, output = Path(source), Path(output)
@@ -85,14 +88,10 @@ def curate(
     with Ledger(output / "work") as ledger:
         _clean(output)
         _keep_settings(output, settings)
-        options: dict[str, Any] = {"limit_s": limits.task_s, "memory_gb": limits.memory_gb}
-        execute: Execute
-        if ray is None:
-            execute = partial(run_locally, workers=workers or len(os.sched_getaffinity(0)), **options)
-        else:
-            execute = partial(run_on_ray, address=ray, workers=workers, **options)
-        _split(ledger, found, output, settings, execute)
-        _score(ledger, output, settings, execute)
+        with _workplace(ray, workers) as (run, cores):
+            execute = partial(run, workers=cores, limit_s=limits.task_s, memory_gb=limits.memory_gb)
+            _split(ledger, found, output, settings, execute)
+            _score(ledger, output, settings, execute)
         _caption(ledger, settings)
         return _select(ledger, output, settings)
 
@@ -179,6 +178,17 @@ def clip_rows(ledger: Ledger, settings: Settings) -> Iterator[dict[str, Any]]:
         yield row | scores
 
 
+@contextmanager
+def _workplace(ray: str | None, workers: int | None) -> Iterator[tuple[Execute, int]]:
+    """Who does the work, and on how many cores."""
+    here = workers or len(os.sched_getaffinity(0))
+    if ray is None:
+        yield run_locally, here
+        return
+    with cluster(ray, workers=here if ray == "local" else workers, on_gpus=False) as (_, there):
+        yield run_on_ray, there
+
+
 def _split(ledger: Ledger, found: list[Source], output: Path, settings: Settings, execute: Execute) -> None:
     """Every file into clips; the list of the files goes to the ledger."""
     config = _split_hash(settings)
@@ -211,14 +221,15 @@ def _split(ledger: Ledger, found: list[Source], output: Path, settings: Settings
             task = SplitTask(source.file, output / "clips", settings.limits, settings.shots, settings.split)
             tasks[source.file] = key, task
     logger.info("%d files came in, %d of them to be cut into clips", len(found), len(tasks))
-    results = execute(split_source, (task for _, task in tasks.values()))
-    for task, result in _told("cut", _fit(results), len(tasks)):
-        key = tasks[task.file][0]
-        costs = result.pop("costs", {})
-        video_s = result.get("decoded_s", 0.0)
-        timed = {f"source {part}": {"seconds": s, "video_s": video_s} for part, s in costs.items()}
-        ledger.keep(key, config, {"split": result} | timed)
-        _remark(task.file.name, result)
+    # Closed before the workplace is, also where an error leaves the loop.
+    with closing(execute(split_source, (task for _, task in tasks.values()))) as results:
+        for task, result in _told("cut", _fit(results), len(tasks)):
+            key = tasks[task.file][0]
+            costs = result.pop("costs", {})
+            video_s = result.get("decoded_s", 0.0)
+            timed = {f"source {part}": {"seconds": s, "video_s": video_s} for part, s in costs.items()}
+            ledger.keep(key, config, {"split": result} | timed)
+            _remark(task.file.name, result)
     ledger.replace_sources(entries.items())
 
 
@@ -245,13 +256,14 @@ def _score(ledger: Ledger, output: Path, settings: Settings, execute: Execute) -
             yield ScoreTask(clip_id, clip_file(output / "clips", clip_id), tuple(missing), labels, done)
 
     count = sum(1 for _ in unfinished())
-    for task, result in _told("scored", _fit(execute(score_clip, tasks())), count):
-        own = waiting.pop(task.clip_id)
-        if "results" in result:
-            ledger.keep(task.clip_id, "-", result["results"], hashes=own)
-        else:
-            ledger.keep(task.clip_id, hash_of(sorted(own.items())), {"score": result})
-        _remark(f"clip {task.clip_id}", result)
+    with closing(execute(score_clip, tasks())) as results:
+        for task, result in _told("scored", _fit(results), count):
+            own = waiting.pop(task.clip_id)
+            if "results" in result:
+                ledger.keep(task.clip_id, "-", result["results"], hashes=own)
+            else:
+                ledger.keep(task.clip_id, hash_of(sorted(own.items())), {"score": result})
+            _remark(f"clip {task.clip_id}", result)
 
 
 def _told(verb: str, items: Iterable[T], count: int) -> Iterator[T]:

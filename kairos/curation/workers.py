@@ -10,13 +10,13 @@ import logging
 import multiprocessing
 import multiprocessing.connection
 import os
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
-from kairos.errors import MachineError, UserError
+from kairos.errors import MachineError
+from kairos.process import end_with
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class Worker(Generic[Item]):
 
 def run_locally(
     task: Callable[[Item], Result], items: Iterable[Item], *, workers: int, limit_s: float, memory_gb: float
-) -> Iterator[tuple[Item, Result]]:
+) -> Generator[tuple[Item, Result], None, None]:
     """Run `task` on every item, in `workers` child processes; the pairs come in the order they end in."""
     pool: list[Worker[Item]] = [Worker(task, limit_s, memory_gb) for _ in range(workers)]
     waiting = iter(items)
@@ -130,27 +130,29 @@ def run_on_ray(
     task: Callable[[Item], Result],
     items: Iterable[Item],
     *,
-    address: str,
-    workers: int | None,
+    workers: int,
     limit_s: float,
     memory_gb: float,
-) -> Iterator[tuple[Item, Result]]:
-    """The same on a Ray cluster, by Ray Data: an actor a core, in each of them a `Worker`.
-
-    "local" starts Ray on this machine. The cluster's machines must see the input and the output by the same
-    paths. Raises UserError without Ray, MachineError where there is no cluster.
+) -> Generator[tuple[Item, Result], None, None]:
+    """The same on the Ray cluster that this process is connected to, by Ray Data: an actor a core, in each of
+    them a `Worker`. The cluster's machines must see the input and the output by the same paths.
     """
     pending = list(items)
     if not pending:
         return
-    ray = _ray(address)
-    cores = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    import ray
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     rows = [{"index": index} for index in range(len(pending))]
-    found = ray.data.from_items(rows, override_num_blocks=max(1, min(len(rows), 4 * cores))).map_batches(
+    found = ray.data.from_items(rows, override_num_blocks=min(len(rows), 4 * workers)).map_batches(
         _Isolated,
         fn_constructor_args=(task, ray.put(pending), limit_s, memory_gb),
         batch_size=1,
-        concurrency=min(cores, len(rows)),
+        concurrency=min(workers, len(rows)),
         num_cpus=1,
         batch_format="numpy",
     )
@@ -188,31 +190,6 @@ def _unpacked(result: Any) -> Result:
     return unpacked
 
 
-def _ray(address: str) -> Any:
-    try:
-        import ray
-        import ray.data
-    except ModuleNotFoundError:
-        raise UserError('--ray needs Ray; pip install "kairos-world[curation]"') from None
-    if not ray.is_initialized():
-        quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "include_dashboard": False}
-        try:
-            if address == "local":
-                ray.init(address="local", **quiet)
-            else:
-                ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise MachineError(
-                f"no Ray cluster at {address}: {reason}; start one, or give --ray local"
-            ) from None
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    return ray
-
-
 def _serve(connection: Any, task: Callable[[Any], Result], memory_gb: float, parent: int) -> None:
     """The life of a child: item in, result out, until nobody is there."""
     import resource
@@ -221,7 +198,7 @@ def _serve(connection: Any, task: Callable[[Any], Result], memory_gb: float, par
     from kairos.curation.source import Refused
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; it ends us
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    end_with(parent)
     limit = int(memory_gb * 1e9)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -257,13 +234,6 @@ def _single_threaded() -> None:
     cv2.setNumThreads(1)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = "1"
-
-
-def _end_with(parent: int) -> None:
-    """End this process when its parent is gone: a killed run leaves nothing running."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
 
 
 def _ending(code: int | None) -> str:

@@ -2,19 +2,21 @@
 
 import errno
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from kairos.errors import MachineError, UserError
+from kairos.errors import KairosError, MachineError, UserError
 
 LOCK = ".lock"
 """In a folder in which one process works at a time."""
 
 # The disk or its quota is at its end, or it fails: not something that the user typed.
 _MACHINE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
+_IN_RUST = re.compile(r"\(os error (\d+)\)")
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
@@ -38,12 +40,35 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary = Path(name)
         try:
             yield temporary
-            with temporary.open("r+b") as file:
-                os.fsync(file.fileno())
-            temporary.chmod(0o666 & ~_umask())
+            _finish(temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A hidden folder in `folder` whose files, and those of its folders, take their places there at the end;
+    on any failure none of them does. What else is in `folder` stays. Raises as `write_atomically`."""
+    folder = Path(folder)
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".kairos-", suffix=".part", dir=folder) as name:
+            yield Path(name)
+            files = [file for file in Path(name).rglob("*") if file.is_file()]
+            for file in files:
+                _finish(file)
+            for file in files:
+                place = folder / file.relative_to(name)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, place)
+
+
+def _finish(file: Path) -> None:
+    """Have it on the disk, and for all whom the umask allows: temporary files are their maker's alone."""
+    with file.open("r+b") as handle:
+        os.fsync(handle.fileno())
+    file.chmod(0o666 & ~_umask())
 
 
 def prepare_folder(folder: str | os.PathLike[str]) -> None:
@@ -94,19 +119,27 @@ def _refuse_folder(path: Path) -> None:
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn the operating system's errors about writing `path` into one clear line."""
+    """Turn the operating system's errors about writing `path` into one clear line, those too that libraries
+    in Rust (safetensors, tokenizers) raise as their own."""
     try:
         yield
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise MachineError(
-                f"cannot write {path}: {reason}; free some space or choose another disk"
-            ) from error
-        if error.errno in _MACHINE_ERRNOS:
-            raise MachineError(f"cannot write {path}: {reason}") from error
-        fix = "a shorter name" if error.errno == errno.ENAMETOOLONG else "a folder that you may write to"
-        raise UserError(f"cannot write {path}: {reason}; choose {fix}") from error
+        raise _failure(path, error) from error
+    except Exception as error:
+        said = _IN_RUST.search(str(error))
+        if said is None or isinstance(error, KairosError):
+            raise
+        raise _failure(path, OSError(int(said[1]), os.strerror(int(said[1])))) from error
+
+
+def _failure(path: Path, error: OSError) -> KairosError:
+    reason = (error.strerror or str(error)).lower()
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return MachineError(f"cannot write {path}: {reason}; free some space or choose another disk")
+    if error.errno in _MACHINE_ERRNOS:
+        return MachineError(f"cannot write {path}: {reason}")
+    fix = "a shorter name" if error.errno == errno.ENAMETOOLONG else "a folder that you may write to"
+    return UserError(f"cannot write {path}: {reason}; choose {fix}")
 
 
 def _umask() -> int:

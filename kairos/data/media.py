@@ -25,6 +25,7 @@ Frames = NDArray[np.uint8]  # (F, H, W, 3), RGB
 
 MIN_SHOWN_SIZE = 256  # pixels; smaller videos are enlarged when written, players show them badly
 MAX_SHOWN_SIZE = 16384  # pixels; x264's own limit
+LEAST_FPS = 0.001  # less is no fraction that an mp4 keeps
 _CRF = "14"  # visually lossless; these clips are short
 _ENCODER_THREADS = 4  # fixed: x264's bytes depend on it, and the same frames shall give the same bytes
 _CLOCK_S = 1.1e-3  # Matroska counts whole milliseconds: so far apart may two equal times be
@@ -111,6 +112,8 @@ def read_video(
     `max_frames` are read, those after the first `skip`. Raises UserError where there is no such file or no
     video in it.
     """
+    if max_frames is not None and max_frames < 1:
+        raise UserError(f"max_frames must be at least 1, got {max_frames}")
     return np.stack(list(itertools.islice(video_frames(path, fps, skip), max_frames)))
 
 
@@ -119,8 +122,10 @@ def video_frames(
 ) -> Iterator[NDArray[np.uint8]]:
     """The frames of `read_video` one by one, (H, W, 3): a long video need not be in memory as a whole."""
     path = _existing_file(path, "video")
-    if fps is not None and not fps > 0:
+    if fps is not None and not 0 < fps < math.inf:
         raise UserError(f"fps must be above 0, got {fps}")
+    if skip < 0:
+        raise UserError(f"skip must be at least 0, got {skip}")
     shape = None
     with _reading(path) as container:
         aspect = pixel_aspect(container.streams.video[0])
@@ -170,8 +175,8 @@ def write_video(
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or len(frames) == 0:
         raise ValueError(f"frames must be (F, H, W, 3) uint8 with F >= 1, got {frames.shape} {frames.dtype}")
     _, height, width, _ = frames.shape
-    scale = scale or automatic_scale(height, width)
     shown_size(height, width, scale)
+    scale = scale or automatic_scale(height, width)
     comment = None if metadata is None else json.dumps(metadata, ensure_ascii=False)
     # Encoded in memory, for clips are short: all that can fail at the disk is then plain file writing.
     write_atomically(path, _encode(frames, fps, scale, comment))
@@ -184,7 +189,9 @@ def automatic_scale(height: int, width: int) -> int:
 
 def shown_size(height: int, width: int, scale: int | None) -> tuple[int, int]:
     """Height and width of a video as `write_video` writes it. Raises UserError for what H.264 cannot hold."""
-    scale = scale or automatic_scale(height, width)
+    scale = automatic_scale(height, width) if scale is None else scale
+    if not (scale >= 1 and scale % 1 == 0):
+        raise UserError(f"scale must be a whole number of 1 or more, got {scale}")
     shown = height * scale + height * scale % 2, width * scale + width * scale % 2
     if max(shown) > MAX_SHOWN_SIZE:
         enlarged = f"{height} x {width} enlarged {scale} times is {shown[0]} x {shown[1]}"
@@ -242,6 +249,8 @@ def encode_mp4(
     encoder_options: dict[str, str] | None = None,
 ) -> Fraction:
     """Write an H.264 mp4 into `buffer`, and return the unit of its time stamps in seconds."""
+    if not LEAST_FPS <= fps < math.inf:
+        raise UserError(f"fps must be at least {LEAST_FPS}, got {fps}")
     _, height, width, _ = frames.shape
     with av.open(buffer, mode="w", format="mp4", options=muxer_options or {}) as container:
         if comment is not None:

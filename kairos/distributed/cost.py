@@ -1,17 +1,12 @@
-"""What splitting a video costs: the bytes that ranks send, and from them how long a step should take.
-
-The bytes are exact: tests hold them against what is sent. The seconds are computed, from work, bytes and
-speeds measured on one GPU or published; no machine of several has measured them.
-"""
+"""What splitting a video costs: the bytes that ranks send. Tests hold them against what is sent."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from kairos.distributed.exchange import spread
-from kairos.sizes import EFFICIENCY, PEAK_TFLOPS, Shape, forward_flops, kinds
+from kairos.sizes import kinds
 
 CONV_CONTEXT = 3
 """Tokens that the gated delta layers' convolutions look back."""
@@ -38,7 +33,7 @@ def delta_bytes(
 
 
 def attention_bytes(
-    tokens: Sequence[int], heads: Sequence[int], head_dim: int, width: int, batch: int = 1
+    tokens: Sequence[int], heads: Sequence[int], head_dim: int, width: int, batch: int
 ) -> list[int]:
     """Bytes that each rank sends for one windowed attention layer: q, k, v to heads, the result back."""
     all_tokens, all_heads = sum(tokens), sum(heads)
@@ -56,11 +51,11 @@ def delta_route(tokens: Sequence[int], heads: Sequence[int], dim_k: int, dim_v: 
 
 
 def forward_bytes(
-    config: Mapping[str, Any], tokens: int, ranks: int, width: int = 2, batch: int = 1, route: str = "auto"
+    config: Mapping[str, Any], tokens: int, ranks: int, width: int, batch: int = 1, route: str = "auto"
 ) -> list[int]:
     """Bytes that each rank sends in one forward of the LinearDiT with its tokens over `ranks` ranks.
 
-    route: of the gated delta layers, see `ContextParallel`.
+    width: bytes of an element. route: of the gated delta layers, see `ContextParallel`.
     """
     shares, heads = spread(tokens, ranks), spread(config["num_attention_heads"], ranks)
     if ranks == 1 or min(shares) == 0:
@@ -77,68 +72,3 @@ def forward_bytes(
     gated = kinds(config).count("G")
     ungated = config["num_layers"] - gated
     return [gated * d + ungated * a + gathered for d, a in zip(delta, attention, strict=True)]
-
-
-def broadcast_bytes(config: Mapping[str, Any], tokens: int, ranks: int, width: int = 2) -> list[int]:
-    """The same were every rank given the whole sequence: the keys and values of all tokens in every layer."""
-    dim_k = config["num_attention_heads"] * config["gated_delta_head_dim"]
-    gated = kinds(config).count("G")
-    elements = gated * dim_k * (1 + config["gated_delta_expand_v"])
-    elements += (config["num_layers"] - gated) * 2 * config["hidden_size"]
-    return [n * elements * width * (ranks - 1) for n in spread(tokens, ranks)]
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a step's time is computed from.
-
-    flops: operations a second of a GPU at the efficiency that is assumed; link_bytes_s: what a GPU sends a
-    second to the others; exchange_s: the least that one exchange takes.
-    """
-
-    flops: float
-    link_bytes_s: float
-    exchange_s: float
-
-
-H100 = Machine(flops=PEAK_TFLOPS * 1e12 * EFFICIENCY, link_bytes_s=450e9 * 0.8, exchange_s=30e-6)
-"""H100 SXM: the share of its peak that one GPU reached, and NVLink 4 at 450 GB/s each way (NVIDIA's data
-sheet), of which 80 % are assumed; 30 us for an exchange is assumed too."""
-
-
-def step_bytes(
-    config: Mapping[str, Any], tokens: int, ranks: int, *, split: str = "context", width: int = 2
-) -> int:
-    """The most that a rank sends in a step with guidance: two forwards, or in "cfg" one and a velocity."""
-    if split == "context":
-        return 2 * max(forward_bytes(config, tokens, ranks, width))
-    each = ranks // 2
-    return max(forward_bytes(config, tokens, each, width)) + velocity_bytes(config, tokens) * (ranks - 1)
-
-
-def velocity_bytes(config: Mapping[str, Any], tokens: int) -> int:
-    """Bytes of one branch's velocity, float32."""
-    return 4 * tokens * config["out_channels"] * config["patch_size"][1] * config["patch_size"][2]
-
-
-def step_seconds(
-    config: Mapping[str, Any], shape: Shape, ranks: int, *, split: str = "context", machine: Machine = H100
-) -> float:
-    """Seconds of one denoising step with guidance, two forwards, in bfloat16: computed, not measured.
-
-    Nothing is assumed to overlap: work, then bytes, then the exchanges' own time.
-    """
-    halves = 2 if split == "cfg" else 1
-    each = ranks // halves
-    shares, heads = spread(shape.tokens, each), spread(config["num_attention_heads"], each)
-    flops = forward_flops(config, shape)
-    token_share, head_share = max(shares) / shape.tokens, max(heads) / sum(heads)
-    dim_k = config["gated_delta_head_dim"]
-    dim_v = dim_k * config["gated_delta_expand_v"]
-    way = delta_route(shares, heads, dim_k, dim_v, 2) if each > 1 else "heads"
-    delta = head_share if way == "heads" else token_share * (1 + dim_k / dim_v)
-    work = flops["shared"] * token_share + flops["heads"] * head_share + flops["delta"] * delta
-    forwards = 2 / halves
-    exchanges = forwards * (2 * config["num_layers"] + 1) * (each > 1) + 2 * (halves == 2)
-    sent = step_bytes(config, shape.tokens, ranks, split=split) if ranks > 1 else 0
-    return forwards * work / machine.flops + sent / machine.link_bytes_s + exchanges * machine.exchange_s

@@ -1,4 +1,4 @@
-"""A list of tasks on a Ray cluster: an actor with its own model for each GPU, and retries when one dies."""
+"""A Ray cluster; a list of tasks on it, an actor with its own model for each GPU, retries when one dies."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ def cluster(address: str, *, workers: int | None, on_gpus: bool) -> Iterator[tup
     """Ray, connected to `address`, and how many workers it has room for.
 
     address: "local" starts one here, for as long as it is needed. workers: how many to have; None is one for
-    each GPU.
+    each GPU, or each core.
 
     Raises:
-        UserError: where Ray is not installed, nobody is at the address, or it has too few GPUs.
+        UserError: where Ray is not installed, nobody is at the address, or it has too few GPUs or cores.
+        MachineError: where "local" does not start.
     """
     try:
         import ray
     except ImportError:
-        raise UserError('kairos batch needs Ray: pip install "kairos-world[ray]"') from None
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+        extras = '"kairos-world[ray]", for curation "kairos-world[curation]"'
+        raise UserError(f"Ray is missing; pip install {extras}") from None
+    options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "ERROR"}
     if address == "local":
         options["include_dashboard"] = False
         options |= {} if on_gpus else {"num_cpus": workers or 1, "num_gpus": 0}
     else:
         probe(address)
-        options["address"] = address
     try:
         ray.init(**options)
     except Exception as error:  # Ray raises bare ones, too
@@ -49,7 +50,8 @@ def cluster(address: str, *, workers: int | None, on_gpus: bool) -> Iterator[tup
         there = int(ray.cluster_resources().get(kind, 0))
         wanted = workers or there
         if not 1 <= wanted <= there:
-            fix = "take --gpus " + str(there) if there else "--device cpu --gpus N runs on CPUs"
+            others = "--device cpu --gpus N runs on CPUs" if on_gpus else "start it with some"
+            fix = f"ask for {there} at most" if there else others
             raise UserError(f"{workers or 'all'} {kind}s are asked for and Ray has {there or 'none'}; {fix}")
         free = wanted if address == "local" else int(ray.available_resources().get(kind, 0))
         if free < wanted:

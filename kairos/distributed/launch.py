@@ -86,10 +86,13 @@ def launch(function: Callable[..., Any], arguments: Sequence[Any] = (), *, size:
 
 def _context() -> Any:
     """Processes forked off one that has imported everything: they start quickly and share its memory."""
+    import torch
+
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    # What is imported asks for GPUs, and what is forked off a process that has found some cannot use them.
+    context.set_forkserver_preload([] if torch.cuda.device_count() else PRELOADED)
     if threading.current_thread() is threading.main_thread():
         # Ctrl-C reaches all processes of a terminal; this one alone answers it, and ends the others.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)

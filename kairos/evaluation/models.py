@@ -19,6 +19,7 @@ import inspect
 import json
 import logging
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -125,8 +126,9 @@ class KairosModel:
             width // SPATIAL,
         )
         latents = draw_noise(shape, generators).to(pipe._execution_device)
+        scheduler = copy(pipe.scheduler)  # of this call alone, whatever other threads make meanwhile
         for end in chunk_ends(pipe.transformer, latent_frames, 0 if known is None else known.shape[2]):
-            pipe.scheduler.set_timesteps(
+            scheduler.set_timesteps(
                 self.steps,
                 latent_frames=end,
                 tokens_per_frame=self._tokens(height, width),
@@ -134,7 +136,7 @@ class KairosModel:
             )
             latents[:, :, :end] = known = denoise(
                 pipe.transformer,
-                pipe.scheduler,
+                scheduler,
                 latents[:, :, :end],
                 positive=positive,
                 negative=negative if is_guided(defaults, 0 if known is None else known.shape[2]) else None,

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +33,7 @@ from kairos.evaluation.reading import SIZE, Reading, read
 from kairos.evaluation.report import BESIDE, report
 from kairos.evaluation.summary import summarise
 from kairos.models.vae import TEMPORAL
-from kairos.worlds import SCENES, SPLITS, VIOLATIONS, Clip, impossible_twin, scenery, simulate
+from kairos.worlds import SCENES, SPLITS, VIOLATIONS, Clip, impossible_twin, simulate
 from kairos.worlds.export import FPS, ClipName
 
 logger = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ class Case:
     @classmethod
     def of(cls, scene: str, split: str, seed: int, index: int, num_frames: int, size: int) -> Case:
         clip = simulate(scene, split=split, seed=seed, index=index, num_frames=num_frames, size=size)
-        empty = scenery(scene, split=split, seed=seed, index=index, num_frames=num_frames, size=size)
+        empty = clip.scenery
         return cls(clip, empty, read(clip.frames, empty))
 
     def score(self, frames: Frames, given: int) -> scores.Scores:
@@ -116,9 +117,9 @@ def evaluate(
     model: VideoModel,
     settings: Settings,
     *,
-    output: Path | None = None,
+    output: str | os.PathLike[str] | None = None,
     name: str = "",
-    teacher: Path | None = None,
+    teacher: str | os.PathLike[str] | None = None,
     on_clips: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any]:
     """Measure a model. Returns what `results.json` holds (see docs/evaluation.md), and writes it to `output`.
@@ -128,15 +129,16 @@ def evaluate(
     """
     if isinstance(model, KairosModel):
         settings.check_latents()
-    if output is not None:
-        prepare_folder(output)
+    folder = None if output is None else Path(output)
+    if folder is not None:
+        prepare_folder(folder)
     if not settings.given and not getattr(model, "from_text", False):
         raise UserError("without given frames only a model with from_text can be measured")
-    records = Records(output, record_key(model, settings, name))
+    records = Records(folder, record_key(model, settings, name))
     if not hasattr(model, "identity"):
         records.forget()
-    videos = None if output is None else output / "videos" / records.key
-    taught = None if teacher is None else Records.of_results(teacher, settings)
+    videos = None if folder is None else folder / "videos" / records.key
+    taught = None if teacher is None else Records.of_results(Path(teacher), settings)
     every = range(settings.clips)
     result: dict[str, Any] = {}
     known: dict[str, Any] = {}
@@ -167,7 +169,7 @@ def evaluate(
         "given_frames": settings.given,
         "num_frames": settings.num_frames,
     }
-    return written(about, result, known, drift, output, videos)
+    return written(about, result, known, drift, folder, videos)
 
 
 def written(

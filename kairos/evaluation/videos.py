@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from kairos.worlds.export import ClipName
 logger = logging.getLogger(__name__)
 
 
-def score_videos(folder: Path, settings: Settings, *, output: Path | None = None) -> dict[str, Any]:
+def score_videos(
+    folder: str | os.PathLike[str], settings: Settings, *, output: str | os.PathLike[str] | None = None
+) -> dict[str, Any]:
     """Results, as of a model, of the mp4s in `folder` or in its `clips/`.
 
     They are named as `kairos.worlds.export` names them, scene-split-seed-index.mp4, are of one length, and
@@ -28,6 +31,7 @@ def score_videos(folder: Path, settings: Settings, *, output: Path | None = None
     `settings`, the scenes and splits choose among the videos; `clips`, `num_frames` and the drift's are not
     used. Raises UserError where there is none to score, or two of one clip.
     """
+    folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no folder of videos: {folder}")
     chosen = {
@@ -40,6 +44,7 @@ def score_videos(folder: Path, settings: Settings, *, output: Path | None = None
             f"no video in {folder} is named as a clip of the chosen scenes and splits, such as "
             f"{ClipName(settings.scenes[0], settings.splits[0], 0, 7)}.mp4"
         )
+    output = None if output is None else Path(output)
     if output is not None:
         prepare_folder(output)
     found: dict[tuple[str, str], list[Record]] = {}

@@ -30,11 +30,11 @@ from kairos.models.tiles import Tiles
 from kairos.ops.rotary import rotary_table
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TransformerState:
     """What a chunk-causal model keeps of the past: a state for each block, and how many frames it saw."""
 
-    layers: tuple[AttentionState | DeltaState, ...]
+    layers: tuple[AttentionState | DeltaState, ...] = field(repr=False)
     frames: int
 
     def map(self, change: Callable[[Tensor], Tensor]) -> TransformerState:
@@ -190,8 +190,9 @@ class KairosTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             prompts = [self.text_embedding(encoder_hidden_states)] * len(self.blocks)
         mask = encoder_attention_mask
         if mask is not None:
-            # On a GPU the question would wait for all that it has to do.
-            mask = None if mask.device.type == "cpu" and mask.all() else mask.bool()[:, None, None, :]
+            # On a GPU the question would wait for all that it has to do, and compilers cannot answer it.
+            asked = mask.device.type == "cpu" and not torch.compiler.is_compiling()
+            mask = None if asked and mask.all() else mask.bool()[:, None, None, :]
         # In line, or every sum to come keeps a token's channels apart, and every norm puts them together.
         x = rearrange(self.patch_embedding(hidden_states), "b d f h w -> b (f h w) d").contiguous()
 

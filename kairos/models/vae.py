@@ -29,7 +29,7 @@ def encode(vae: AutoencoderKLWan, video: Tensor, *, tiled: bool = False) -> Tens
     Args:
         video: (B, 3, F, H, W) in [-1, 1] with F = 4k + 1, H and W multiples of 8, in the VAE's dtype.
         tiled: work on tiles of 256 x 256 pixels, with the result of the whole: less memory, more work.
-            Smaller frames are encoded whole.
+            Smaller frames are encoded whole. `vae.enable_tiling()` asks for it too, whatever its sizes.
 
     Returns:
         (B, 16, k + 1, H / 8, W / 8) in the dtype of `video`, about zero mean and unit variance.
@@ -39,7 +39,7 @@ def encode(vae: AutoencoderKLWan, video: Tensor, *, tiled: bool = False) -> Tens
     """
     _check_video(vae, video)
 
-    if tiled and _can_be_tiled(vae, max(video.shape[-2:]) // SPATIAL):
+    if (tiled or vae.use_tiling) and _can_be_tiled(vae, max(video.shape[-2:]) // SPATIAL):
         mode = encode_in_tiles(vae, video)
     else:
         mode = _encode_whole(vae, video)
@@ -67,7 +67,7 @@ def decode(vae: AutoencoderKLWan, latents: Tensor, *, tiled: bool = False) -> Te
     mean, std = normalisation(vae, latents)
     scaled = (latents.float() * std + mean).to(latents.dtype)
 
-    if tiled and _can_be_tiled(vae, max(latents.shape[-2:])):
+    if (tiled or vae.use_tiling) and _can_be_tiled(vae, max(latents.shape[-2:])):
         video = decode_in_tiles(vae, scaled)
     else:
         video = _decode_whole(vae, scaled)

@@ -28,7 +28,9 @@ def rotary_table(
     the first frame. The tables of the last few shapes are kept, so that a clip's is made once and not at
     each step: do not change them.
     """
-    return _table(frames, height, width, head_dim, first_frame, device, torch.is_inference_mode_enabled())
+    # What a compiler traces with holds no numbers, and is not to be kept.
+    table = _table.__wrapped__ if torch.compiler.is_compiling() else _table
+    return table(frames, height, width, head_dim, first_frame, device, torch.is_inference_mode_enabled())
 
 
 @lru_cache(maxsize=8)

@@ -132,7 +132,8 @@ def _chunk_of_frames(frames: int, key_frames: int, chunk_frames: Sequence[int] |
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """The reference: every query against every key, under one mask."""
-    mask = _kept_mask(layout, q.device) if k.shape[1] <= DENSE_TOKENS_CUDA else _mask(layout, q.device)
+    kept = k.shape[1] <= DENSE_TOKENS_CUDA and not torch.compiler.is_compiling()  # see rotary_table
+    mask = (_kept_mask if kept else _mask)(layout, q.device)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return attend(q, k, v, mask).transpose(1, 2)
 
@@ -151,7 +152,7 @@ _kept_mask = lru_cache(maxsize=128)(_mask)
 # The blocked route: a frame of queries against the 2 * window + 1 frames around it, all frames as one batch.
 # Keys and values are strided views, and a mask is put together from four tiles of L x L.
 
-Kinds = Sequence[Sequence[int]]
+Kinds = tuple[tuple[int, ...], ...]
 Product = Callable[[Tensor, Tensor, Tensor, Kinds], Tensor]
 
 NONE, WHOLE, EARLIEST, LATEST = range(4)
@@ -203,10 +204,22 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, kinds: Kinds) -> Tensor:
     tokens = q.shape[2]
     seen = [any(column) for column in zip(*kinds, strict=True)]
     near = slice(seen.index(True), len(seen) - seen[::-1].index(True))
-    ones = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device)
-    tiles = torch.stack((~ones, ones, ones.triu(), ones.tril()))
-    mask = rearrange(tiles[torch.tensor(kinds, device=q.device)[:, near]], "f w q k -> f 1 q (w k)")
+    kinds = tuple(row[near] for row in kinds)
+    small = len(kinds) * len(kinds[0]) * tokens**2 <= DENSE_TOKENS_CUDA**2
+    kept = small and not torch.compiler.is_compiling()
+    mask = (_kept_tiles if kept else _tiles)(kinds, tokens, q.device)
     return attend(q, k[:, :, near].flatten(2, 3), v[:, :, near].flatten(2, 3), mask)
+
+
+@torch.inference_mode(False)
+def _tiles(kinds: Kinds, tokens: int, device: torch.device) -> Tensor:
+    """The mask (F or 1, 1, L, W * L) of `kinds`, made where it is used: a copy would wait for the GPU."""
+    ones = torch.ones(tokens, tokens, dtype=torch.bool, device=device)
+    tiles = (~ones, ones, ones.triu(), ones.tril())
+    return torch.stack([torch.cat([tiles[kind] for kind in row], dim=1) for row in kinds])[:, None]
+
+
+_kept_tiles = lru_cache(maxsize=128)(_tiles)
 
 
 def _unmasked(q: Tensor, k: Tensor, v: Tensor, kinds: Kinds) -> Tensor:
@@ -231,7 +244,7 @@ def _unmasked(q: Tensor, k: Tensor, v: Tensor, kinds: Kinds) -> Tensor:
 
 def _slabs(
     first: int, frames: int, windows: int, size: int, window: int, chunks: Sequence[int], tokens: int
-) -> Iterator[tuple[int, int, slice, list[list[int]]]]:
+) -> Iterator[tuple[int, int, slice, Kinds]]:
     """Query frames [begin, end) that are taken together, their windows, how they see them (one row if alike).
 
     A window begins `window` frames before its query, but stays inside the sequence: so the queries at the two
@@ -241,15 +254,16 @@ def _slabs(
     def start(frame: int) -> int:
         return min(max(first + frame - window, 0), windows - 1)
 
-    def kinds(frame: int) -> list[int]:
-        return [_kind(first + frame, key, window, chunks) for key in range(start(frame), start(frame) + size)]
+    def kinds(frame: int) -> tuple[int, ...]:
+        keys = range(start(frame), start(frame) + size)
+        return tuple(_kind(first + frame, key, window, chunks) for key in keys)
 
     def zone(frame: int) -> int:
         return (first + frame >= window) + (first + frame >= windows + window)
 
     for _, group in groupby(range(frames), zone):
         members = list(group)
-        rows = [kinds(frame) for frame in members]
+        rows = tuple(kinds(frame) for frame in members)
         alike = all(row == rows[0] for row in rows)
         step = len(members) if alike else max(1, MASK_ELEMENTS // (size * tokens * tokens))
         for offset in range(0, len(members), step):

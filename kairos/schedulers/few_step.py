@@ -62,5 +62,5 @@ class FewStepScheduler(FlowMatchScheduler):
         return SchedulerOutput(prev_sample=sample) if return_dict else (sample,)
 
     def _set_fixed(self, device: torch.device | str | None) -> None:
-        times = torch.tensor([*self.config.sampling_times, 0.0], dtype=torch.float64)
+        times = torch.tensor([*self.config.sampling_times, 0.0], dtype=torch.float64, device="cpu")
         self._set(shifted(times / self.config.num_train_timesteps, self.config.shift), device)

@@ -54,7 +54,7 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
         """Set `.sigmas` (steps + 1, the last 0) and `.timesteps` (steps, 1000 sigma) for this clip."""
         if num_inference_steps < 1:
             raise UserError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
-        even = torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64)
+        even = torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64, device="cpu")
         self._set(shifted(even, shift_for(latent_frames, tokens_per_frame)), device)
 
     def step(

@@ -7,8 +7,9 @@ frames show, and nothing before them. Memory and time of a clip do not grow. The
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,17 @@ from PIL import Image
 
 from kairos.data.media import to_uint8
 from kairos.errors import UserError
-from kairos.pipeline import KairosPipeline
-from kairos.placement import quiet
+from kairos.pipeline import KairosPipeline, is_number, whole
 
 MOST_OVERLAP = 9  # frames: three latent ones, what a sliding layer sees to one side
+
+_goes_on: ContextVar[bool] = ContextVar("goes_on", default=False)
+"""Whether this thread makes a clip that is not its rollout's first."""
+
+
+def is_new(record: logging.LogRecord) -> bool:
+    """Not so what the pipeline warns of in a later clip: it has warned of that in the first."""
+    return record.levelno != logging.WARNING or not _goes_on.get()
 
 
 class OverlappingRollout(Iterator[np.ndarray]):
@@ -53,12 +61,12 @@ class OverlappingRollout(Iterator[np.ndarray]):
             UserError: for input that cannot be used.
         """
         own = int(pipeline.config.defaults["num_frames"])
-        self.overlap = min(MOST_OVERLAP, (own - 1) // 8 * 4 + 1) if overlap is None else overlap
-        if self.overlap < 1 or self.overlap % 4 != 1:
-            raise UserError(f"overlap must be 4n + 1, got {self.overlap}")
-        if chunk_frames is not None and chunk_frames < 1:
-            raise UserError(f"chunk_frames must be at least 1, got {chunk_frames}")
-        self.clip_frames = self.overlap + 4 * chunk_frames if chunk_frames else own
+        overlap = min(MOST_OVERLAP, (own - 1) // 8 * 4 + 1) if overlap is None else overlap
+        if not is_number(overlap) or overlap < 1 or overlap % 4 != 1:
+            raise UserError(f"overlap must be 4n + 1, got {overlap!r}")
+        self.overlap = int(overlap)
+        new = None if chunk_frames is None else 4 * whole("chunk_frames", chunk_frames)
+        self.clip_frames = self.overlap + new if new else own
         if self.clip_frames <= self.overlap:
             raise UserError(
                 f"overlap must be less than a clip's {self.clip_frames} frames, got {self.overlap}"
@@ -66,11 +74,12 @@ class OverlappingRollout(Iterator[np.ndarray]):
         self.pipeline, self.prompt, self.generator, self.options = pipeline, prompt, generator, options
         self._given: dict[str, Any] = {"image": image, "video": video}
         self._last: np.ndarray | None = None
+        logging.getLogger("kairos.pipeline").addFilter(is_new)  # once, however often it is said
 
     def __next__(self) -> np.ndarray:
         given = self._given if self._last is None else {"video": self._last}
-        # What the pipeline warns of in the first clip, it would warn of in all.
-        with nullcontext() if self._last is None else quiet("kairos.pipeline"):
+        went_on = _goes_on.set(self._last is not None)
+        try:
             made: Any = self.pipeline(
                 self.prompt,
                 **given,
@@ -79,6 +88,8 @@ class OverlappingRollout(Iterator[np.ndarray]):
                 output_type="np",
                 **self.options,
             )
+        finally:
+            _goes_on.reset(went_on)
         known = 0 if self._last is None else self.overlap
         self._last = to_uint8(made.frames[0, -self.overlap :])
         return made.frames[:, known:]

@@ -22,9 +22,19 @@ from torch import Tensor
 from kairos.errors import UserError
 from kairos.models.transformer import PromptMemory, TransformerState
 from kairos.models.vae import SPATIAL, TEMPORAL
-from kairos.pipeline import OPENING_FRAMES, KairosPipeline, denoise, far_from, is_guided, repeated
+from kairos.pipeline import (
+    MAX_GUIDANCE,
+    OPENING_FRAMES,
+    KairosPipeline,
+    denoise,
+    far_from,
+    is_guided,
+    is_number,
+    repeated,
+    whole,
+)
 from kairos.schedulers import FewStepScheduler, draw_noise
-from kairos.schedulers.noise import Generators
+from kairos.schedulers.noise import CPU_FLOATS, Generators, check_generators
 from kairos.streaming.decoder import StreamingVAEDecoder
 from kairos.streaming.state import RolloutSettings, WorldState
 from kairos.weights.fingerprint import fingerprint
@@ -38,7 +48,7 @@ def stream(
     *,
     image: Image.Image | None = None,
     video: np.ndarray | Sequence[Image.Image] | None = None,
-    negative_prompt: str = "",
+    negative_prompt: str | list[str] | None = "",
     height: int | None = None,
     width: int | None = None,
     chunk_frames: int = 3,
@@ -51,7 +61,7 @@ def stream(
     Args:
         prompt: what happens; a list makes a batch of videos.
         image, video: the first frame, or the first 4n + 1. They are the first frames that come.
-        negative_prompt: what guidance leads away from.
+        negative_prompt: what guidance leads away from; one text, or one for each video.
         height, width: in pixels, rounded up to multiples of 16.
         chunk_frames: latent frames a chunk, each four frames of video.
         num_inference_steps, guidance_scale: as in the pipeline's call.
@@ -64,28 +74,31 @@ def stream(
     defaults = pipeline.config.defaults
     steps = defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps
     guidance = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
+    if not (is_number(guidance) and 0 <= guidance <= MAX_GUIDANCE):
+        raise UserError(f"guidance_scale must be a number from 0 to {MAX_GUIDANCE}, got {guidance!r}")
     given = pipeline._given_frames(image, video, 1 << 62)
     if isinstance(pipeline.scheduler, FewStepScheduler) or not is_guided(defaults, len(given)):
         guidance = 1.0
     settings = RolloutSettings(
-        chunk_frames=chunk_frames,
-        num_inference_steps=int(steps),
+        chunk_frames=whole("chunk_frames", chunk_frames),
+        num_inference_steps=whole("num_inference_steps", steps),
         guidance_scale=float(guidance),
     )
     height, width = pipeline._rounded_size(height, width)
-    longest = max(int(defaults["num_frames"]), TEMPORAL * chunk_frames + 1)
+    longest = max(int(defaults["num_frames"]), TEMPORAL * settings.chunk_frames + 1)
     for warning in far_from(defaults, height=height, width=width, num_frames=longest):
         logger.warning(warning)
     latent_size = height // SPATIAL, width // SPATIAL
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = [prompt] if isinstance(prompt, str) else prompt
     embeds = pipeline.encode_prompt(prompts, image=given[0] if given else None)
+    batch = len(embeds[0])
     negative = None
     if settings.branches == 2:
-        negative = pipeline.encode_prompt([negative_prompt] * len(prompts))
+        negative = encoded(pipeline, negative_prompt or "", batch, "negative prompt")
     known = pipeline._encode_frames(given, height, width, pipeline._execution_device, False)
-    generators = generator_states(generator, len(prompts))
+    generators = generator_states(generator, batch)
     if known is not None:
-        known = known.repeat(len(prompts), 1, 1, 1, 1)
+        known = known.repeat(batch, 1, 1, 1, 1)
     if negative is not None and not is_guided(defaults, 1):
         # Guided to the first frame, and from there on as if it had been given.
         known, generators = first_frame(pipeline, settings, latent_size, embeds, negative, generators)
@@ -112,12 +125,7 @@ def resume(pipeline: KairosPipeline, state: WorldState, *, generator: Generators
         UserError: for another model's state.
     """
     check_causal(pipeline)
-    if state.model != model_of(pipeline):
-        named = repr(state.model_name) if state.model_name else "kairos show of its video names it"
-        raise UserError(
-            f"the world state belongs to model {state.model}, this one is {model_of(pipeline)}; "
-            f"load the one that it was begun with ({named})"
-        )
+    check_fits(state, model_of(pipeline))
     if generator is not None:
         state = replace(state, generators=generator_states(generator, state.batch))
     return Rollout(pipeline, state.to(pipeline._execution_device))
@@ -130,11 +138,21 @@ class Rollout(Iterator[np.ndarray]):
     """
 
     def __init__(self, pipeline: KairosPipeline, state: WorldState) -> None:
+        """state: of this pipeline's model, on its device; `stream` and `resume` see to that."""
         self.pipeline = pipeline
-        self.state = state
+        self._state = state
+
+    @property
+    def state(self) -> WorldState:
+        return self._state
+
+    @state.setter
+    def state(self, state: WorldState) -> None:
+        check_fits(state, self._state.model)
+        self._state = state.to(self.pipeline._execution_device)
 
     def __next__(self) -> np.ndarray:
-        frames, self.state = next_chunk(self.pipeline, self.state)
+        frames, self._state = next_chunk(self.pipeline, self._state)
         return frames.float().div_(2).add_(0.5).permute(0, 2, 3, 4, 1).cpu().numpy()
 
     def change_prompt(self, prompt: str | list[str]) -> None:
@@ -147,10 +165,7 @@ class Rollout(Iterator[np.ndarray]):
                 "the prompt can change once there is a first chunk; give the first prompt to stream()"
             )
         batch = self.state.batch
-        prompts = [prompt] * batch if isinstance(prompt, str) else list(prompt)
-        if len(prompts) != batch:
-            raise UserError(f"give one prompt, or one for each of the {batch} videos, got {len(prompts)}")
-        embeds = self.pipeline.encode_prompt(prompts)
+        embeds = encoded(self.pipeline, prompt, batch, "prompt")
         if self.state.settings.branches == 2:
             embeds = joined(embeds, (self.state.prompt[0][batch:], self.state.prompt[1][batch:]))
         self.state = replace(self.state, prompt=embeds)
@@ -161,7 +176,7 @@ def next_chunk(pipeline: KairosPipeline, state: WorldState) -> tuple[Tensor, Wor
     """The frames (B, 3, F, H, W) in [-1, 1] that come next, and the world after them."""
     generators = [torch.Generator().set_state(saved.clone()) for saved in state.generators]
     latents = denoise_chunk(pipeline, state, generators) if state.given is None else state.given
-    _, transformer = run(pipeline, state, latents, torch.zeros(()))
+    _, transformer = run(pipeline, state, latents, torch.zeros((), **CPU_FLOATS))
     decoder = StreamingVAEDecoder(pipeline.vae, state.decoder)
     frames = decoder.decode(latents)
     after = replace(
@@ -253,6 +268,16 @@ def run(
     return velocity.float(), after
 
 
+def encoded(
+    pipeline: KairosPipeline, prompt: str | list[str], batch: int, kind: str
+) -> tuple[Tensor, Tensor]:
+    """Embeddings and mask of one text for all of `batch` videos, or of one for each."""
+    embeds, mask = pipeline.encode_prompt([prompt] * batch if isinstance(prompt, str) else prompt)
+    if len(embeds) != batch:
+        raise UserError(f"give one {kind}, or one for each of the {batch} videos, got {len(embeds)}")
+    return embeds, mask
+
+
 def joined(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Two batches of prompts as one: embeddings and masks, the shorter filled up with masked zeros."""
     length = max(first[0].shape[1], second[0].shape[1])
@@ -269,17 +294,27 @@ def generator_states(generator: Generators, batch: int) -> Tensor:
     if generator is None:
         seeds = torch.randint(1 << 62, (batch,)).tolist()
         generator = [torch.Generator().manual_seed(seed) for seed in seeds]
-    generators = generator if isinstance(generator, list) else [generator]
+    generators = list(generator) if isinstance(generator, list | tuple) else [generator]
+    check_generators(generators)
     if len(generators) != batch:
         raise UserError(f"give a generator for each of the {batch} videos, got {len(generators)}")
-    if any(g.device.type != "cpu" for g in generators):
-        raise UserError('the generators must be on the CPU (torch.Generator("cpu")): noise is drawn there')
     return torch.stack([g.get_state() for g in generators])
 
 
 def model_of(pipeline: KairosPipeline) -> str:
     """What a state must fit: the LinearDiT and the VAE. The text encoder has done its part."""
     return fingerprint({"transformer": pipeline.transformer, "vae": pipeline.vae})
+
+
+def check_fits(state: WorldState, model: str) -> None:
+    if not isinstance(state, WorldState):
+        raise UserError(f"a rollout goes on from a WorldState, such as WorldState.load reads, got {state!r}")
+    if state.model != model:
+        named = repr(state.model_name) if state.model_name else "kairos show of its video names it"
+        raise UserError(
+            f"the world state belongs to model {state.model}, this one is {model}; "
+            f"load the one that it was begun with ({named})"
+        )
 
 
 def check_causal(pipeline: KairosPipeline) -> None:

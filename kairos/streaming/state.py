@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from kairos.errors import UserError
 from kairos.models.attention import AttentionState
 from kairos.models.gated_delta_net import DeltaState
 from kairos.models.transformer import TransformerState
+from kairos.pipeline import whole
 from kairos.streaming.decoder import Feature
 
 FORMAT, VERSION = "kairos-world-state", "1"
@@ -41,7 +42,7 @@ class RolloutSettings:
         return 2 if self.guidance_scale > 1 else 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WorldState:
     """The world of a batch of B videos, mostly of one. Nothing changes it: a chunk makes a new one."""
 
@@ -50,15 +51,15 @@ class WorldState:
     settings: RolloutSettings
     latent_size: tuple[int, int]
     """Height and width of the latents."""
-    prompt: tuple[Tensor, Tensor]
+    prompt: tuple[Tensor, Tensor] = field(repr=False)
     """Embeddings (branches * B, T, C) and their mask (branches * B, T); negative ones behind the positive."""
-    generators: Tensor
+    generators: Tensor = field(repr=False)
     """The state of each video's random generator, (B, bytes)."""
-    given: Tensor | None = None
+    given: Tensor | None = field(default=None, repr=False)
     """Before the first chunk, the latents of the given frames (B, 16, f, h, w): they come first."""
-    transformer: TransformerState | None = None
+    transformer: TransformerState | None = field(default=None, repr=False)
     """What each layer keeps of the past, for branches * B; None before the first chunk."""
-    decoder: tuple[Feature, ...] = ()
+    decoder: tuple[Feature, ...] = field(default=(), repr=False)
     """What the VAE's decoder keeps of the past, for B."""
     model_name: str = ""
     """What the model was called by who loaded it, where that is known."""
@@ -80,8 +81,7 @@ class WorldState:
 
     def fork(self, n: int) -> WorldState:
         """`n` futures of each video, side by side in one batch, equal as long as their generators are."""
-        if n < 1:
-            raise UserError(f"a world forks into 1 future or more, got {n}")
+        n = whole("the number of futures", n)
 
         def repeat(tensor: Tensor) -> Tensor:
             branches = len(tensor) // self.batch

@@ -6,7 +6,6 @@ import os
 import pickle
 import signal
 import threading
-import time
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -14,6 +13,8 @@ from multiprocessing import get_context
 from typing import Any, Generic, TypeVar
 
 import torch
+
+from kairos.process import end_with
 
 Key = TypeVar("Key", bound=Hashable)
 Made = TypeVar("Made")
@@ -98,13 +99,7 @@ def _become_worker(make: Callable[[Any], Any], parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: _end_later())
     torch.set_num_threads(1)
-
-    def follow() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    end_with(parent)
 
 
 def _end_later() -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -33,6 +33,9 @@ from kairos.models.vae_layers import quicken
 from kairos.training.ahead import Ahead, workers_for
 from kairos.training.clips import Bucket, ClipReference, ClipSource, Skipped
 from kairos.weights.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from kairos.pipeline import KairosPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +82,21 @@ class Encoders:
             device=device,
         )
         return [row[real].to("cpu", torch.bfloat16) for row, real in zip(embeds, mask, strict=True)]
+
+    def pipeline(self, transformer: Any, scheduler: Any, defaults: dict[str, Any]) -> KairosPipeline:
+        """What makes videos with a LinearDiT that has learned from these."""
+        from kairos.pipeline import KairosPipeline
+
+        return KairosPipeline(
+            transformer=transformer,
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            processor=self.processor,
+            scheduler=scheduler,
+            prompt_template=self.template,
+            defaults=defaults,
+        )
 
 
 @dataclass(frozen=True)

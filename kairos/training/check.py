@@ -164,14 +164,17 @@ def check_there(recipe: Recipe, steps: Sequence[str]) -> None:
 
 
 def check_pairs(recipe: Recipe, stage: Stage) -> None:
-    """Refuse a manifest of pairs that is not here, unless the pairs are."""
+    """Refuse a manifest of pairs that is not here or cannot be used, unless the pairs are made."""
     manifest = stage.preference.manifest if stage.preference is not None else None
-    if manifest is None or manifest.is_file():
+    if manifest is None:
         return
-    from kairos.training.preference import read_list
+    from kairos.training.preference import read_list, read_pairs
 
-    if not read_list(recipe.output / stage.name / "pairs"):
+    if read_list(recipe.output / stage.name / "pairs"):
+        return
+    if not manifest.is_file():
         raise UserError(f"stage {stage.name}: no manifest at {manifest}")
+    read_pairs(manifest, stage.buckets[0])
 
 
 def check_data(source: Any) -> None:

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from kairos.data.files import whole_files
 from kairos.training.fit import fit
 from kairos.training.muon import Muon, split_parameters
 from kairos.training.precision import has_bfloat16
@@ -56,7 +57,6 @@ def train_conditioner(
     rng = np.random.default_rng(seed)
     corpus = [caption_of(scenes, "train", seed, index) for index in range(captions)]
     tokenizer = train_tokenizer([vary(text, rng) for text, _ in corpus], vocabulary)
-    tokenizer.save_pretrained(output / "tokenizer")
     encoder = build_text_encoder(tokenizer)
     answers = label_answers([said for _, said in corpus])
     heads = nn.ModuleDict({name: nn.Linear(HIDDEN_SIZE, len(a)) for name, a in answers.items()})
@@ -87,7 +87,9 @@ def train_conditioner(
     fit(output, both, optimizer, steps, loss, rate, seed=seed)
     both.eval()
     measured = measure(encoder, heads, tokenizer, answers, scenes, seed)
-    encoder.bfloat16().save_pretrained(output / "text_encoder")
+    with whole_files(output) as made:
+        tokenizer.save_pretrained(made / "tokenizer")
+        encoder.bfloat16().save_pretrained(made / "text_encoder")
     return measured
 
 

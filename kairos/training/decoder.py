@@ -20,15 +20,15 @@ from kairos.data.config import above_0, at_least
 from kairos.errors import UserError
 from kairos.models.vae import decode
 from kairos.models.vae_layers import quicken
-from kairos.schedulers import FewStepScheduler, FlowMatchScheduler
+from kairos.schedulers import FlowMatchScheduler
 from kairos.training.batches import row_at, seed_of
 from kairos.training.cache import ClipSet
 from kairos.training.clips import ClipReference
 from kairos.training.fit import fit
 from kairos.training.muon import Muon, split_parameters
 from kairos.training.parallel import ALONE, Processes
-from kairos.training.samples import sample_latents
-from kairos.training.vae import falling_rate, pixels, placement_errors
+from kairos.training.samples import sample_latents, sampling_of
+from kairos.training.vae import falling_rate, pixels, placement_errors, save_vae
 
 GIVEN = 2
 """Latent frames from which a sampled clip goes on: they tell places and speeds."""
@@ -88,12 +88,7 @@ def train_decoder(
         precision: in which it samples.
     """
     device = here.device
-    sampling = {
-        "steps": int(defaults.get("num_inference_steps", 20)),
-        "guidance_scale": float(defaults.get("guidance_scale", 3.0)),
-        "guide_continuation": bool(defaults.get("guide_continuation", True)),
-        "few_step": scheduler if isinstance(scheduler, FewStepScheduler) else None,
-    }
+    sampling = sampling_of(scheduler, defaults)
     vae = quicken(vae.float().train().to(device))
     for part in (vae.encoder, vae.quant_conv):
         part.requires_grad_(False)
@@ -110,7 +105,7 @@ def train_decoder(
 
     rate = partial(falling_rate, stage.final_lr, stage.steps)
     fit(output, vae, optimizer, stage.steps, loss, rate, seed=seed, origins=origins)
-    vae.save_pretrained(output)
+    save_vae(vae, output)
 
 
 @torch.no_grad()

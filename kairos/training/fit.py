@@ -42,7 +42,7 @@ def fit(
     origins: Mapping[str, str] | None = None,
     told: Callable[[float], str] = "loss {:.4f}".format,
 ) -> None:
-    """Minimise `loss(step)` up to `steps`, behind the checkpoint in `folder` where one of `origins` is there.
+    """Minimise `loss(step)` up to `steps`, behind the checkpoint in `folder` unless it says other `origins`.
 
     rate: the share of the full learning rates at a step.
     seed: each step begins with torch's random numbers seeded by it and the step.
@@ -55,7 +55,7 @@ def fit(
     trained, made_of = trained_parameters(module), dict(origins or {})
     rates = [group["lr"] for group in optimizer.param_groups]
     step, state = 0, load_checkpoint(folder)
-    if state is not None and state["origins"] == made_of:
+    if state is not None and all(state["origins"].get(part, of) == of for part, of in made_of.items()):
         check_fits(state["model"], trained, folder)
         copy_into(trained, state["model"])
         load_optimizer(optimizer, state["optimizer"])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kairos.training.ahead import Ahead, workers_for
 from kairos.training.batches import Batch, draw_batch
 from kairos.training.cache import ClipSet
+from kairos.training.objective import Objective
 from kairos.training.parallel import ALONE, Processes
 from kairos.training.stage import Stage
 from kairos.training.visible import seen
@@ -53,7 +54,7 @@ def latents_a_token(model: Any) -> int:
 
 
 @dataclass
-class FlowMatching:
+class FlowMatching(Objective):
     """The objective of pretraining, post-training and LoRA."""
 
     sets: Sequence[ClipSet]
@@ -93,7 +94,6 @@ class FlowMatching:
         return drawn
 
     def loss(self, model: nn.Module, step: int, part: int) -> tuple[Tensor, int]:
-        """The loss of one part of the step's batch, and how many clips it has."""
         batch = self.batch(model, step, part)
         with self.processes.autocast(self.stage.precision):
             return flow_loss(model, batch, self.root), len(batch)
@@ -102,14 +102,3 @@ class FlowMatching:
         """End the processes that draw batches."""
         if self._ahead is not None:
             self._ahead.close()
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps besides model and optimizer: nothing."""
-        return {}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Nothing to go on from."""
-
-    def report(self, model: nn.Module, step: int) -> dict[str, float]:
-        """Numbers to show besides the loss: none."""
-        return {}

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -27,6 +27,7 @@ from kairos.training.checkpoint import (
 )
 from kairos.training.fit import stop_signal
 from kairos.training.muon import Muon, split_parameters
+from kairos.training.objective import Objective
 from kairos.training.parallel import ALONE, Processes, local, whole
 from kairos.training.progress import Progress
 from kairos.training.stage import Stage
@@ -34,20 +35,6 @@ from kairos.weights.files import CONFIG
 from kairos.weights.transformer import DIFFUSERS_FILE, config_text
 
 logger = logging.getLogger(__name__)
-
-
-class Objective(Protocol):
-    """What is minimised. Networks of its own (a fake score) belong to its state."""
-
-    def loss(self, model: nn.Module, step: int, part: int) -> tuple[Tensor, int]: ...
-
-    def state(self) -> dict[str, Any]: ...
-
-    def load_state(self, state: dict[str, Any]) -> None: ...
-
-    def report(self, model: nn.Module, step: int) -> dict[str, float]: ...
-
-    def close(self) -> None: ...
 
 
 def train(

@@ -37,12 +37,10 @@ def load_start(recipe: Recipe, source: str, dtype: str = "float32", *, teaches: 
         if not (path / "config.json").exists():
             raise UserError(f"stage {source} has no weights in {path}; run it first")
         return load_transformer_file(path, **options)
+    otherwise = released_config(source)
     if is_weights(source):
         otherwise = base_config(recipe) | recipe.model
         otherwise = {key: otherwise[key] for key in UNSHAPED if key in otherwise}
-    else:
-        model = presets.locate(source)
-        otherwise = model.config() if model.released else {}
     return load_transformer_file(path, otherwise=otherwise, **options)
 
 
@@ -50,6 +48,11 @@ def weights_at(recipe: Recipe, source: str) -> Path:
     """The file or folder of the LinearDiT that `source` names. UserError for a model that is not here."""
     if source in [stage.name for stage in recipe.stages]:
         return recipe.output / source / "ema"
+    return weights_of(source)
+
+
+def weights_of(source: str) -> Path:
+    """The file or folder of the LinearDiT of a model, by name, file or folder. UserError as `locate`."""
     if is_weights(source):
         own = Path(source) / "transformer"
         return own if own.is_dir() else Path(source)
@@ -59,6 +62,12 @@ def weights_at(recipe: Recipe, source: str) -> Path:
 def is_weights(source: str) -> bool:
     """Whether it is a file or a folder that says of itself what it is, and no model by name or preset."""
     return Path(source).exists() and not (Path(source) / presets.MARK).exists()
+
+
+def released_config(source: str) -> dict[str, Any]:
+    """What a released model says that its weights do not; nothing of weights, and of what says it itself."""
+    model = None if is_weights(source) else presets.locate(source)
+    return model.config() if model is not None and model.released else {}
 
 
 def base_config(recipe: Recipe) -> dict[str, Any]:
@@ -129,19 +138,14 @@ def read_again(recipe: Recipe, stage: Stage, sets: Sequence[ClipSet]) -> dict[st
     return references
 
 
-def sampler_of(recipe: Recipe, stage: Stage) -> tuple[Any, dict[str, float | bool]]:
+def sampler_of(recipe: Recipe, stage: Stage) -> tuple[Any, dict[str, Any]]:
     """The sampler of what a stage has trained, and the defaults of its pipeline.
 
-    Preferences leave a model the sampler that it had. Flow matching makes one of many steps of any.
+    Preferences and a LoRA leave a model the sampler that it had. Flow matching makes one of many steps.
     """
-    base = dict(presets.defaults_of(recipe.base)) if recipe.base else {}
-    stage = recipe.taught_by(stage)
-    said = {**recipe.defaults.said(), "fps": recipe.fps_of(stage)}
-    if stage.objective == "preference":
-        for source in (recipe.start_of(stage), recipe.base):
-            if (own := own_sampler(source)) is not None:
-                return own, {**presets.defaults_of(source), **said}
-        return FlowMatchScheduler(), base | said
+    if stage.objective == "preference" or stage.lora is not None:
+        return sampler_before(recipe, stage)
+    base, said = base_defaults(recipe, stage), defaults_said(recipe, stage)
     if stage.objective == "distillation":
         options = stage.distillation or Distillation()
         few = {"num_inference_steps": len(options.sampling_times), "guidance_scale": 1.0}
@@ -150,6 +154,33 @@ def sampler_of(recipe: Recipe, stage: Stage) -> tuple[Any, dict[str, float | boo
     if isinstance(own_sampler(recipe.base), FewStepScheduler):
         base |= {name: sizes.RELEASED_DEFAULTS[name] for name in ("num_inference_steps", "guidance_scale")}
     return FlowMatchScheduler(), base | said
+
+
+def sampler_before(recipe: Recipe, stage: Stage) -> tuple[Any, dict[str, Any]]:
+    """The sampler of what a stage starts from, and its defaults; weights alone have the base's."""
+    start, named = recipe.start_of(stage), {one.name: one for one in recipe.stages}
+    if start in named:
+        return sampler_of(recipe, named[start])
+    said = defaults_said(recipe, stage)
+    for source in (start, recipe.base):
+        if (own := own_sampler(source)) is not None:
+            return own, presets.defaults_of(source) | said
+    return FlowMatchScheduler(), base_defaults(recipe, stage) | said
+
+
+def base_defaults(recipe: Recipe, stage: Stage) -> dict[str, Any]:
+    """What the pipeline of a stage takes from the base; without one, clips are as long and large as the
+    longest that the stage learned from."""
+    if recipe.base:
+        return presets.defaults_of(recipe.base)
+    longest = max(stage.buckets, key=lambda bucket: (bucket.frames, bucket.height * bucket.width))
+    size = {"height": longest.height, "width": longest.width, "num_frames": longest.frames}
+    return presets.all_defaults(size)
+
+
+def defaults_said(recipe: Recipe, stage: Stage) -> dict[str, Any]:
+    """What the recipe says of the pipeline of a stage."""
+    return recipe.defaults.said() | {"fps": recipe.fps_of(stage)}
 
 
 def own_sampler(source: str) -> FewStepScheduler | FlowMatchScheduler | None:

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from kairos.data.files import write_atomically
 from kairos.errors import UserError
-from kairos.training.cache import description, listed
+from kairos.training.cache import description, digest, listed
 from kairos.training.checkpoint import glance
 from kairos.training.clips import file_hash
 from kairos.training.materials import weights_at
-from kairos.training.recipe import Recipe
-from kairos.training.stage import Stage
 from kairos.weights import open_weights
+
+if TYPE_CHECKING:
+    from kairos.training.recipe import Recipe
+    from kairos.training.stage import Stage
+
+logger = logging.getLogger(__name__)
 
 WORDS = {
     "weights": "other weights than it would start from now",
     "teacher": "another teacher",
     "vae": "latents of another VAE",
     "text": "prompts of another text encoder",
+    "options": "other options, scenes or seed than the recipe has now",
 }
 
 
@@ -54,6 +62,21 @@ def hash_of(recipe: Recipe, source: str) -> str:
     if not path.exists():
         return ""
     return " ".join(file_hash(file) for file in sorted({one.file for one in open_weights(path).values()}))
+
+
+def options_hash(*options: Any) -> str:
+    """Of what a recipe says of a part, without what it leaves as it is: options to come change nothing."""
+    return digest([said(one) for one in options])
+
+
+def said(option: Any) -> Any:
+    """The values of a dataclass, or of several, that are not its defaults; another option as it is."""
+    if isinstance(option, list | tuple):
+        return [said(one) for one in option]
+    if not is_dataclass(option):
+        return option
+    values = {field.name: (getattr(option, field.name), field.default) for field in fields(option)}
+    return {name: value for name, (value, default) in values.items() if value != default}
 
 
 def check_origins(name: str, output: Path, kept: Mapping[str, Any], now: Mapping[str, str]) -> None:
@@ -93,9 +116,15 @@ def check_successors(recipe: Recipe, stage: Stage) -> None:
 
 
 def is_finished(name: str, output: Path, now: Mapping[str, str]) -> bool:
-    """Whether the file `finished` is there. Raises UserError where it says other origins."""
+    """Whether the file `finished` is there, and say so. Raises UserError where it says other origins."""
     file = output / "finished"
     if not file.exists():
         return False
     check_origins(name, output, json.loads(file.read_text() or "{}"), now)
+    logger.info("%s is finished", output)
     return True
+
+
+def finish(output: Path, origins: Mapping[str, str]) -> None:
+    """Write the file `finished`."""
+    write_atomically(output / "finished", json.dumps(dict(origins)).encode())

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 EFFICIENCY = 0.4
 """Share of a machine's speed at large matrix products that training reaches."""
+FLOAT32 = 1 / 15
+"""Of a GPU's peak in bfloat16, that in float32 (H100: 67 of 989.4 TFLOP/s, NVIDIA's data sheet)."""
 ROOM = 0.95
 """Share of the memory that a plan may fill."""
 
@@ -230,7 +232,7 @@ def available_gb(device: torch.device) -> float:
 
 
 def measured_speed(device: torch.device, precision: str = "bfloat16", size: int = 1024) -> float:
-    """Operations a second of this machine at matrix products, in what a stage of this precision has them."""
+    """Operations a second of training in a precision on this machine, from its speed at matrix products."""
     dtype = torch.bfloat16 if precision == "bfloat16" and has_bfloat16(device.type) else torch.float32
     size = 4 * size if device.type == "cuda" else size
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -242,4 +244,9 @@ def measured_speed(device: torch.device, precision: str = "bfloat16", size: int 
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, (time.perf_counter() - began) / 3)
-    return 2 * size**3 / best
+    return EFFICIENCY * 2 * size**3 / best
+
+
+def computed_speed(peak_tflops: float, precision: str) -> float:
+    """Operations a second of training in a precision on a GPU of this peak in bfloat16."""
+    return sizes.EFFICIENCY * 1e12 * peak_tflops * (1 if precision == "bfloat16" else FLOAT32)

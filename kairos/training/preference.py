@@ -55,10 +55,11 @@ from kairos.training.clips import (
     read_lines,
 )
 from kairos.training.flow import latents_a_token, predict
+from kairos.training.objective import Objective
 from kairos.training.parallel import ALONE, Processes, shard
 from kairos.training.stage import Preference, Stage
 from kairos.weights.fingerprint import fingerprint
-from kairos.worlds import scenery, simulate
+from kairos.worlds import simulate
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ class PairSet:
 def rollout_pairs(
     folder: Path,
     pipeline: Any,
+    encoders: Encoders,
     source: SimulatorSource,
     bucket: Bucket,
     options: Preference,
@@ -95,7 +97,6 @@ def rollout_pairs(
     mean errors of the better and the worse ones and how many pairs there are.
     """
     check_square(bucket)
-    encoders = encoders_of(pipeline)
     asked = asdict(replace(options, beta=1.0))  # which has no part in the making
     model = fingerprint({"model": pipeline.transformer})
     sampler = {name: value for name, value in pipeline.scheduler.config.items() if name[:1] != "_"}
@@ -107,9 +108,14 @@ def rollout_pairs(
     errors: list[tuple[float, float]] = []
     for index in range(options.pairs):
         scene = source.scenes[index % len(source.scenes)]
-        drawn: dict[str, Any] = {"split": source.split, "seed": source.seed, "index": index}
-        drawn |= {"num_frames": bucket.frames, "size": bucket.height}
-        clip, behind = simulate(scene, **drawn), scenery(scene, **drawn)
+        clip = simulate(
+            scene,
+            split=source.split,
+            seed=source.seed,
+            index=index,
+            num_frames=bucket.frames,
+            size=bucket.height,
+        )
         made = []
         for attempt in range(2):
             generator = torch.Generator().manual_seed(seed_of(seed, index, attempt))
@@ -124,7 +130,7 @@ def rollout_pairs(
                 generator=generator,
                 output_type="latent",
             ).frames
-            found = read(frames_of(encoders, latents), behind)
+            found = read(frames_of(encoders, latents), clip.scenery)
             error = velocity_error(found, clip, options.given_frames)
             made.append((error, latents))
         (best, better), (worst, worse) = sorted(made, key=lambda pair: pair[0])
@@ -155,7 +161,7 @@ def manifest_pairs(
     are there already are not made again, nor are they lost where the manifest or its clips are gone."""
     kept = read_list(folder)
     try:
-        listed = [read_pair(manifest, bucket, *numbered) for numbered in read_lines(manifest)]
+        listed = read_pairs(manifest, bucket)
     except UserError as error:
         if not kept or (manifest.is_file() and not isinstance(error, NoClip)):
             raise
@@ -167,24 +173,38 @@ def manifest_pairs(
         return
     writer, vae = PairWriter(folder, encoders, of, device), encoders.vae
     for line, files, caption, given in listed:
-        latents, firsts = [], []
-        for file in files:
-            frames = read_video(file, fps=fps, max_frames=bucket.frames)
-            if len(frames) < bucket.frames:
-                raise UserError(
-                    f"{manifest}, line {line}: {file} has {len(frames)} frames, {bucket.frames} are needed"
-                )
-            firsts.append((frames := fit(frames, bucket))[0])
+        try:
+            both = [read_whole(file, bucket, fps) for file in files]
+        except UserError as error:  # of what the file holds; one bad clip is no reason to lose the others
+            logger.warning("%s, line %d: left out: %s", manifest, line, error)
+            continue
+        latents = []
+        for frames in both:
             pixels = torch.from_numpy(frames.copy()).permute(3, 0, 1, 2)[None]
             with torch.no_grad():
                 latents.append(encode(vae, pixels.to(vae.device, vae.dtype) / 127.5 - 1))
         past = (given - 1) // 4 + 1 if given else 0
-        writer.add(f"{manifest.name}/{line}", caption, past, latents[0], latents[1], firsts[0])
+        writer.add(f"{manifest.name}/{line}", caption, past, latents[0], latents[1], both[0][0])
+    if not writer.pairs:
+        raise UserError(f"{manifest}: none of its pairs can be used; the log says of each why")
     writer.close({})
+
+
+def read_whole(file: Path, bucket: Bucket, fps: float) -> NDArray[np.uint8]:
+    """The frames (F, H, W, 3) of a clip in its bucket. UserError where there are too few."""
+    frames = read_video(file, fps=fps, max_frames=bucket.frames)
+    if len(frames) < bucket.frames:
+        raise UserError(f"{file} has {len(frames)} frames, {bucket.frames} are needed")
+    return fit(frames, bucket)
 
 
 class NoClip(UserError):
     """A line names a clip that is not there."""
+
+
+def read_pairs(manifest: Path, bucket: Bucket) -> list[tuple[int, list[Path], str, int]]:
+    """`read_pair` of every line. UserError for the first one that is no pair."""
+    return [read_pair(manifest, bucket, *numbered) for numbered in read_lines(manifest)]
 
 
 def read_pair(
@@ -276,7 +296,7 @@ def load_pairs(folder: Path, bucket: Bucket, encoders: Encoders) -> PairSet:
     return PairSet(sides[0], sides[1], [pair["past"] for pair in pairs])
 
 
-class PreferenceObjective:
+class PreferenceObjective(Objective):
     """Pairs of a step have one length of past; the reference is the model that the stage began with."""
 
     def __init__(
@@ -332,30 +352,10 @@ class PreferenceObjective:
         gain = errors(model) - reference
         return gain[: len(rows)] - gain[len(rows) :]
 
-    def state(self) -> dict[str, Any]:
-        """Nothing: the reference is the model that the stage begins with."""
-        return {}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Nothing to go on from."""
-
-    def close(self) -> None:
-        """Nothing to end."""
-
     def report(self, model: nn.Module, step: int) -> dict[str, float]:
         """The share of this step's pairs on which the model favours the better clip, more than before."""
         right, self._right = float(np.mean(self._right)), []
         return {"preferred": right}
-
-
-def encoders_of(pipeline: Any) -> Encoders:
-    return Encoders(
-        pipeline.vae,
-        pipeline.text_encoder,
-        pipeline.tokenizer,
-        pipeline.config.prompt_template,
-        pipeline.processor,
-    )
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import io
 import json
 import logging
 import math
-import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from kairos.errors import UserError
+from kairos.process import peak_gb
 from kairos.training.parallel import Processes
 from kairos.training.precision import has_bfloat16
 from kairos.training.stage import Stage
@@ -59,12 +60,20 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self.here.first:
+            self._shown = threading.excepthook
+            threading.excepthook = self._show
             self.writer = open_writer(self.output / "tensorboard")
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.writer is not None:
             self.writer.close()
+            threading.excepthook = self._shown
+
+    def _show(self, failed: threading.ExceptHookArgs) -> None:
+        """What a thread fails at. TensorBoard's writer raises it again where it is written to."""
+        if not type(failed.thread).__module__.startswith("tensorboard"):
+            self._shown(failed)
 
     @contextmanager
     def clock(self, part: str) -> Iterator[None]:
@@ -175,17 +184,14 @@ def memory(device: torch.device) -> str:
     """What this process holds now on its GPU, or has held at most on the machine."""
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB"
-    try:
-        import resource
-    except ImportError:  # Windows
-        return "memory unknown"
-    unit = 1 if sys.platform == "darwin" else 1024
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"
+    return "memory unknown" if (peak := peak_gb()) is None else f"{peak:.2f} GB"
 
 
 def duration(seconds: float) -> str:
-    """3725 -> 1 h 02 min; 65 -> 1 min 05 s."""
+    """3725 -> 1 h 02 min; 65 -> 1 min 05 s; 0.0123 -> 0.012 s."""
+    if seconds < 10:
+        return f"{seconds:.2g} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
+        return f"{minutes // 60:,} h {minutes % 60:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

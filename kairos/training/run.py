@@ -15,8 +15,9 @@ from kairos.training.checkpoint import load_checkpoint
 from kairos.training.clips import SimulatorSource
 from kairos.training.flow import FlowMatching
 from kairos.training.frames import FrameErrors
-from kairos.training.loop import Objective, train
+from kairos.training.loop import train
 from kairos.training.materials import clip_sets, load_encoders, load_start, read_again, sampler_of
+from kairos.training.objective import Objective
 from kairos.training.origins import check_origins, is_at_end, made_of
 from kairos.training.parallel import Processes, prepare
 from kairos.training.plan import model_config
@@ -47,25 +48,16 @@ def run_stage(recipe: Recipe, number: int, here: Processes) -> None:
     elif stage.train:
         train_only(model, stage)
     encoders = load_encoders(recipe)
-    objective, clips, few_step = build_objective(recipe, stage, model, encoders, output, here)
+    objective, clips = build_objective(recipe, stage, model, encoders, output, here)
     encoders = replace(encoders, text_encoder=None, tokenizer=None)  # of several GB, and done with
     prepare(model, here, checkpointing=stage.checkpointing, compiled=stage.compile)
     make_samples = None
     if stage.samples_every and clips is not None:
         from kairos.training.samples import SampleVideos
 
-        said = recipe.defaults.said()
-        make_samples = SampleVideos(
-            clips,
-            encoders,
-            here,
-            few_step=few_step,
-            steps=int(said.get("num_inference_steps", 20)),
-            guidance_scale=said.get("guidance_scale", 3.0),
-            guide_continuation=bool(said.get("guide_continuation", True)),
-            fps=recipe.fps_of(stage),
-            precision=stage.precision,
-        )
+        scheduler, defaults = sampler_of(recipe, stage)
+        fps, precision = recipe.fps_of(stage), stage.precision
+        make_samples = SampleVideos(clips, encoders, here, scheduler, defaults, fps=fps, precision=precision)
     try:
         train(model, objective, stage, output, here=here, make_samples=make_samples, origins=origins)
     finally:
@@ -89,10 +81,10 @@ def train_only(model: Any, stage: Stage) -> None:
 
 def build_objective(
     recipe: Recipe, stage: Stage, model: Any, encoders: Encoders, output: Path, here: Processes
-) -> tuple[Objective, Any, Any]:
-    """The objective, clips to make samples of, and the sampler of a few-step student."""
+) -> tuple[Objective, Any]:
+    """The objective, and clips to make samples of."""
     if stage.objective == "preference":
-        return preference(recipe, stage, model, encoders, output, here), None, None
+        return preference(recipe, stage, model, encoders, output, here), None
     sets = clip_sets(recipe, stage, encoders)
     longest = max(sets, key=lambda clips: clips.bucket.frames)
     root = None
@@ -109,22 +101,20 @@ def build_objective(
             moving = [clips for clips in sets if clips.latent_frames > 2]
             readable = read_again(recipe, stage, moving)
             frames = FrameErrors(encoders.vae, readable, options.frame_clips, here.device)
-        distilled = DistillationObjective(model, sets, stage, options, here, teacher, root, frames)
-        return distilled, longest, distilled.scheduler
+        return DistillationObjective(model, sets, stage, options, here, teacher, root, frames), longest
     if stage.state is not None:
         from kairos.training.state import StateObjective
 
         source = recipe.source(stage)
         assert isinstance(source, SimulatorSource)
-        return StateObjective(model, sets, stage, stage.state, source, here, root), longest, None
-    return FlowMatching(sets, stage, here, root), longest, None
+        return StateObjective(model, sets, stage, stage.state, source, here, root), longest
+    return FlowMatching(sets, stage, here, root), longest
 
 
 def preference(
     recipe: Recipe, stage: Stage, model: Any, encoders: Encoders, output: Path, here: Processes
 ) -> Objective:
     """Pairs of a manifest, or of the model's own rollouts; they are made once."""
-    from kairos.pipeline import KairosPipeline
     from kairos.schedulers import FewStepScheduler
     from kairos.training.preference import (
         PreferenceObjective,
@@ -145,18 +135,11 @@ def preference(
             scheduler, defaults = sampler_of(recipe, stage)
             if isinstance(scheduler, FewStepScheduler):
                 options = replace(options, guidance_scale=1.0)  # it was distilled to do without
-            pipeline = KairosPipeline(
-                transformer=model.eval().to(here.device),
-                vae=encoders.vae,
-                text_encoder=encoders.text_encoder,
-                tokenizer=encoders.tokenizer,
-                processor=encoders.processor,
-                scheduler=scheduler,
-                prompt_template=encoders.template,
-                defaults=defaults,
-            )
+            pipeline = encoders.pipeline(model.eval().to(here.device), scheduler, defaults)
             pipeline.set_progress_bar_config(disable=True)
-            rollout_pairs(folder, pipeline, source, bucket, options, seed=stage.seed, device=here.device)
+            rollout_pairs(
+                folder, pipeline, encoders, source, bucket, options, seed=stage.seed, device=here.device
+            )
         encoders.text_encoder.to("cpu")
     here.wait()
     model.to(here.device)

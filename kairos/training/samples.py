@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,16 @@ def sample_latents(
     return latents
 
 
+def sampling_of(scheduler: FlowMatchScheduler, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `sample_latents`: how a pipeline of this scheduler and these defaults samples."""
+    return {
+        "steps": int(defaults["num_inference_steps"]),
+        "guidance_scale": float(defaults["guidance_scale"]),
+        "guide_continuation": bool(defaults.get("guide_continuation", True)),
+        "few_step": scheduler if isinstance(scheduler, FewStepScheduler) else None,
+    }
+
+
 def motion(latents: Tensor) -> float:
     """How much a clip (B, 16, F, h, w) moves: the mean change from one latent frame to the next.
 
@@ -92,24 +102,20 @@ class SampleVideos:
         clips: ClipSet,
         encoders: Encoders,
         here: Processes,
+        scheduler: FlowMatchScheduler,
+        defaults: Mapping[str, Any],
         *,
-        few_step: FewStepScheduler | None,
         count: int = 4,
-        steps: int = 20,
-        guidance_scale: float = 3.0,
-        guide_continuation: bool = True,
         fps: float = 16,
         precision: str = "float32",
     ) -> None:
+        """scheduler, defaults: of the pipeline that the model is for."""
         self.clips, self.encoders, self.here, self.fps = clips, encoders, here, fps
         self.precision = precision
         self.rows = list(range(min(count, len(clips))))
-        self.options: dict[str, Any] = {
-            "steps": steps,
-            "guidance_scale": guidance_scale,
-            "guide_continuation": guide_continuation,
-            "few_step": few_step,
-        }
+        self.options = sampling_of(scheduler, defaults)
+        names = ("num_inference_steps", "guidance_scale")
+        self.sampler = {"sampler": type(scheduler).__name__, **{name: defaults[name] for name in names}}
 
     def __call__(self, model: Any, output: Path, step: int) -> list[NDArray[np.uint8]]:
         """The videos, (F, H, W, 3); a captionless data set gives clips that go on from their first frame."""
@@ -129,6 +135,8 @@ class SampleVideos:
             frames = ((pixels / 2 + 0.5) * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
             folder = output / "samples"
             folder.mkdir(exist_ok=True)
-            write_video(folder / f"step-{step:07d}-{number}.mp4", frames, self.fps)
+            said = {"stage": output.name, "step": step, "caption": self.clips.captions[self.rows[number]]}
+            metadata = {"sample": said | {"given_frames": known} | self.sampler}
+            write_video(folder / f"step-{step:07d}-{number}.mp4", frames, self.fps, metadata)
             videos.append(frames)
         return videos

@@ -82,9 +82,8 @@ class StateObjective(FlowMatching):
         return {"head": dict(self.head.named_parameters()), "optimizer": self.optimizer.state_dict()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        if state:
-            copy_into(dict(self.head.named_parameters()), state["head"])
-            load_optimizer(self.optimizer, state["optimizer"])
+        copy_into(dict(self.head.named_parameters()), state["head"])
+        load_optimizer(self.optimizer, state["optimizer"])
 
     def report(self, model: nn.Module, step: int) -> dict[str, float]:
         """The error of the maps; 0.28 for one ball in the middle that the head knows nothing of."""

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from kairos.data.files import lock, prepare_folder
+from kairos.data.files import lock, prepare_folder, whole_files
 from kairos.errors import UserError
-from kairos.pipeline import KairosPipeline
+from kairos.schedulers import FewStepScheduler
 from kairos.training.cache import build_cache, description
 from kairos.training.check import check_run, check_there
 from kairos.training.conditioner import train_conditioner
@@ -25,9 +25,10 @@ from kairos.training.materials import (
     load_start,
     made_before,
     read_again,
+    sampler_before,
     sampler_of,
 )
-from kairos.training.origins import cache_of, hash_of, is_finished, is_trained
+from kairos.training.origins import cache_of, finish, hash_of, is_finished, is_trained, options_hash
 from kairos.training.parallel import Processes, processes
 from kairos.training.plan import check_memory
 from kairos.training.recipe import Recipe
@@ -59,6 +60,7 @@ def run_recipe(recipe: Recipe, only: tuple[str, ...] = ()) -> None:
         if here.first:
             check_there(recipe, steps)
             warn_of_rates(recipe, stages)
+            warn_of_samplers(recipe, stages)
             prepare_folder(recipe.output)
             busy = f"another kairos train works in {recipe.output}; wait for it, or name another output"
             held.enter_context(lock(recipe.output, busy))
@@ -87,27 +89,26 @@ def run_step(recipe: Recipe, name: str, here: Processes) -> None:
 
 
 def make_vae(recipe: Recipe, here: Processes) -> None:
-    output = recipe.output / "vae"
-    if (output / "finished").exists():
-        logger.info("%s is finished", output)
-        return
     start = None
     if recipe.base:
         start = load_vae_file(encoders_of_base(recipe.base)[0], dtype=torch.float32)
     train_vae(
-        output, stages=recipe.vae, scenes=recipe.scenes, seed=recipe.seed, start=start, device=here.device
+        recipe.output / "vae",
+        stages=recipe.vae,
+        scenes=recipe.scenes,
+        seed=recipe.seed,
+        start=start,
+        device=here.device,
     )
-    (output / "finished").touch()
 
 
 def make_conditioner(recipe: Recipe, here: Processes) -> None:
-    output = recipe.output / "conditioner"
-    if (output / "finished").exists():
-        logger.info("%s is finished", output)
+    output, options = recipe.output / "conditioner", recipe.conditioner or {}
+    origins = {"options": options_hash(options, recipe.scenes, recipe.seed)}
+    if is_finished("conditioner", output, origins):
         return
-    options = recipe.conditioner or {}
     measured = train_conditioner(output, scenes=recipe.scenes, seed=recipe.seed, **options)
-    (output / "finished").touch()
+    finish(output, origins)
     logger.info("prompt encoder: %s", measured)
 
 
@@ -144,8 +145,8 @@ def make_decoder(recipe: Recipe, here: Processes) -> None:
     assert recipe.decoder is not None
     output, stage = recipe.output / "decoder", recipe.stages[-1]
     origins = {"weights": hash_of(recipe, stage.name), **cache_of(recipe, stage)}
-    if is_finished("decoder", output, origins):
-        logger.info("%s is finished", output)
+    made_of = origins | {"options": options_hash(recipe.decoder, recipe.seed)}
+    if is_finished("decoder", output, made_of):
         return
     encoders = load_encoders(recipe)
     long = [one for one in clip_sets(recipe, stage, encoders) if one.latent_frames > GIVEN]
@@ -167,7 +168,7 @@ def make_decoder(recipe: Recipe, here: Processes) -> None:
         origins=origins,
         here=here,
     )
-    (output / "finished").write_text(json.dumps(origins))
+    finish(output, made_of)
 
 
 def assemble(recipe: Recipe, here: Processes) -> None:
@@ -178,24 +179,18 @@ def assemble(recipe: Recipe, here: Processes) -> None:
     decoder = made_before(recipe, "decoder") if recipe.decoder is not None else None
     transformer = load_start(recipe, stage.name, "bfloat16")
     encoders = load_encoders(recipe)
-    vae = encoders.vae if decoder is None else load_vae_file(decoder)
-    scheduler, defaults = sampler_of(recipe, stage)
-    pipeline = KairosPipeline(
-        transformer=transformer,
-        vae=vae.to(torch.bfloat16),
-        text_encoder=encoders.text_encoder.to(torch.bfloat16),
-        tokenizer=encoders.tokenizer,
-        processor=encoders.processor,
-        scheduler=scheduler,
-        prompt_template=encoders.template,
-        defaults=defaults,
-    )
+    if decoder is not None:
+        encoders = replace(encoders, vae=load_vae_file(decoder))
+    for part in (encoders.vae, encoders.text_encoder):
+        part.to(torch.bfloat16)
+    pipeline = encoders.pipeline(transformer, *sampler_of(recipe, stage))
     folder = recipe.output / recipe.name
-    pipeline.save_pretrained(folder)
-    for file in folder.glob("*/config.json"):  # where a part came from is nobody's business
-        config = json.loads(file.read_text())
-        config.pop("_name_or_path", None)
-        file.write_text(json.dumps(config, indent=2) + "\n")
+    with whole_files(folder) as made:
+        pipeline.save_pretrained(made)
+        for file in made.glob("*/config.json"):  # where a part came from is nobody's business
+            config = json.loads(file.read_text())
+            config.pop("_name_or_path", None)
+            file.write_text(json.dumps(config, indent=2) + "\n")
     logger.info("%s is ready: kairos generate --model %s ...", folder, folder)
 
 
@@ -211,4 +206,36 @@ def warn_of_rates(recipe: Recipe, stages: Sequence[Stage]) -> None:
                 stage.name,
                 fps,
                 finished,
+            )
+
+
+def warn_of_samplers(recipe: Recipe, stages: Sequence[Stage]) -> None:
+    """Say where flow matching follows a distillation: a model then takes many steps, and a LoRA learned so is
+    none for few."""
+    for stage in stages:
+        start = recipe.start_of(stage)
+        if stage.objective != "flow" or start in ("", "random"):
+            continue
+        few, _ = sampler_before(recipe, stage)
+        if not isinstance(few, FewStepScheduler):
+            continue
+        steps = len(few.config.sampling_times)
+        if stage.lora is not None:
+            logger.warning(
+                "stage %s: %s was distilled to %d steps, and a LoRA learned by flow matching goes with its "
+                "teacher; start from that",
+                stage.name,
+                start,
+                steps,
+            )
+        elif recipe.assembled is not None and recipe.taught_by(recipe.assembled) == stage:
+            _, now = sampler_of(recipe, stage)
+            logger.info(
+                "stage %s: %s was distilled to %d steps; after flow matching it takes %d, with guidance %g; "
+                "defaults may say others",
+                stage.name,
+                start,
+                steps,
+                now["num_inference_steps"],
+                now["guidance_scale"],
             )

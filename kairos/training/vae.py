@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from kairos.data.config import above_0, at_least
+from kairos.data.files import whole_files
 from kairos.errors import UserError
 from kairos.models.vae import normalisation, quickest_dtype
 from kairos.models.vae_layers import quicken
@@ -28,6 +30,8 @@ from kairos.training.ahead import Ahead, workers_for
 from kairos.training.batches import seed_of
 from kairos.training.fit import fit
 from kairos.training.muon import Muon, split_parameters
+from kairos.training.origins import finish, is_finished, options_hash
+from kairos.weights.fingerprint import fingerprint
 from kairos.worlds import BACKGROUND, COLORS, simulate
 
 logger = logging.getLogger(__name__)
@@ -239,24 +243,40 @@ def train_vae(
     """Train and write `output`, a diffusers folder, its latents_mean and latents_std measured.
 
     Each stage has a folder there, with its checkpoints and, at its end, the VAE as it leaves it: a run that
-    was stopped goes on from them. `start`: the VAE to begin with; None: random weights.
+    was stopped goes on from them. `start`: the VAE to begin with; None: random weights. UserError where what
+    has finished was made of something else.
     """
+    begun = {"weights": "" if start is None else fingerprint({"vae": start})}
+
+    def made_of(count: int) -> dict[str, str]:
+        return begun | {"options": options_hash(stages[:count], scenes, seed)}
+
+    if is_finished("vae", output, made_of(len(stages))):
+        return
     torch.manual_seed(seed)
     vae = build_vae() if start is None else start.float()
     logger.info("VAE of %.2f M parameters", sum(p.numel() for p in vae.parameters()) / 1e6)
     for number, stage in enumerate(stages):
         folder = output / f"stage-{number}"
-        if (folder / "finished").exists():
+        if is_finished(f"vae/{folder.name}", folder, made_of(number + 1)):
             vae = AutoencoderKLWan.from_pretrained(folder)
             continue
         vae.train().to(device)
         quicken(vae)
-        train_stage(vae, stage, number, folder, scenes=scenes, kl_weight=kl_weight, seed=seed)
+        behind = begun | {"options": options_hash(stages[:number])}
+        train_stage(vae, stage, number, folder, scenes=scenes, kl_weight=kl_weight, seed=seed, origins=behind)
         if not stage.decoder_only and not stage.anchor:
             measure_latents(vae, scenes)
-        vae.save_pretrained(folder)
-        (folder / "finished").touch()
-    vae.save_pretrained(output)
+        save_vae(vae, folder)
+        finish(folder, made_of(number + 1))
+    save_vae(vae, output)
+    finish(output, made_of(len(stages)))
+
+
+def save_vae(vae: AutoencoderKLWan, folder: Path) -> None:
+    """Write it in diffusers' layout, beside what else is in `folder`."""
+    with whole_files(folder) as made:
+        vae.save_pretrained(made)
 
 
 def train_stage(
@@ -268,8 +288,9 @@ def train_stage(
     scenes: tuple[str, ...],
     kl_weight: float,
     seed: int,
+    origins: Mapping[str, str],
 ) -> None:
-    """Train the VAE for one stage, with its checkpoints in `folder`."""
+    """Train the VAE for one stage, with its checkpoints in `folder`; of other `origins` none counts."""
     for part in (vae.encoder, vae.quant_conv):
         part.requires_grad_(not stage.decoder_only)
     optimizer = Muon(split_parameters(vae, muon_lr=stage.muon_lr, adamw_lr=stage.muon_lr / 10))
@@ -293,6 +314,7 @@ def train_stage(
             loss,
             rate=partial(falling_rate, stage.final_lr, stage.steps),
             seed=seed_of(seed, number),
+            origins=origins,
             told=lambda _: f"{10 * math.log10(4 / float(cast(Tensor, average))):.1f} dB",
         )
 

@@ -4,7 +4,12 @@ The released names of the LinearDiT are the model's own; those of Wan2.1_VAE.pth
 """
 
 from kairos.weights.files import StoredTensor, fill, open_weights
-from kairos.weights.transformer import infer_transformer_config, load_transformer_file, save_original
+from kairos.weights.transformer import (
+    infer_transformer_config,
+    load_transformer_file,
+    save_folder,
+    save_original,
+)
 from kairos.weights.vae import load_vae_file
 
 __all__ = [
@@ -14,5 +19,6 @@ __all__ = [
     "load_transformer_file",
     "load_vae_file",
     "open_weights",
+    "save_folder",
     "save_original",
 ]

@@ -132,9 +132,17 @@ def _files_of(path: Path) -> list[Path]:
             file for file in path.iterdir() if file.suffix in endings and not file.name.startswith(".")
         )
         if files:
+            files = _without_variants(files)
             _check_complete(files)
             return files
     raise UserError(f"{path} holds no .safetensors, .pt or .pth file")
+
+
+def _without_variants(files: list[Path]) -> list[Path]:
+    """Without the variants of diffusers' layout (`.bf16`), where its plain files lie beside them."""
+    layout = "diffusion_pytorch_model"
+    plain = [file for file in files if not re.fullmatch(rf"{layout}\..+\.\w+", file.name)]
+    return plain if any(file.name.startswith(layout) for file in plain) else files
 
 
 def _indexed(index: Path) -> list[Path]:

@@ -25,11 +25,12 @@ def fingerprint(modules: Mapping[str, nn.Module]) -> str:
         if isinstance(config, Mapping):  # diffusers' models; what starts with _ tells where they came from
             said = {key: value for key, value in config.items() if not key.startswith("_")}
             digest.update(json.dumps([name, said], sort_keys=True, default=str).encode())
-        for key, tensor in sorted(module.state_dict().items()):
+        # What torch.compile wraps has a longer name and the same weights.
+        tensors = {key.replace("_orig_mod.", ""): tensor for key, tensor in module.state_dict().items()}
+        for key, tensor in sorted(tensors.items()):
             flat = tensor.detach().flatten()
-            index = torch.linspace(
-                0, max(flat.numel() - 1, 0), min(_SAMPLES, flat.numel()), dtype=torch.float64
-            )
+            last, count = max(flat.numel() - 1, 0), min(_SAMPLES, flat.numel())
+            index = torch.linspace(0, last, count, dtype=torch.float64, device="cpu")
             sample = flat[index.round().long().to(flat.device)].to("cpu", torch.bfloat16)
             digest.update(f"{name}.{key}{tuple(tensor.shape)}".encode())
             digest.update(sample.view(torch.int16).numpy().tobytes())

@@ -20,25 +20,31 @@ OTHER_SCALES = ("alpha_pattern", "use_rslora", "use_dora")
 """What PEFT's metadata may say that makes more of a layer's scale than alpha / rank."""
 
 
-def parse_lora(text: str) -> tuple[Path, float]:
+def split_weight(text: str, what: str) -> tuple[str, float]:
     """FILE or FILE:WEIGHT -> the file and its weight, 1 where none is said.
 
-    A folder means its lora.safetensors.
+    Raises:
+        UserError: for a weight that is no number, of `what`.
+    """
+    name, colon, last = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return text, 1.0
+    try:
+        weight = float(last)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise UserError(f"{what} must be FILE or FILE:WEIGHT, a number, got {text!r}")
+    return name, weight
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """FILE or FILE:WEIGHT -> the file and its weight. A folder means its lora.safetensors.
 
     Raises:
         UserError: where there is no such file, and for a weight that is no number.
     """
-    name, colon, last = text.rpartition(":")
-    weight = 1.0
-    if colon and not Path(text).exists():
-        try:
-            weight = float(last)
-        except ValueError:
-            weight = math.nan
-        if not math.isfinite(weight):
-            raise UserError(f"--lora must be FILE or FILE:WEIGHT, a number, got {text!r}")
-    else:
-        name = text
+    name, weight = split_weight(text, "--lora")
     path = Path(name)
     path = path / FILE if path.is_dir() else path
     if not path.is_file():

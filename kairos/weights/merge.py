@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kairos.data.files import explained, prepare_file
+from kairos.data.files import prepare_file, whole_file
 from kairos.errors import UserError
 from kairos.request import did_you_mean
 from kairos.weights.files import CONFIG, StoredTensor, open_weights
@@ -23,17 +22,6 @@ from kairos.weights.transformer import config_text, transformer_config
 
 METHODS = ("average", "ties", "dare")
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
-
-
-def parse_model(text: str) -> tuple[str, float]:
-    """PATH or PATH:WEIGHT -> the path and its weight, 1 where none is said."""
-    path, colon, last = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return text, 1.0
-    try:
-        return path, float(last)
-    except ValueError:
-        raise UserError(f"a model must be FILE or FILE:WEIGHT, a number, got {text!r}") from None
 
 
 def merge_files(
@@ -74,7 +62,7 @@ def merge_files(
     if any("lora_" in name for name in reference):
         raise UserError(
             f"{base or models[0][0]} is a LoRA, products of two matrices, which cannot be merged one by one; "
-            "add several to a model by kairos generate --lora A:0.5 --lora B:0.5"
+            "add several to a model: kairos train export MODEL OUTPUT --lora A:0.5 --lora B:0.5"
         )
     for (path, _), stored in zip(models, opened, strict=True):
         check_alike(reference, stored, path)
@@ -165,18 +153,10 @@ def write_stream(
         offset += size
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
-    partial = output.with_name(f".{output.name}.partial")
-    with explained(output):
-        try:
-            with partial.open("wb") as file:
-                file.write(len(head).to_bytes(8, "little") + head)
-                for data in streamed(tensors):
-                    file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, output)
-        finally:
-            partial.unlink(missing_ok=True)
+    with whole_file(output) as partial, partial.open("wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for data in streamed(tensors):
+            file.write(data)
 
 
 def streamed(tensors: Sequence[tuple[str, StoredTensor, object]]) -> Iterator[bytes]:

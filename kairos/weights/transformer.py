@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from kairos.errors import MachineError, UserError, one_line
+from kairos.data.files import prepare_folder, whole_file, write_atomically
+from kairos.errors import UserError, one_line
 from kairos.models.transformer import KairosTransformer3DModel
 from kairos.weights.files import CONFIG, StoredTensor, fill, header_config, open_weights, written_config
+from kairos.weights.lora import DOWN
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +126,11 @@ def infer_transformer_config(
         "blocks.0.ffn.0.weight",
     )
     if missing := [name for name in needed if name not in stored]:
+        if any(name.endswith(DOWN) for name in stored):
+            raise UserError(
+                f"{source} is a LoRA, which is added to a LinearDiT: kairos generate --lora {source}, or for "
+                f"other commands kairos train export MODEL OUTPUT --lora {source}"
+            )
         shown = ", ".join(list(stored)[:3])
         raise UserError(f"{source} is no LinearDiT: it lacks {', '.join(missing)}; it has {shown}, ...")
     shapes = {name: tensor.shape for name, tensor in stored.items()}
@@ -156,6 +162,16 @@ def infer_transformer_config(
     return config
 
 
+def save_folder(model: KairosTransformer3DModel, folder: str | os.PathLike[str]) -> None:
+    """`save_original` in diffusers' layout, its configuration beside the weights."""
+    prepare_folder(folder := Path(folder))
+    save_original(model, folder / DIFFUSERS_FILE)
+    shards = folder.glob(f"{DIFFUSERS_NAME}-*-of-*.safetensors")
+    for before in (*shards, *folder.glob(f"{DIFFUSERS_FILE}.index.json")):  # they would be read in its place
+        before.unlink()
+    write_atomically(folder / "config.json", config_text(model.config).encode())
+
+
 def save_original(model: KairosTransformer3DModel, path: str | os.PathLike[str]) -> None:
     """Write the weights to one safetensors file under the released names, whole or not at all.
 
@@ -163,23 +179,14 @@ def save_original(model: KairosTransformer3DModel, path: str | os.PathLike[str])
         UserError: for a model with adapters, and where the file cannot be written.
         MachineError: where the disk is full.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     if any(".base_layer." in name for name in tensors):  # PEFT's, beside lora_A and lora_B
         raise UserError(
             f"cannot write {path}: adapters have no released names; unload them first, with "
             "model.unload_lora(), and to keep what they do with model.fuse_lora() before that"
         )
-    try:
+    with whole_file(path) as partial:
         save_file(tensors, partial, metadata={"format": "pt", CONFIG: config_text(model.config)})
-        os.replace(partial, path)
-    except (SafetensorError, OSError) as error:
-        if "No space left" in str(error):
-            raise MachineError(f"cannot write {path}: the disk is full; free some space") from error
-        raise UserError(f"cannot write {path}: {error}; choose a folder that you may write to") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _check_pattern(pattern: str, blocks: list[int], delta: list[int], source: str) -> None:

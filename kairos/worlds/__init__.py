@@ -8,7 +8,7 @@ from kairos.worlds.captions import Caption
 from kairos.worlds.impossible import VIOLATIONS, Pair, impossible_twin
 from kairos.worlds.palette import BACKGROUND, COLORS
 from kairos.worlds.scenes import SCENES
-from kairos.worlds.world import DT, FLOOR, GRAVITY, SPLITS, WORLD, Clip, Motion, Scene, scenery, simulate
+from kairos.worlds.world import DT, FLOOR, GRAVITY, SPLITS, WORLD, Clip, Motion, Scene, simulate
 
 __all__ = [
     "BACKGROUND",
@@ -26,6 +26,5 @@ __all__ = [
     "Pair",
     "Scene",
     "impossible_twin",
-    "scenery",
     "simulate",
 ]

@@ -14,24 +14,12 @@ import numpy as np
 from kairos.worlds import phrases
 from kairos.worlds.captions import Ball, Caption
 from kairos.worlds.palette import FIXTURE, GROUND_LINE
-from kairos.worlds.ranges import RADIUS, RADIUS_OUT, SPEED, SPEED_HELD_OUT, Ranges, draw_from, side
+from kairos.worlds.ranges import RADIUS_OUT, draw_from, ranges_of, side
 from kairos.worlds.render import Box, Disc, Rod, Wedge
 from kairos.worlds.world import FLOOR, GRAVITY, WORLD, Floats, Motion
 
 SEEN_BY = 2.8
 """Time by which a ball must be at the floor for a caption to say so: in 33 frames it is there for four."""
-
-
-def own_ranges(
-    rng: np.random.Generator, split: str, inside: Ranges, held_out: Ranges, outside: Ranges, name: str
-) -> tuple[Ranges, Ranges, str | None]:
-    """As `ranges_of`, with a quantity of the scene's own in the place of speed."""
-    if split == "interpolation":
-        return held_out, RADIUS, None
-    if split == "out":
-        beyond = (name, "radius", "both")[rng.integers(3)]
-        return inside if beyond == "radius" else outside, RADIUS if beyond == name else RADIUS_OUT, beyond
-    return inside, RADIUS, None
 
 
 class Bounce:
@@ -41,8 +29,14 @@ class Bounce:
     floor = True
 
     def move(self, rng: np.random.Generator, split: str, times: Floats) -> Motion:
-        inside, held_out, outside = ((0.5, 0.65), (0.75, 0.9)), ((0.65, 0.75),), ((0.2, 0.4), (0.95, 1.0))
-        shares, radii, beyond = own_ranges(rng, split, inside, held_out, outside, "restitution")
+        shares, radii, beyond = ranges_of(
+            rng,
+            split,
+            inside=((0.5, 0.65), (0.75, 0.9)),
+            held_out=((0.65, 0.75),),
+            outside=((0.2, 0.4), (0.95, 1.0)),
+            name="restitution",
+        )
         restitution, radius = draw_from(rng, shares), draw_from(rng, radii)
         drop = rng.uniform(1.5, min(5.0, WORLD - FLOOR - 2 * radius))
         x = rng.uniform(radius, WORLD - radius)
@@ -82,8 +76,14 @@ class Pendulum:
     floor = False
 
     def move(self, rng: np.random.Generator, split: str, times: Floats) -> Motion:
-        inside, held_out, outside = ((2.0, 3.2), (3.8, 5.0)), ((3.2, 3.8),), ((1.2, 1.8), (5.3, 6.0))
-        lengths, radii, beyond = own_ranges(rng, split, inside, held_out, outside, "length")
+        lengths, radii, beyond = ranges_of(
+            rng,
+            split,
+            inside=((2.0, 3.2), (3.8, 5.0)),
+            held_out=((3.2, 3.8),),
+            outside=((1.2, 1.8), (5.3, 6.0)),
+            name="length",
+        )
         while True:
             length, radius = draw_from(rng, lengths), draw_from(rng, radii)
             amplitude = math.radians(rng.uniform(25, 60))
@@ -138,7 +138,7 @@ class Occlusion:
     floor = True
 
     def move(self, rng: np.random.Generator, split: str, times: Floats) -> Motion:
-        speeds, radii, beyond = own_ranges(rng, split, SPEED, SPEED_HELD_OUT, ((4.5, 6.0),), "speed")
+        speeds, radii, beyond = ranges_of(rng, split, outside=((4.5, 6.0),))
         if beyond in ("radius", "both"):
             radii = RADIUS_OUT[:1]  # a larger ball leaves no room for a wall that hides it
         gap = 0.3
@@ -183,8 +183,14 @@ class Ramp:
     floor = True
 
     def move(self, rng: np.random.Generator, split: str, times: Floats) -> Motion:
-        inside, held_out, outside = ((12.0, 22.0), (26.0, 35.0)), ((22.0, 26.0),), ((6.0, 10.0), (38.0, 45.0))
-        slopes, radii, beyond = own_ranges(rng, split, inside, held_out, outside, "slope")
+        slopes, radii, beyond = ranges_of(
+            rng,
+            split,
+            inside=((12.0, 22.0), (26.0, 35.0)),
+            held_out=((22.0, 26.0),),
+            outside=((6.0, 10.0), (38.0, 45.0)),
+            name="slope",
+        )
         while True:  # a ramp that falls to the right
             degrees, radius = draw_from(rng, slopes), draw_from(rng, radii)
             angle = math.radians(degrees)
@@ -237,8 +243,14 @@ class Push:
     floor = True
 
     def move(self, rng: np.random.Generator, split: str, times: Floats) -> Motion:
-        inside, held_out, outside = ((3.0, 6.0), (7.5, 12.0)), ((6.0, 7.5),), ((1.0, 2.5), (14.0, 20.0))
-        forces, radii, beyond = own_ranges(rng, split, inside, held_out, outside, "force")
+        forces, radii, beyond = ranges_of(
+            rng,
+            split,
+            inside=((3.0, 6.0), (7.5, 12.0)),
+            held_out=((6.0, 7.5),),
+            outside=((1.0, 2.5), (14.0, 20.0)),
+            name="force",
+        )
         while True:  # a push to the right
             force, radius, friction = draw_from(rng, forces), draw_from(rng, radii), rng.uniform(0.1, 0.4)
             drag = -GRAVITY * friction

@@ -7,6 +7,7 @@ a clip, and `states.jsonl` with where everything truly is in each frame.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -43,7 +44,7 @@ class ClipName:
 
 
 def export(
-    folder: Path,
+    folder: str | os.PathLike[str],
     *,
     scenes: Sequence[str] = tuple(SCENES),
     splits: Sequence[str] = ("train",),
@@ -65,6 +66,7 @@ def export(
     for scene in scenes:
         for split in splits:
             simulate(scene, split=split, seed=seed, num_frames=min(num_frames, 1), size=size)
+    folder = Path(folder)
     prepare_folder(folder)
     prepare_folder(folder / "clips")
     manifest, states = [], []

@@ -10,10 +10,8 @@ import numpy as np
 from kairos.worlds import phrases
 from kairos.worlds.captions import Ball, Caption
 from kairos.worlds.ranges import (
-    RADIUS,
     RADIUS_COLLISION,
     RADIUS_COLLISION_OUT,
-    RADIUS_OUT,
     SPEED,
     draw_from,
     ranges_of,
@@ -30,7 +28,7 @@ class Uniform:
     floor = False
 
     def move(self, rng: np.random.Generator, split: str, times: Floats) -> Motion:
-        speeds, radii, beyond = ranges_of(rng, split, RADIUS, RADIUS_OUT)
+        speeds, radii, beyond = ranges_of(rng, split)
         speed, radius, sign = draw_from(rng, speeds), draw_from(rng, radii), side(rng)
         x = start(rng, speed, radius) + speed * times
         y = rng.uniform(radius, WORLD - radius)
@@ -93,7 +91,7 @@ class Parabola:
     floor = True
 
     def move(self, rng: np.random.Generator, split: str, times: Floats) -> Motion:
-        speeds, radii, beyond = ranges_of(rng, split, RADIUS, RADIUS_OUT)
+        speeds, radii, beyond = ranges_of(rng, split)
         speed, radius, sign = draw_from(rng, speeds), draw_from(rng, radii), side(rng)
         x = start(rng, speed, radius) + speed * times
         height = rng.uniform(FLOOR + radius + 3, WORLD - radius)

@@ -7,7 +7,7 @@ less surprised by the clip than by its twin.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,12 +23,12 @@ FAR = -1e3
 """Where what has vanished is put."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pair:
     """A possible and an impossible video (F, H, W, 3), equal before frame `begins`, of one caption."""
 
-    possible: Frames
-    impossible: Frames
+    possible: Frames = field(repr=False)
+    impossible: Frames = field(repr=False)
     violation: str
     begins: int
 

@@ -37,15 +37,24 @@ def side(rng: np.random.Generator) -> int:
 
 
 def ranges_of(
-    rng: np.random.Generator, split: str, radius: Ranges, radius_out: Ranges
+    rng: np.random.Generator,
+    split: str,
+    radius: Ranges = RADIUS,
+    radius_out: Ranges = RADIUS_OUT,
+    *,
+    inside: Ranges = SPEED,
+    held_out: Ranges = SPEED_HELD_OUT,
+    outside: Ranges = SPEED_OUT,
+    name: str = "speed",
 ) -> tuple[Ranges, Ranges, str | None]:
-    """The ranges of speed and radius in a split, and what is beyond them in "out": speed, radius or both."""
+    """The ranges of a scene's quantity, speed or what `name` says, and of the radius in a split; and what is
+    beyond them in "out": that quantity, the radius or both."""
     if split == "interpolation":
-        return SPEED_HELD_OUT, radius, None
+        return held_out, radius, None
     if split == "out":
-        beyond = ("speed", "radius", "both")[rng.integers(3)]
-        return SPEED if beyond == "radius" else SPEED_OUT, radius if beyond == "speed" else radius_out, beyond
-    return SPEED, radius, None
+        beyond = (name, "radius", "both")[rng.integers(3)]
+        return inside if beyond == "radius" else outside, radius if beyond == name else radius_out, beyond
+    return inside, radius, None
 
 
 def start(rng: np.random.Generator, speed: float, radius: float) -> float:

@@ -65,20 +65,29 @@ class Scene(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Clip:
     """A clip and all that is true of it. World units: 10 x 10, y up; velocities in units per unit of time."""
 
-    frames: NDArray[np.uint8]  # (F, size, size, 3)
+    frames: NDArray[np.uint8] = field(repr=False)  # (F, size, size, 3)
     caption: str
-    positions: Floats  # (F, n, 2)
-    velocities: Floats  # (F, n, 2)
+    positions: Floats = field(repr=False)  # (F, n, 2)
+    velocities: Floats = field(repr=False)  # (F, n, 2)
     radii: Floats  # (n,)
     colors: tuple[str, ...]
     parameters: dict[str, Any]
     """Labels, all JSON values: scene, split, seed, index, count, colors, sizes, directions, speeds, radii,
     the scene's own numbers, and `said`: which of them the caption names (None where it does not)."""
+    world: Scene = field(repr=False)
+    motion: Motion = field(repr=False)
     dt: float = DT
+
+    @property
+    def scenery(self) -> NDArray[np.uint8]:
+        """The frames without the balls and blocks, drawn anew at each asking."""
+        motion = self.motion
+        empty = replace(motion, positions=motion.positions[:, :0], radii=motion.radii[:0])
+        return paint(self.world, empty, (), size=self.frames.shape[1])
 
 
 def simulate(
@@ -118,23 +127,7 @@ def simulate(
         **motion.facts,
         "said": caption.said,
     }
-    return Clip(frames, caption.text, positions, velocities, motion.radii, colors, parameters)
-
-
-def scenery(
-    scene: str | Scene,
-    *,
-    split: str = "train",
-    seed: int = 0,
-    index: int = 0,
-    num_frames: int = 33,
-    size: int = 64,
-) -> NDArray[np.uint8]:
-    """The frames of the clip that `simulate` makes of the same arguments, without its balls and blocks."""
-    world, motion, _, _ = drawn(scene, split, seed, index, num_frames, size)
-    return paint(
-        world, replace(motion, positions=motion.positions[:, :0], radii=motion.radii[:0]), (), size=size
-    )
+    return Clip(frames, caption.text, positions, velocities, motion.radii, colors, parameters, world, motion)
 
 
 def drawn(

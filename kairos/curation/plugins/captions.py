@@ -7,14 +7,11 @@ process that runs the curation; answers go to the ledger, so that none is paid f
 from __future__ import annotations
 
 import base64
-import http.client
 import io
 import json
 import logging
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,9 +19,9 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any, ClassVar
 
-from kairos.credentials import bearer
 from kairos.curation.settings import check_positive
 from kairos.curation.vocabulary import DOMAINS, EVENTS
+from kairos.endpoint import Unanswered, ask, bearer
 from kairos.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -148,27 +145,16 @@ class Captions:
             "temperature": 0,
             "messages": [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}],
         }
-        headers = {"Content-Type": "application/json"} | bearer(KEY)
         url = self.endpoint.rstrip("/") + "/chat/completions"
-        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         for attempt in range(self.retries + 1):
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
-                    answer = json.load(response)
+                answer = ask(url, body, KEY, time.monotonic() + self.timeout_s)
                 break
-            except urllib.error.HTTPError as error:
-                with error:
-                    passing = error.code == 429 or error.code >= 500
-                    pause = error.headers.get("Retry-After", "")
-                if not passing or attempt == self.retries:
-                    raise OSError(f"{url} answered {error.code}") from None
-                time.sleep(
-                    float(pause) if pause.replace(".", "", 1).isdigit() else min(30.0, 0.5 * 2**attempt)
-                )
-            except (OSError, http.client.HTTPException) as error:  # no answer, or half of one
+            except Unanswered as error:
                 if attempt == self.retries:
-                    raise OSError(f"{url} does not answer: {error}") from None
-                time.sleep(min(30.0, 0.5 * 2**attempt))
+                    raise
+                told = error.retry_after_s
+                time.sleep(min(30.0, 0.5 * 2**attempt) if told is None else told)
         try:
             said = answer["choices"][0]["message"]["content"]
             tokens = (answer.get("usage") or {}).get("total_tokens") or 0

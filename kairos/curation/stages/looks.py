@@ -9,36 +9,44 @@ from typing import Any
 
 import numpy as np
 
-from kairos.curation.views import Stage, Views
+from kairos.curation.views import Array, Stage, Views
 
 
 @dataclass(frozen=True)
 class Sharpness(Stage):
     """The variance of the Laplacian, the usual measure of blur: the median over the sampled frames.
 
-    Only where there is something to see: the sharpest cells of a grid of cells count, so that a flat wall
-    behind a sharp ball is no blur.
+    Only where there is something to see: the sharpest cells of a grid of cells count, and frames with some
+    contrast. A flat wall behind a sharp ball is no blur, nor is the wall that the ball has left.
     """
 
     name = "sharpness"
+    version = 2
     inputs = ("samples",)
     outputs = ("sharpness",)
     cells: int = 6  # along each side
     share: float = 0.1  # of the cells, the sharpest
+    contrast: float = 5.0  # standard deviation of levels in a cell; a frame with less in all shows nothing
 
     def measure(self, views: Views) -> dict[str, Any]:
         import cv2
 
-        values = []
+        values, shown = [], []
         for picture in views.samples:
-            edges = cv2.Laplacian(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), cv2.CV_32F)
-            height, width = (side // self.cells * self.cells for side in edges.shape)
-            grid = edges[:height, :width].reshape(
-                self.cells, height // self.cells, self.cells, width // self.cells
-            )
-            variances = np.sort(grid.var(axis=(1, 3)), axis=None)
+            grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
+            variances = np.sort(self._variances(cv2.Laplacian(grey, cv2.CV_32F)))
             values.append(variances[-max(1, round(self.share * variances.size)) :].mean())
-        return {"sharpness": round(float(np.median(values)), 3)}
+            if self._variances(grey).max() >= self.contrast**2:
+                shown.append(values[-1])
+        return {"sharpness": round(float(np.median(shown or values)), 3)}
+
+    def _variances(self, plane: Array) -> Array:
+        """Of each cell of (H, W)."""
+        height, width = (side // self.cells * self.cells for side in plane.shape)
+        grid = plane[:height, :width].reshape(
+            self.cells, height // self.cells, self.cells, width // self.cells
+        )
+        return grid.var(axis=(1, 3)).ravel()
 
 
 @dataclass(frozen=True)

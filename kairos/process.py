@@ -1,9 +1,12 @@
-"""How the process keeps the memory that it has freed."""
+"""What a process knows of itself: its memory, and whose child it is."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import sys
+import threading
+import time
 
 KEPT = 512 << 20
 """Bytes at the end of the heap that are kept."""
@@ -28,3 +31,24 @@ def keep_freed_memory() -> None:
         return
     mallopt(_MMAP_THRESHOLD, LARGEST)
     mallopt(_TRIM_THRESHOLD, KEPT)
+
+
+def peak_gb() -> float | None:
+    """The most memory that this process has held so far; None where nobody says, as on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def end_with(parent: int) -> None:
+    """From now on, end this process when its parent is gone: a killed run leaves nothing running."""
+
+    def follow() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
