@@ -129,7 +129,7 @@ def clip_of(defaults: Mapping[str, Any], scheduler: str, request: Request | None
     return Clip(
         height=-(-asked.height // 16) * 16,
         width=-(-asked.width // 16) * 16,
-        num_frames=-(-(asked.num_frames - 1) // 4) * 4 + 1,
+        num_frames=asked.num_frames,
         steps=FEW_STEPS if few else asked.num_inference_steps,
         guided=not few and asked.guidance_scale > 1,
     )

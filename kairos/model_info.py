@@ -113,12 +113,12 @@ def gpu_memory_gb(about: ModelInfo, dtype: str) -> tuple[float, float]:
 def for_planning(about: ModelInfo, device: str, dtype: str = "auto") -> memory.Model:
     """What `kairos.memory.plan` takes of a model. On a CPU "auto" is bfloat16 where float32 is too much."""
     automatic = ("float32", "bfloat16") if device == "cpu" else ("bfloat16",)
-    released = bool(about.repositories)
+    own = about.vae_dtype(dtype)
     return memory.Model(
         about.config,
         about.parameters,
         automatic if dtype == "auto" else (dtype,),
-        vae_dtype="float32" if released or dtype == "float16" else None,
+        vae_dtype=None if own == dtype else own,
     )
 
 

@@ -90,8 +90,8 @@ class KairosPipeline(DiffusionPipeline):
                 raise UserError(f"a pipeline needs a {name}, got None; load the model again, whole")
         if vae.dtype == torch.float16:
             vae.float()
-        for part in (transformer, vae, text_encoder):
-            align(part)
+        align(transformer)
+        align(vae)  # but not the text encoder, which is large: it may stay in its mapped file
         self.register_modules(
             transformer=transformer,
             vae=quicken(vae),
@@ -180,10 +180,9 @@ class KairosPipeline(DiffusionPipeline):
             defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps,
         )
         guidance = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
-        if not (is_number(guidance) and 0 <= guidance <= MAX_GUIDANCE):
-            raise UserError(f"guidance_scale must be a number from 0 to {MAX_GUIDANCE}, got {guidance!r}")
         if isinstance(self.scheduler, FewStepScheduler):
             guidance = 1.0
+        check_guidance(guidance)
         if output_type not in ("np", "pt", "pil", "latent"):
             raise UserError(f'output_type must be "np", "pt", "pil" or "latent", got {output_type!r}')
         if after_encoding not in ("keep", "cpu", "free"):
@@ -479,10 +478,10 @@ def pictures(video: Any) -> list[Image.Image]:
     return frames
 
 
-def align(module: torch.nn.Module | None) -> None:
+def align(module: torch.nn.Module) -> None:
     """Have weights begin where torch's own memory does. In a mapped file they begin anywhere, and products of
     tensors that are not aligned differ in their last bit."""
-    for weight in () if module is None else module.parameters():
+    for weight in module.parameters():
         plain = type(weight) is torch.nn.Parameter and weight.device.type == "cpu"
         if plain and weight.data_ptr() % ALIGNMENT:
             weight.data = weight.data.clone()
@@ -503,6 +502,12 @@ def whole(name: str, value: Any) -> int:
     if value < 1:
         raise UserError(f"{name} must be at least 1, got {value!r}")
     return int(value)
+
+
+def check_guidance(scale: Any) -> None:
+    """Refuse what is no number, and what all models make noise of."""
+    if not (is_number(scale) and scale <= MAX_GUIDANCE):
+        raise UserError(f"guidance_scale must be a number, at most {MAX_GUIDANCE}, got {scale!r}")
 
 
 def described(value: Any) -> str:
@@ -526,12 +531,13 @@ def check_embeds(pair: Any, width: int) -> None:
 
 def after_answer(answer: Any, latents: Tensor) -> tuple[Tensor, bool]:
     """The latents after what a callback answered to them, and whether the sampling ends there."""
-    if answer is None or answer is False:
-        return latents, False
     if not isinstance(answer, Mapping):
-        raise UserError(f"callback_on_step_end must answer a dictionary or None, got {answer!r}")
-    if unknown := [str(key) for key in answer if key not in ("latents", "interrupt", "total")]:
-        raise UserError(f"callback_on_step_end may answer latents and interrupt, got {listed(unknown)}")
+        if answer:
+            raise UserError(f"callback_on_step_end must answer a dictionary or None, got {answer!r}")
+        return latents, False
+    if answer and not {"latents", "interrupt", "total"} & set(answer):
+        said = listed([str(key) for key in answer])
+        raise UserError(f"callback_on_step_end may answer latents and interrupt, got {said}")
     own = answer.get("latents", latents)
     if not isinstance(own, Tensor) or own.shape != latents.shape:
         raise UserError(
@@ -542,7 +548,7 @@ def after_answer(answer: Any, latents: Tensor) -> tuple[Tensor, bool]:
 
 
 MAX_GUIDANCE = 100
-"""As in requests; far above it all models make noise."""
+"""As in requests."""
 ALIGNMENT = 64
 """Bytes at whose multiples torch's own memory begins."""
 OPENING_FRAMES = 2

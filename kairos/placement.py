@@ -44,8 +44,8 @@ def place(pipeline: KairosPipeline, plan: Plan, device: torch.device) -> KairosP
 def stream(module: nn.Module, device: torch.device, *, by_blocks: bool) -> None:
     """Have the module's blocks (or its single layers) on `device` only while they work.
 
-    Blocks are needed in every step and pinned once: pinned anew for each copy, they would hold up the one that
-    works. What works once for a prompt is not: pinned memory is in powers of two, nearly twice the encoder's.
+    Blocks work in every step and are pinned once: pinned anew for each copy, they would hold up the others.
+    What works once for a prompt is not: pinned memory comes in powers of two, twice what the encoder takes.
     """
     from diffusers.hooks import apply_group_offloading
 

@@ -13,11 +13,13 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kairos import hub
-from kairos.errors import UserError, listed, one_line
+from kairos.errors import UserError, one_line
 from kairos.hub import Source
 from kairos.sizes import RELEASED_DEFAULTS
 
@@ -42,8 +44,8 @@ class Preset:
     """A model by name.
 
     Attributes:
-        transformer, vae, text_encoder: where the parts come from; without a transformer
-            the model ships with the package, which says the rest.
+        transformer, vae, text_encoder: where the parts of a released model come from. A model without them
+            ships with the package, in a folder that says the rest.
         template: one of `kairos.conditioning.TEMPLATES`.
         scheduler: "flow_match", or "few_step" for distilled models.
         defaults: what a call of the pipeline takes where it is not told: what the checkpoint was made for.
@@ -53,14 +55,12 @@ class Preset:
     name: str
     description: str
     transformer: Source | None = None
-    vae: Source = WAN_VAE
-    text_encoder: Source = QWEN_VL
-    template: str = "2026"
-    scheduler: str = "flow_match"
-    defaults: Mapping[str, float] = field(default_factory=lambda: dict(RELEASED_DEFAULTS))
-    transformer_config: Mapping[str, Any] = field(
-        default_factory=lambda: {"dilation": 4, "pad_dilated": True}
-    )
+    vae: Source | None = None
+    text_encoder: Source | None = None
+    template: str = ""
+    scheduler: str = ""
+    defaults: Mapping[str, float] = field(default_factory=dict)
+    transformer_config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -71,6 +71,30 @@ class Preset:
     def sources(self) -> dict[str, Source]:
         """Part -> where it comes from; nothing for an embedded model."""
         return {part: getattr(self, part) for part in PARTS} if self.kind == "released" else {}
+
+
+def released(
+    name: str,
+    description: str,
+    repository: str,
+    *,
+    text_encoder: Source = QWEN_VL,
+    template: str = "2026",
+    scheduler: str = "flow_match",
+    **defaults: float,
+) -> Preset:
+    """The preset of a released model, with what its `defaults` have of their own."""
+    return Preset(
+        name,
+        description,
+        Source(repository),
+        WAN_VAE,
+        text_encoder,
+        template,
+        scheduler,
+        RELEASED_DEFAULTS | defaults,
+        {"dilation": 4, "pad_dilated": True},
+    )
 
 
 PRESETS: dict[str, Preset] = {
@@ -84,35 +108,37 @@ PRESETS: dict[str, Preset] = {
             "kairos-tiny-teacher",
             "What kairos-tiny learned from: the same in twenty steps, led by guidance to its first frame",
         ),
-        Preset(
+        released(
             "kairos-4b-480p",
             "Kairos 3.0, 4B, pretrained, 480p",
-            transformer=Source("kairos-agi/kairos-sensenova-4B-480P-pretrained"),
+            "kairos-agi/kairos-sensenova-4B-480P-pretrained",
         ),
-        Preset(
+        released(
             "kairos-4b-common",
             "Kairos 3.0, 4B, the common model of the first release, with its image template",
-            transformer=Source("kairos-agi/kairos-sensenova-common"),
+            "kairos-agi/kairos-sensenova-common",
             text_encoder=QWEN_IMAGE,
             template="2025-12",
         ),
-        Preset(
+        released(
             "kairos-4b-720p",
             "Kairos 3.0, 4B, 720p",
-            transformer=Source("kairos-agi/kairos-sensenova-4B-720P"),
-            defaults=RELEASED_DEFAULTS | {"height": 720, "width": 1280},
+            "kairos-agi/kairos-sensenova-4B-720P",
+            height=720,
+            width=1280,
         ),
-        Preset(
+        released(
             "kairos-robot-4b-480p",
             "Kairos 3.0, 4B, post-trained on robots, 480p",
-            transformer=Source("kairos-agi/kairos-sensenova-robot-4B-480P"),
+            "kairos-agi/kairos-sensenova-robot-4B-480P",
         ),
-        Preset(
+        released(
             "kairos-robot-4b-480p-distilled",
             "Kairos 3.0, 4B, post-trained on robots, 480p, distilled to four steps",
-            transformer=Source("kairos-agi/kairos-sensenova-robot-4B-480P-distilled"),
+            "kairos-agi/kairos-sensenova-robot-4B-480P-distilled",
             scheduler="few_step",
-            defaults=RELEASED_DEFAULTS | {"num_inference_steps": 4, "guidance_scale": 1.0},
+            num_inference_steps=4,
+            guidance_scale=1.0,
         ),
     )
 }
@@ -312,6 +338,8 @@ def _load_released(model: Model, dtype: torch.dtype, weights: Any) -> KairosPipe
 
 def _load_saved(model: Model, dtype: torch.dtype, weights: Any) -> KairosPipeline:
     """A folder of `save_pretrained`, its weights loaded strictly (diffusers would fill gaps with noise)."""
+    import torch
+
     from kairos.conditioning import load_text_encoder
     from kairos.pipeline import KairosPipeline
     from kairos.weights import load_transformer_file, load_vae_file
@@ -327,7 +355,7 @@ def _load_saved(model: Model, dtype: torch.dtype, weights: Any) -> KairosPipelin
     transformer = folder / "transformer" if weights is None else weights
     parts = {
         "transformer": load_transformer_file(transformer, dtype=dtype, otherwise=otherwise),
-        "vae": load_vae_file(folder / "vae", dtype=dtype),
+        "vae": load_vae_file(folder / "vae", dtype=torch.float32 if dtype == torch.float16 else dtype),
         "text_encoder": text_encoder,
         "tokenizer": tokenizer,
         "processor": processor,
@@ -360,17 +388,19 @@ def all_defaults(own: Any) -> dict[str, Any]:
     """A pipeline's own defaults, and the released model's for what they do not say.
 
     Raises:
-        UserError: for a name that is none of theirs and a value that is no number.
+        UserError: for a name that is nearly one of theirs, and a value that is no number.
     """
     if not isinstance(own, Mapping):
         raise UserError(f"the pipeline's defaults must be a dictionary, got {own!r}")
     known = [*RELEASED_DEFAULTS, "guide_continuation"]
-    if unknown := [str(name) for name in own if name not in known]:
-        raise UserError(f"the pipeline has no default {listed(unknown)}; known are {', '.join(known)}")
+    for name in own:
+        if name not in known and (near := get_close_matches(str(name), known, 1)):
+            raise UserError(f"the pipeline has no default {name!r}; did you mean {near[0]!r}?")
     defaults = RELEASED_DEFAULTS | dict(own)
     for name in RELEASED_DEFAULTS:
-        if not isinstance(value := defaults[name], int | float) or not math.isfinite(value):
+        if not isinstance(value := defaults[name], Real) or not math.isfinite(value):
             raise UserError(f"the pipeline's default {name} must be a number, got {value!r}")
+        defaults[name] = int(value) if isinstance(value, Integral) else float(value)  # NumPy's too
     return defaults
 
 

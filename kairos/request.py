@@ -104,12 +104,13 @@ class Request:
         return "t2v"
 
     def completed(self, defaults: Mapping[str, Any]) -> Request:
-        """The request with every value that it left to the model, whose defaults are these."""
+        """The request with every value that it left to the model, whose defaults are these: frames rounded up
+        to 4n + 1, as the pipeline does."""
         return replace(
             self,
             height=self.height or int(defaults["height"]),
             width=self.width or int(defaults["width"]),
-            num_frames=self.num_frames or int(defaults["num_frames"]),
+            num_frames=self.num_frames or -(-(int(defaults["num_frames"]) - 1) // 4) * 4 + 1,
             num_inference_steps=self.num_inference_steps or int(defaults["num_inference_steps"]),
             guidance_scale=defaults["guidance_scale"] if self.guidance_scale is None else self.guidance_scale,
             fps=self.fps or defaults["fps"],

@@ -22,6 +22,7 @@ from torch import nn
 from kairos import presets
 from kairos.cli import main, show
 from kairos.cli.jobs import keep_inputs
+from kairos.cli.machine import device_and_dtype
 from kairos.cli.run import RunOptions, vae_precision
 from kairos.data import files
 from kairos.data.media import read_metadata, read_video, write_video
@@ -533,6 +534,15 @@ def test_too_little_memory_for_training_is_told_in_its_words(
     assert status == 1
     assert "not enough memory on the device; try " in complaint and less in complaint
     assert "--tiled" not in complaint
+
+
+def test_a_gpu_that_is_named_is_the_current_one_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[Any] = []
+    monkeypatch.setattr(torch, "empty", lambda *_, device: torch.zeros(1))  # it can be used
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for device in ("cpu", "cuda", "cuda:1"):
+        assert device_and_dtype(device, "float16") == (torch.device(device), torch.float16)
+    assert current == [torch.device("cuda:1")]
 
 
 def test_too_little_memory_on_the_cpu_is_told_in_one_line(kairos: Any, fake: FakePipeline) -> None:

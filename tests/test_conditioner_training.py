@@ -83,6 +83,24 @@ def test_a_prompt_encoders_training_that_was_killed_goes_on_to_the_same_weights(
         assert torch.equal(again.state_dict()[name], tensor), name
 
 
+def test_a_prompt_encoder_of_other_words_begins_anew(tmp_path, monkeypatch):
+    options = {"scenes": SCENES, "vocabulary": 400, "steps": 2, "batch_size": 4}
+    targets, steps = conditioner.label_targets, []
+
+    def killed(*what):
+        steps.append(1)
+        if len(steps) == 2:
+            raise RuntimeError("killed")
+        return targets(*what)
+
+    monkeypatch.setattr("kairos.training.fit.SAVE_EVERY_S", -1.0)
+    monkeypatch.setattr(conditioner, "label_targets", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        train_conditioner(tmp_path, captions=90, **options)
+    train_conditioner(tmp_path, captions=91, **options)
+    assert len(steps) == 2 + 2 + 1  # both steps again, and the measure
+
+
 def test_the_tokenizer_writes_any_text_and_keeps_its_special_tokens():
     tokenizer = train_tokenizer([caption_of(SCENES, "train", 0, index)[0] for index in range(60)], 400)
     for text in ("a red ball rolls", "Ein Ball für €5 ☃ 球", ""):

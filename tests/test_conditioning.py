@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import json
 import logging
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers import (
 
 from kairos import UserError
 from kairos.conditioning import TEMPLATES, encode_prompts, load_text_encoder
+from kairos.conditioning.encoder import CACHE
 
 GOLDEN = Path(__file__).parent / "golden"
 SPECIALS = [
@@ -127,6 +129,30 @@ def calls_of(encoder, monkeypatch) -> list[dict]:
     return seen
 
 
+def test_an_encoder_that_is_wrapped_or_hooked_as_a_whole_is_called_as_a_whole(tokenizer, encoder):
+    class Wrapped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.config = encoder, encoder.config
+            self.device, self.dtype = encoder.device, encoder.dtype
+
+        def forward(self, **inputs):
+            calls.append("wrapped")
+            return self.encoder(**inputs)
+
+    calls = []
+    plain = encode_prompts(encoder, tokenizer, ["a ball"], template=TEMPLATES["tiny"])
+    wrapped = encode_prompts(Wrapped(), tokenizer, ["a ball"], template=TEMPLATES["tiny"])
+    whole = copy.deepcopy(encoder)
+    whole._diffusers_hook = "of the whole"
+    hook = whole.register_forward_pre_hook(lambda *_: calls.append("hooked"))
+    hooked = encode_prompts(whole, tokenizer, ["a ball"], template=TEMPLATES["tiny"])
+    hook.remove()
+    assert calls == ["wrapped", "hooked"]
+    for other in (wrapped, hooked):
+        assert all(map(torch.equal, plain, other))
+
+
 @pytest.mark.parametrize(("name", "tokens"), [("2025-12", 34), ("2026", 97)])
 def test_the_published_prefixes_measure_the_published_number_of_tokens(tokenizer, name, tokens):
     template = TEMPLATES[name]
@@ -172,6 +198,13 @@ def test_a_long_prompt_loses_its_end_with_a_warning_and_keeps_the_layout(
     assert "the prompt has" in caplog.text and "the model takes 379" in caplog.text
     text = tokenizer.decode(seen[0]["input_ids"][0])
     assert "zebra" not in text and text.endswith("<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_long_prompt_leaves_room_for_its_image(tokenizer, encoder, processor):
+    template = TEMPLATES["2026"]
+    options = {"template": template, "processor": processor, "images": [picture(448, 448)]}
+    embeds, _ = encode_prompts(encoder, tokenizer, ["a " * 1200], **options)
+    assert embeds.shape[1] == template.max_tokens
 
 
 def test_a_prompt_cannot_write_control_tokens(tokenizer, encoder, monkeypatch):
@@ -228,6 +261,15 @@ def test_large_images_are_scaled_to_448_by_448_pixels_at_most(tokenizer, encoder
     )
     (grid,) = seen[0]["image_grid_thw"].tolist()
     assert grid[0] == 1 and 300 * 300 < grid[1] * grid[2] * 14 * 14 <= 448 * 448
+
+
+def test_small_images_are_scaled_to_56_by_56_pixels_at_least(tokenizer, encoder, processor, monkeypatch):
+    seen = calls_of(encoder, monkeypatch)
+    encode_prompts(
+        encoder, tokenizer, [""], template=TEMPLATES["2026"], processor=processor, images=[picture(30, 30)]
+    )
+    (grid,) = seen[0]["image_grid_thw"].tolist()
+    assert grid[1] * grid[2] * 14 * 14 >= 56 * 56
 
 
 def test_a_batch_that_mixes_images_and_plain_prompts_is_its_members_one_by_one(tokenizer, processor):
@@ -296,6 +338,17 @@ def test_weights_that_are_replaced_and_never_written_to_make_another_encoder(tok
     assert not torch.allclose(*embeddings)
 
 
+def test_weights_in_another_precision_make_another_encoder(tokenizer, encoder):
+    def encode() -> torch.Tensor:
+        return encode_prompts(
+            encoder, tokenizer, ["a ball"], template=TEMPLATES["tiny"], dtype=torch.float32
+        )[0]
+
+    exact = encode()
+    encoder.to(torch.bfloat16)
+    assert not torch.equal(encode(), exact)
+
+
 def test_adapters_that_are_switched_make_another_encoder(tokenizer, encoder):
     def encode() -> torch.Tensor:
         return encode_prompts(encoder, tokenizer, ["a ball"], template=TEMPLATES["tiny"])[0]
@@ -332,6 +385,21 @@ def test_the_cache_forgets_the_oldest_prompts(tokenizer, encoder, monkeypatch):
     assert len(seen) == 40
     encode_prompts(encoder, tokenizer, ["ball 0"], template=TEMPLATES["tiny"])
     assert len(seen) == 41
+
+
+def test_a_prompt_that_is_used_again_is_not_the_oldest(tokenizer, encoder, monkeypatch):
+    seen = calls_of(encoder, monkeypatch)
+    for i in range(40):
+        for prompt in ("blur", f"ball {i}"):
+            encode_prompts(encoder, tokenizer, [prompt], template=TEMPLATES["tiny"])
+    assert len(seen) == 41
+
+
+def test_what_is_kept_of_a_prompt_is_not_a_view_of_its_batch(tokenizer, encoder):
+    prompts = ["a ball", "a ball that is " + "very " * 30 + "red"]
+    encode_prompts(encoder, tokenizer, prompts, template=TEMPLATES["tiny"])
+    for embedding in CACHE._entries[encoder].values():
+        assert embedding.untyped_storage().nbytes() == embedding.nbytes
 
 
 def test_images_that_cannot_be_used_are_refused_in_one_line(tokenizer, encoder, processor):

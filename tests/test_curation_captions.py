@@ -11,7 +11,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
+from kairos.curation import Settings, pipeline
+from kairos.curation.ledger import Ledger
 from kairos.curation.plugins.captions import KEY, Captions
+from kairos.curation.settings import hash_of
 from kairos.curation.stages.looks import Strip
 from kairos.curation.views import Views
 from kairos.errors import UserError
@@ -123,6 +126,36 @@ def test_an_endpoint_that_refuses_redirects_or_never_ends_is_asked_once_and_nobo
     monkeypatch.setenv(KEY, "secret")
     assert said in ask(body)["failed"]
     assert len(Scripted.asked) == 1
+
+
+def test_answers_to_one_question_are_none_to_two() -> None:
+    said = [
+        Captions(model="m", **more).identity
+        for more in ({}, {"parallel": 9}, {"physics": False}, {"max_tokens": 9})
+    ]
+    assert said[0] == said[1] and said[0] not in said[2:]
+
+
+def test_what_a_failed_answer_cost_is_not_forgotten_and_balance_spares_no_clip_its_question(
+    tmp_path, monkeypatch
+) -> None:
+    settings = Settings.from_dict(
+        {"plugins": {"captions": {"model": "m"}}, "balance": {"domain": {"general": 0.5}}}
+    )
+    chosen = []
+    monkeypatch.setattr(pipeline, "clip_rows", lambda *_: iter([{"clip_id": "a"}]))
+    monkeypatch.setattr(pipeline, "choose", lambda rows, said: chosen.append(said.balance) or {"a": ("", "")})
+
+    def asked(self, clips, spent):
+        return [(name, {"scores": {"caption": "x"}, "tokens": 5}) for name, _ in clips]
+
+    monkeypatch.setattr(Captions, "ask", asked)
+    with Ledger(tmp_path) as ledger:
+        config = hash_of(Captions(model="m").identity)
+        ledger.keep("a", config, {"captions": {"failed": "captions: no", "tokens": 7}})
+        pipeline._caption(ledger, settings)
+        assert ledger.spent("captions", "tokens") == 12
+    assert chosen == [{}]
 
 
 def test_a_second_question_that_fails_or_is_not_afforded_leaves_the_first_one_paid(ask) -> None:

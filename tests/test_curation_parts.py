@@ -8,6 +8,7 @@ import sqlite3
 import sys
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -17,14 +18,18 @@ import numpy as np
 import pytest
 from curation_plants import SETTINGS, real_clip, remux, shot, write
 
-from kairos.curation import Settings, curate, select
+from kairos.curation import Settings, curate, pipeline, select
 from kairos.curation.duplicates import Fingerprinted, find_duplicates
 from kairos.curation.intake import printable
-from kairos.curation.selection import choose
+from kairos.curation.ledger import Ledger
+from kairos.curation.selection import choose, is_rich
 from kairos.curation.settings import Duplicates, Shots, Split, Threshold, read_settings
+from kairos.curation.shards import write_shards
 from kairos.curation.shots import ShotDetector
 from kairos.curation.source import clip_file
 from kairos.curation.stages import STAGES, hashes_of, stages_of
+from kairos.curation.stages.looks import Bars, Exposure, Sharpness
+from kairos.curation.stages.motion import Flow, Motion
 from kairos.curation.views import VIEWS, Views
 from kairos.curation.workers import Worker, run_locally, still_working
 from kairos.errors import MachineError, UserError
@@ -112,6 +117,14 @@ def test_duplicates_are_grouped_by_moments_in_order_and_the_larger_stays() -> No
     assert find_duplicates(clips, Duplicates()) == {"small": "large", "trimmed": "large"}
 
 
+def test_clips_that_overlap_at_their_ends_are_duplicates_and_those_of_other_colours_are_none() -> None:
+    whole = fingerprinted("whole", [1, 2, 3, 4, 5, 6], area=9)
+    early, late = fingerprinted("early", [9, 1, 2, 3, 4]), fingerprinted("late", [3, 4, 5, 6, 9])
+    assert find_duplicates([whole, early, late], Duplicates()) == {"early": "whole", "late": "whole"}
+    blue = replace(fingerprinted("blue", [1, 2, 3, 4, 5, 6]), colors="10" * 12)
+    assert find_duplicates([whole, blue], Duplicates()) == {}
+
+
 def test_the_search_for_duplicates_compares_few_of_all_pairs(monkeypatch) -> None:
     from kairos.curation import duplicates
 
@@ -159,10 +172,32 @@ def test_balance_drops_the_least_valuable_of_a_tag_that_has_too_much() -> None:
     assert chosen["slide0"][0] == "balance: event 'sliding' has more than its share of 0.5"
 
 
+def test_the_share_of_clips_without_an_event_can_be_bounded() -> None:
+    rows = [row(f"plain{n}", physics_score=n) for n in range(8)]
+    rows += [row(f"other{n}", events=["fluid"]) for n in range(4)]
+    chosen = choose(rows, Settings.from_dict({"balance": {"event": {"none": 0.5}}}))
+    assert [name for name, (reason, _) in chosen.items() if reason] == [f"plain{n}" for n in range(4)]
+
+
+def test_many_events_make_a_clip_rich_without_a_tag() -> None:
+    assert is_rich(row("a", events_per_s=0.25), Settings())
+    assert not is_rich(row("a", events_per_s=0.24), Settings()) and not is_rich(row("a"), Settings())
+
+
 def test_a_stage_has_a_new_hash_when_it_or_what_it_reads_changes_and_no_other() -> None:
     before = hashes_of(stages_of(Settings()))
     after = hashes_of(stages_of(Settings.from_dict({"physics": {"window": 5}})))
     assert {name for name in before if before[name] != after[name]} == {"physics", "tags", "caption"}
+
+
+def test_labels_are_part_of_the_hash_of_what_reads_them_and_of_what_reads_that() -> None:
+    looks = SimpleNamespace(name="looks", inputs=("grey",), outputs=("blur",))
+    tags = SimpleNamespace(name="tags", inputs=("labels",), outputs=("events",))
+    rank = SimpleNamespace(name="rank", inputs=("events",), outputs=("rank",))
+    hashes = dict.fromkeys(("looks", "tags", "rank"), "h")
+    one, other = (pipeline._own_hashes([looks, tags, rank], hashes, {"caption": said}) for said in ("a", "b"))
+    assert one["looks"] == other["looks"] == "h"
+    assert one["tags"] != other["tags"] and one["rank"] != other["rank"]
 
 
 @pytest.mark.parametrize(
@@ -383,9 +418,61 @@ def test_a_kill_between_shards_and_their_index_leaves_no_shard_that_is_taken_for
         assert tar.getnames() == ["aa.json", "aa.mp4", "bb.json", "bb.mp4"]
 
 
-def test_only_a_ledger_that_is_none_is_to_be_deleted(tmp_path) -> None:
-    from kairos.curation.ledger import Ledger
+def test_shards_that_are_no_longer_wanted_go_and_lost_ones_come_back(tmp_path) -> None:
+    rows = [row("aa", height=32, width=32), row("bb", height=32, width=64)]
+    for one in rows:
+        clip_file(tmp_path, one["clip_id"]).parent.mkdir()
+        clip_file(tmp_path, one["clip_id"]).write_bytes(b"film")
 
+    def packed(count: int) -> list[str]:
+        write_shards(tmp_path / "shards", tmp_path, rows[:count], 8)
+        return sorted(file.parent.name for file in tmp_path.glob("shards/*/000000.tar"))
+
+    packed(2)
+    (tmp_path / "shards" / "81x32x32" / "000000.tar").unlink()
+    assert packed(2) == ["81x32x32", "81x32x64"]
+    assert packed(1) == ["81x32x32"]
+
+
+def test_a_source_whose_clips_are_gone_is_cut_again(tmp_path) -> None:
+    file = clip_file(tmp_path / "clips", "aa")
+    with Ledger(tmp_path / "work") as ledger:
+        ledger.keep("key", "config", {"split": {"clips": [{"clip_id": "aa"}]}})
+        assert not pipeline._is_split(ledger, "key", "config", tmp_path / "clips")
+        file.parent.mkdir(parents=True)
+        file.touch()
+        assert pipeline._is_split(ledger, "key", "config", tmp_path / "clips")
+        assert not pipeline._is_split(ledger, "key", "another", tmp_path / "clips")
+
+
+def test_a_file_that_changed_is_read_anew_though_its_size_is_the_same(tmp_path) -> None:
+    file, found = tmp_path / "a.mp4", []
+    with Ledger(tmp_path / "work") as ledger:
+        for time_s, content in enumerate((b"one", b"two", b"two")):
+            file.write_bytes(content)
+            os.utime(file, (time_s, time_s))
+            found.append(pipeline._sha256(ledger, SimpleNamespace(file=file)))
+    assert found[0] != found[1] == found[2]
+
+
+@pytest.mark.parametrize(
+    ("limit", "cuts_anew"), [("side", True), ("streams", True), ("duration_s", True), ("task_s", False)]
+)
+def test_limits_that_refuse_sources_cut_them_anew_and_others_do_not(limit, cuts_anew) -> None:
+    settings = Settings()
+    limits = replace(settings.limits, **{limit: 2 * getattr(settings.limits, limit)})
+    changed = pipeline._split_hash(replace(settings, limits=limits)) != pipeline._split_hash(settings)
+    assert changed == cuts_anew
+
+
+def test_a_folder_is_curated_by_one_process_at_a_time(tmp_path) -> None:
+    with Ledger(tmp_path), pytest.raises(UserError, match="is being curated by another process"):
+        Ledger(tmp_path)
+    with Ledger(tmp_path):
+        pass
+
+
+def test_only_a_ledger_that_is_none_is_to_be_deleted(tmp_path) -> None:
     (tmp_path / "ledger.sqlite").write_text("no database\n" * 99)
     with pytest.raises(MachineError, match=r"cannot open .*: file is not a database; delete it"):
         Ledger(tmp_path)
@@ -396,9 +483,6 @@ def test_only_a_ledger_that_is_none_is_to_be_deleted(tmp_path) -> None:
 
 
 def test_a_full_disk_is_the_machines_failure_and_not_a_files(folder, tmp_path, monkeypatch) -> None:
-    from kairos.curation import pipeline
-    from kairos.curation.ledger import Ledger
-
     with Ledger(tmp_path / "work") as ledger:
         pages = ledger._db.execute("PRAGMA page_count").fetchone()[0]
         ledger._db.execute(f"PRAGMA max_page_count={pages}")  # of a disk that is full SQLite says the same
@@ -424,8 +508,6 @@ def test_a_full_disk_is_the_machines_failure_and_not_a_files(folder, tmp_path, m
 def test_a_run_that_is_stopped_leaves_the_settings_that_it_goes_on_with(
     folder, tmp_path, monkeypatch
 ) -> None:
-    from kairos.curation import pipeline
-
     def stopped(*_, **__):
         raise KeyboardInterrupt
 
@@ -438,8 +520,6 @@ def test_a_run_that_is_stopped_leaves_the_settings_that_it_goes_on_with(
 def test_a_choice_among_what_is_not_cut_yet_is_refused_and_changes_nothing(
     folder, tmp_path, monkeypatch
 ) -> None:
-    from kairos.curation import pipeline
-
     def stopped(*_, **__):
         raise KeyboardInterrupt
 
@@ -459,8 +539,6 @@ def test_a_choice_among_what_is_not_cut_yet_is_refused_and_changes_nothing(
 
 def test_how_far_the_work_is_is_said_now_and_then(folder, tmp_path, monkeypatch, caplog) -> None:
     """Also while one item takes long: each here is ready when it has been said that it is waited for."""
-    from kairos.curation import pipeline
-
     told, verbs = pipeline._told, []
 
     def items():
@@ -822,8 +900,6 @@ def test_models_score_by_name_or_folder(tmp_path) -> None:
 
 
 def test_a_clip_is_as_sharp_as_its_frames_that_show_anything() -> None:
-    from kairos.curation.stages.looks import Sharpness
-
     def sharpness(samples) -> float:
         views = Views(fps=16, frames=8, height=120, width=160, samples=samples)
         return Sharpness().measure(views)["sharpness"]
@@ -839,8 +915,41 @@ def test_a_clip_is_as_sharp_as_its_frames_that_show_anything() -> None:
     assert sharpness(np.stack([empty] * 8)) == 0
 
 
+def test_motion_is_in_widths_of_the_whole_picture_a_second() -> None:
+    vectors = np.zeros((4, 5, 10, 2), np.float32)
+    vectors[..., 0] = 16
+    views = Views(fps=10, frames=5, height=80, width=160, vectors=vectors)
+    assert Motion().measure(views) == {"motion": 1.0, "motion_patch": 1.0}
+
+
+def test_flow_is_in_widths_of_the_picture_however_small_it_is_seen() -> None:
+    ground = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 255, (64, 200), np.uint8), (0, 0), 2)
+    grey = np.stack([ground[:, 4 * i : 4 * i + 128] for i in range(9)])
+    small, large = (
+        Flow().measure(Views(fps=8, frames=9, height=width // 2, width=width, grey=grey))
+        for width in (128, 1280)
+    )
+    assert small == large and small["camera"] == pytest.approx(8 * 4 / 128, rel=0.15)
+
+
+def test_a_small_light_in_the_dark_is_no_black_frame() -> None:
+    grey = np.full((4, 32, 32), 16, np.uint8)
+    grey[:3, :6, :6] = 200
+    assert Exposure().measure(Views(fps=8, frames=4, height=32, width=32, grey=grey))["dark_share"] == 0.25
+
+
+def test_a_border_that_is_lit_once_is_no_bar() -> None:
+    grey = np.full((20, 32, 32), 16, np.uint8)
+    grey[:, 8:24] = 200
+    views = Views(fps=8, frames=20, height=32, width=32, grey=grey)
+    assert Bars().measure(views) == {"bars_share": 0.5}
+    grey[7] = 120
+    assert Bars().measure(views) == {"bars_share": 0.0}
+
+
 def test_an_address_without_a_ray_cluster_is_refused_at_once(folder, tmp_path, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace())  # which tries an address for minutes
+    ray = SimpleNamespace(is_initialized=lambda: False)  # it tries an address for minutes
+    monkeypatch.setitem(sys.modules, "ray", ray)
     with pytest.raises(UserError, match=r"no Ray at 127\.0\.0\.1:1"):
         curate(folder, tmp_path / "out", Settings.from_dict(QUICK), ray="127.0.0.1:1")
 

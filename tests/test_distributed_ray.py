@@ -133,7 +133,7 @@ def test_a_worker_that_dies_is_replaced_only_where_a_task_waits() -> None:
 def test_a_cluster_that_others_use_is_waited_for_with_a_word(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    there = SimpleNamespace(init=lambda **_: None, shutdown=lambda: None)
+    there = SimpleNamespace(is_initialized=lambda: False, init=lambda **_: None, shutdown=lambda: None)
     there.cluster_resources = lambda: {"GPU": 4.0}
     monkeypatch.setitem(sys.modules, "ray", there)
     for free, said in (({"GPU": 4.0}, 0), ({"GPU": 1.0}, 1), ({}, 2)):
@@ -147,8 +147,8 @@ def test_a_local_cluster_is_a_new_one_with_the_cores_that_are_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     begun: list[dict[str, Any]] = []
-    there = SimpleNamespace(init=lambda **options: begun.append(options), shutdown=lambda: None)
-    there.cluster_resources = lambda: {"CPU": 2.0}
+    there = SimpleNamespace(is_initialized=lambda: False, init=lambda **options: begun.append(options))
+    there.shutdown, there.cluster_resources = lambda: None, lambda: {"CPU": 2.0}
     monkeypatch.setitem(sys.modules, "ray", there)
     with cluster("local", workers=2, on_gpus=False) as (_, room):
         assert room == 2
@@ -158,6 +158,15 @@ def test_a_local_cluster_is_a_new_one_with_the_cores_that_are_asked_for(
         cluster("local", workers=3, on_gpus=False),
     ):
         pass
+
+
+def test_a_process_that_is_connected_to_ray_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without `init`, and without `shutdown`."""
+    there = SimpleNamespace(is_initialized=lambda: True, cluster_resources=lambda: {"CPU": 2.0})
+    there.available_resources = there.cluster_resources
+    monkeypatch.setitem(sys.modules, "ray", there)
+    with cluster("auto", workers=None, on_gpus=False) as (ray, room):
+        assert (ray, room) == (there, 2)
 
 
 @pytest.mark.parametrize(("weights", "status"), [("5c", "skipped"), ("9d", "made")])

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from kairos import presets
 from kairos.cli import main
-from kairos.cli.evaluate import table
+from kairos.cli.evaluate import COLUMNS, table
 from kairos.data.media import read_video, write_video
 from kairos.errors import UserError
 from kairos.evaluation import scores, suite
@@ -264,6 +265,15 @@ def test_the_table_has_the_columns_that_a_scene_has_a_number_for():
     named, cells = headings(error, error | {"motion_to_teacher": {"value": 0.9}})
     assert named == ["scene", "velocity", "truth", "teacher", "own"]
     assert cells[named.index("teacher")] == ["", "0.90"]
+
+
+def test_the_whole_table_fits_on_a_terminal_of_eighty_columns(capsys):
+    numbers = {"value": 0.111, "floor_truth": 0.012, "floor_vae": 0.012}
+    measures = {name: numbers for name, _ in COLUMNS.values()} | {"psnr": numbers | {"value": 41.2}}
+    splits = {"interpolation": {"scenes": {"occlusion": measures | {"permanence": numbers}}}}
+    Console(width=80).print(table({"model": "m", "splits": splits}))
+    said = capsys.readouterr().out
+    assert "teacher" in said and "own" in said and "…" not in said
 
 
 def test_the_report_shows_the_videos_of_its_own_run(tmp_path):

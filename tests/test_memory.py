@@ -17,7 +17,7 @@ from kairos.cli import batch, main, run
 from kairos.cli.jobs import Job
 from kairos.data.media import read_video
 from kairos.errors import UserError
-from kairos.memory import FREED, RESIDENT, STREAMED, WHOLE, Clip, Model
+from kairos.memory import FREED, RESIDENT, STREAMED, WHOLE, Clip, Model, clip_of
 from kairos.model_info import for_planning, info
 from kairos.models import vae
 from kairos.placement import in_four_bits, place, quantize, stream
@@ -66,6 +66,23 @@ def test_a_plan_says_what_an_h200_measured(released, height, width, step_s, acti
     assert denoise.name == "denoise"
     assert denoise.seconds == pytest.approx(step_s, rel=0.05)
     assert denoise.activations_gb == pytest.approx(activations_gb, rel=0.05)
+
+
+def test_guidance_and_tiles_take_time_and_memory_of_their_own(released) -> None:
+    def stages(guided=False, **options) -> tuple[memory.Stage, ...]:
+        return memory.plan(released, replace(CLIP, guided=guided), 140, **options).stages
+
+    (_, plain, whole), (_, guided, _), (_, _, tiled) = stages(), stages(guided=True), stages(tiled=True)
+    assert guided.seconds == 2 * plain.seconds and guided.activations_gb > plain.activations_gb
+    assert tiled.seconds > whole.seconds
+
+
+def test_a_plan_is_for_the_clip_as_the_pipeline_will_make_it() -> None:
+    defaults = info("kairos-4b-480p").defaults
+    asked = Request("a ball", height=33, width=47, num_frames=9, num_inference_steps=7, guidance_scale=1.0)
+    assert clip_of(defaults, "flow_match") == Clip(480, 640, 81, 50, guided=True)
+    assert clip_of(defaults, "flow_match", asked) == Clip(48, 48, 9, 7, guided=False)
+    assert clip_of(defaults, "few_step") == Clip(480, 640, 81, 4, guided=False)
 
 
 def test_in_a_rollout_no_part_is_ever_away_as_a_whole(released) -> None:
@@ -288,16 +305,17 @@ def test_a_plan_is_carried_out(pipeline, released) -> None:
     assert any(hasattr(block, "_diffusers_hook") for block in pipeline.transformer.blocks)
 
 
-@pytest.mark.parametrize(("by_blocks", "pinned_once"), [(True, True), (False, False)])
-def test_blocks_that_are_streamed_to_a_gpu_are_pinned_once_before_they_work(
-    pipeline, monkeypatch, by_blocks, pinned_once
+def test_blocks_that_are_streamed_to_a_gpu_are_pinned_once_and_before_they_work(
+    pipeline, monkeypatch
 ) -> None:
     waiting, pinned = SimpleNamespace(synchronize=lambda: None), []
     monkeypatch.setattr(torch.cuda, "Stream", lambda: waiting)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: waiting)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
-    stream(pipeline.transformer, torch.device("cuda"), by_blocks=by_blocks)
-    assert len(pinned) == (len(list(pipeline.transformer.blocks.parameters())) if pinned_once else 0)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.data_ptr()) or tensor)
+    stream(pipeline.text_encoder.model, torch.device("cuda"), by_blocks=False)
+    assert not pinned
+    stream(pipeline.transformer, torch.device("cuda"), by_blocks=True)
+    assert {weight.data_ptr() for weight in pipeline.transformer.blocks.parameters()} <= set(pinned)
 
 
 def test_the_clock_waits_for_the_gpu_that_parts_are_offloaded_from(pipeline, released, monkeypatch) -> None:

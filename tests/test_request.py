@@ -171,6 +171,19 @@ def test_defaults_fill_in_only_what_a_request_does_not_say(tmp_path: Path) -> No
     assert [request.num_frames for request in read(path, {"num_frames": 9})] == [9, 5]
 
 
+def test_a_model_completes_a_request_with_what_it_does_not_say() -> None:
+    defaults = {"height": 64, "width": 96, "num_frames": 33, "fps": 16}
+    defaults |= {"num_inference_steps": 20, "guidance_scale": 3.0}
+    request = Request("a ball", width=32, guidance_scale=0, seed=7)
+    whole = request.completed(defaults)
+    assert whole == Request(**defaults | {"prompt": "a ball", "width": 32, "guidance_scale": 0, "seed": 7})
+    assert whole.completed({name: 1 for name in defaults}) == whole
+    assert [request.completed(defaults | {"num_frames": n}).num_frames for n in (30, 33, 34)] == [33, 33, 37]
+    given = Request(input_video="start.mp4", input_frames=33)
+    with pytest.raises(UserError, match="num_frames counts the 33 given frames too"):
+        given.completed(defaults)
+
+
 def test_inputs_are_looked_for_in_the_working_folder_then_beside_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,10 +20,10 @@ from kairos import MachineError, UserError
 from kairos.data.files import lock
 from kairos.data.yaml_text import load_yaml
 from kairos.presets import ASSETS
-from kairos.training import steps
+from kairos.training import materials, steps
 from kairos.training.check import check_run, check_there
 from kairos.training.materials import sampler_of
-from kairos.training.origins import is_finished
+from kairos.training.origins import finish, is_finished, options_hash
 from kairos.training.parallel import ALONE
 from kairos.training.plan import config_at, plan_stage, refuse_too_large
 from kairos.training.recipe import build_recipe, read_recipe
@@ -344,6 +345,10 @@ def test_a_manifest_of_pairs_is_not_asked_for_where_the_pairs_are_there(tmp_path
     recipe = build_recipe(of_base(output=str(tmp_path), stage=options), "recipe")
     with pytest.raises(UserError, match="stage transformer: no manifest at"):
         check_there(recipe, recipe.steps)
+    (tmp_path / "gone.jsonl").write_text('{"better": "a.mp4", "worse": "b.mp4"}\n')
+    with pytest.raises(UserError, match=r"gone\.jsonl, line 1: no file 'a\.mp4' in"):
+        check_there(recipe, recipe.steps)  # before any stage has run
+    (tmp_path / "gone.jsonl").unlink()
     (tmp_path / "transformer" / "pairs").mkdir(parents=True)
     (tmp_path / "transformer" / "pairs" / "pairs.json").write_text('{"of": "", "pairs": []}')
     check_there(recipe, recipe.steps)
@@ -380,6 +385,70 @@ def test_a_decoder_that_learned_from_other_weights_is_not_finished(tmp_path):
         assert is_finished("decoder", tmp_path, now)
     with pytest.raises(UserError, match="decoder was made from other weights"):
         is_finished("decoder", tmp_path, now | {"weights": "two"})
+
+
+def test_a_prompt_encoder_or_decoder_of_other_options_is_not_taken_for_finished(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(
+        steps, "train_conditioner", lambda output, **_: (output.mkdir(), trained.append(1))[1]
+    )
+
+    def recipe(**options):
+        return build_recipe(changed(output=str(tmp_path), **options), "recipe")
+
+    for _ in range(2):
+        steps.make_conditioner(recipe(), ALONE)
+    assert trained == [1]
+    other = TINY["conditioner"] | {"steps": 3}
+    for options in ({"conditioner": other}, {"scenes": ["ramp"]}, {"seed": 4}):
+        with pytest.raises(UserError, match="stage conditioner was made from other options, scenes or seed"):
+            steps.make_conditioner(recipe(**options), ALONE)
+    (tmp_path / "decoder").mkdir()
+    finish(tmp_path / "decoder", {"options": options_hash(recipe(decoder={"steps": 1}).decoder, 0)})
+    steps.make_decoder(recipe(decoder={"steps": 1, "batch_size": 4}), ALONE)  # what it is anyway
+    for options in ({"decoder": {"steps": 2}}, {"decoder": {"steps": 1}, "seed": 4}):
+        with pytest.raises(UserError, match="stage decoder was made from other options"):
+            steps.make_decoder(recipe(**options), ALONE)
+
+
+def test_flow_matching_behind_a_distillation_is_told_and_a_lora_of_it_warned_of(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(steps, "run_step", lambda *_: None)
+
+    def told(*stages, base="kairos-tiny", **options):
+        caplog.clear()
+        content = of_base(base=base, output=str(tmp_path), **options)
+        content["stages"] = [content["stages"][0] | stage for stage in stages]
+        with caplog.at_level(logging.INFO, "kairos.training.steps"):
+            run_recipe(build_recipe(content, "recipe"))
+        return [
+            (one.levelname, one.getMessage()) for one in caplog.records if "distilled" in one.getMessage()
+        ]
+
+    flow, lora = {"name": "flow"}, {"name": "lora", "lora": {}}
+    distilled = {"name": "fast", "objective": "distillation"}
+    ((level, line),) = told(flow, defaults={"guidance_scale": 2.5})
+    assert level == "INFO"
+    assert "kairos-tiny was distilled to 4 steps; after flow matching it takes 50, with guidance 2.5" in line
+    ((level, line),) = told(lora)
+    assert level == "WARNING" and "a LoRA learned by flow matching goes with its teacher" in line
+    assert [level for level, _ in told(flow, distilled, lora)] == ["WARNING"]
+    assert not told(flow, distilled) and not told(flow, lora, base="kairos-tiny-teacher")
+    assert not told({"name": "new", "start_from": "random"})
+
+
+def test_a_share_of_pictures_without_pictures_is_said_to_have_no_effect(tmp_path, monkeypatch, caplog):
+    picture = {"frames": 1, "height": 64, "width": 64}
+    content = of_base(output=str(tmp_path), stage={"buckets": [CLIP, picture], "images": 0.2})
+    recipe = build_recipe(content, "recipe")
+    stage, found = recipe.stages[0], []
+    monkeypatch.setattr(materials, "load_clips", lambda *_, **__: found)
+    for frames, line in (((9,), "images: 0.2 has no effect: the data have no pictures"), ((9, 1), "")):
+        caplog.clear()
+        found[:] = [SimpleNamespace(bucket=SimpleNamespace(frames=one)) for one in frames]
+        materials.clip_sets(recipe, stage, None)
+        assert line in caplog.text and bool(line) == bool(caplog.text)
 
 
 def test_the_benchmark_of_training_runs(tmp_path):

@@ -508,6 +508,15 @@ def test_the_critic_is_told_that_the_past_is_clean(clips):
     assert not told[0][:, :1].any() and told[0][:, 1:].all()
 
 
+def test_the_empty_prompt_of_guidance_is_read_once(clips, monkeypatch):
+    asked, read = [], clips.embeddings
+    monkeypatch.setattr(clips, "embeddings", lambda *given: (asked.append(given[0]), read(*given))[1])
+    objective = DistillationObjective(stirred(), [clips], small_stage(), Distillation())
+    batch = batch_of(clips)
+    one, two = (objective.guided(batch, batch.noise, 0.5) for _ in range(2))
+    assert asked.count([""]) == 1 and torch.equal(one, two)
+
+
 def test_pictures_have_no_motion_to_compare_and_their_samples_no_first_frame(tmp_path):
     pictures = clip_set(tmp_path, 2, Bucket(1, 32, 32))
     options = Distillation(teacher_steps=1, motion_every=0)
@@ -710,7 +719,7 @@ def test_matching_asks_the_guided_teacher_and_divides_by_its_distance(clips):
     # The same noise is drawn again, for what the teacher makes of the sample under it.
     generator = torch.Generator().manual_seed(0)
     torch.rand((), generator=generator)
-    noisy = objective.noised(batch, batch.sample, sigma, objective.draw(batch, generator))
+    noisy = objective.noised(batch, batch.sample, sigma, objective.draw(batch.sample, generator))
     future = slice(batch.cut.past, None)
     real = (noisy - sigma * guided)[:, :, future]
     scale = (batch.sample[:, :, future] - real).abs().mean((1, 2, 3, 4), keepdim=True)
@@ -948,6 +957,33 @@ def test_pairs_are_made_again_where_what_they_were_made_of_has_changed(tmp_path,
     assert better.embeddings([""], better.keys)[0].shape[1] > 30 and better.embeddings([""])[0].shape[1] == 1
 
 
+def test_a_pair_that_cannot_be_used_is_left_out_and_the_others_are_made(tmp_path, monkeypatch, caplog):
+    from kairos.data.media import write_video
+    from kairos.training import preference
+
+    monkeypatch.setattr(Encoders, "hashes", lambda self: ("v", "t"))
+    embedded = [torch.zeros(1, 4, dtype=torch.bfloat16)]
+    monkeypatch.setattr(Encoders, "embed", lambda self, captions, *_: embedded * len(captions))
+    encoders = Encoders(build_vae(base_dim=8).eval(), torch.nn.Linear(1, 1), None, "tiny")
+    bucket = Bucket(5, 32, 32)
+    for name, frames in (("good", 9), ("short", 3)):
+        write_video(tmp_path / f"{name}.mp4", np.zeros((frames, 32, 32, 3), np.uint8), 16, scale=1)
+    (tmp_path / "broken.mp4").write_bytes(b"none")
+    manifest = tmp_path / "m.jsonl"
+
+    def pairs(*others):
+        lines = [json.dumps({"better": "good.mp4", "worse": f"{other}.mp4"}) for other in others]
+        manifest.write_text("\n".join(lines))
+        preference.manifest_pairs(tmp_path / "pairs", manifest, bucket, encoders, fps=16)
+        return [pair["key"] for pair in preference.read_list(tmp_path / "pairs")["pairs"]]
+
+    assert pairs("short", "good", "broken", "good") == ["m.jsonl/2", "m.jsonl/4"]
+    assert "m.jsonl, line 1: left out: " in caplog.text and "has 3 frames, 5 are needed" in caplog.text
+    assert caplog.text.count("left out") == 2 and "line 3: left out" in caplog.text
+    with pytest.raises(UserError, match=r"m\.jsonl: none of its pairs can be used"):
+        pairs("short", "broken")
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
@@ -1012,6 +1048,14 @@ def test_an_average_is_weighted(three):
         torch.testing.assert_close(value, 0.75 * one[name] + 0.25 * two[name])
 
 
+@pytest.mark.parametrize("method", ["ties", "dare"])
+def test_differences_from_the_base_are_weighted(three, method):
+    folder, base, (one, _) = three
+    result = merged(folder, method, weights=(0.5, 0.0), density=1.0)
+    for name, value in result.items():
+        torch.testing.assert_close(value, base[name] + 0.5 * (one[name] - base[name]))
+
+
 def test_merging_one_model_with_everything_kept_gives_it_back(three):
     folder, _, (one, _) = three
     file = (str(folder / "one.safetensors"), 1.0)
@@ -1051,6 +1095,22 @@ def test_dare_keeps_a_share_and_the_mean(three):
     assert any(not torch.equal(first[n], v) for n, v in merged(folder, "dare", seed=4).items())
 
 
+def test_dare_chooses_anew_in_every_tensor(tmp_path):
+    for name, value in (("base", 0.0), ("one", 1.0), ("two", 1.0)):
+        save_file({key: torch.full((64,), value) for key in "ab"}, tmp_path / f"{name}.safetensors")
+    result = merged(tmp_path, "dare")
+    assert not torch.equal(result["a"], result["b"])
+
+
+@pytest.mark.parametrize("method", ["average", "ties", "dare"])
+def test_every_merge_keeps_the_precision(tmp_path, method):
+    torch.manual_seed(0)
+    for name in ("base", "one", "two"):
+        save_file({"w": torch.randn(8, 8).bfloat16()}, tmp_path / f"{name}.safetensors")
+    result = merged(tmp_path, method)["w"]
+    assert result.dtype == torch.bfloat16 and result.isfinite().all()
+
+
 def test_merging_keeps_the_precision_and_never_holds_a_model(tmp_path):
     """Tensors are read and written one at a time: at most one of each model lives at once."""
     sizes = {f"w{i}": torch.randn(64, 64).bfloat16() for i in range(6)}
@@ -1085,7 +1145,9 @@ def test_merges_that_make_no_sense_are_refused(three, options, message):
 
 
 def test_loras_are_not_merged_matrix_by_matrix(lora, tmp_path):
-    with pytest.raises(UserError, match=r"is a LoRA, .*; add several to a model by kairos generate --lora"):
+    with pytest.raises(
+        UserError, match=r"is a LoRA, .*; add several .*: kairos train export MODEL .* --lora"
+    ):
         merge_files([(str(lora[2] / "lora.safetensors"), 1.0)] * 2, tmp_path / "out.safetensors")
 
 

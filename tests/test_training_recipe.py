@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from kairos.training.materials import encoder_dtype, load_start, sampler_of
 from kairos.training.parallel import ALONE
 from kairos.training.plan import check_memory, plan_stage, refuse_too_large
 from kairos.training.recipe import build_recipe, read_recipe
+from kairos.training.samples import sampling_of
 from kairos.training.steps import run_recipe
 from kairos.weights import save_original
 
@@ -182,7 +184,13 @@ def test_a_stage_goes_on_from_weights_that_are_there(tmp_path, kairos):
     run_recipe(build_recipe(content, "recipe"), ("cache", "more", "lora"))
     assert (tmp_path / "more" / "ema" / "diffusion_pytorch_model.safetensors").exists()
     assert (tmp_path / "lora" / "ema" / "lora.safetensors").exists()
-    assert len(list((tmp_path / "lora" / "samples").glob("step-0000002-*.mp4"))) == 4
+    samples = sorted((tmp_path / "lora" / "samples").glob("step-0000002-*.mp4"))
+    assert len(samples) == 4
+    status, shown, said = kairos("show", samples[1])  # a sample of training, as the base would make it
+    assert status == 0, said
+    for line in ("step 2", "num_inference_steps 1", "guidance_scale 3.0", "sampler FlowMatchScheduler"):
+        assert f"{line}\n" in shown
+    assert re.search(r"caption \w+ .*ball", shown) and "kairos" not in shown
 
     video = tmp_path / "v.mp4"
     lora = tmp_path / "lora" / "ema"
@@ -556,6 +564,88 @@ def test_a_few_step_base_keeps_its_sampler_for_preferences_and_loses_it_to_flow_
     assert sampler("preference", "kairos-tiny-teacher", "kairos-tiny")[:3] == ("FewStepScheduler", 4, 1.0)
     weights = ASSETS / "kairos-tiny" / "transformer"
     assert sampler("preference", start=str(weights)) == ("FewStepScheduler", 4, 1.0, own)
+
+
+def test_samples_are_made_as_the_finished_model_makes_its_videos():
+    def sampling(base, **options):
+        content = changed(
+            base=base, vae="absent", conditioner="absent", defaults={}, stages=[SHORT | options]
+        )
+        recipe = build_recipe(content, "recipe")
+        return sampling_of(*sampler_of(recipe, recipe.stages[0]))
+
+    of_teacher = {"steps": 20, "guidance_scale": 3.0, "guide_continuation": False, "few_step": None}
+    assert sampling("kairos-tiny-teacher") == of_teacher == sampling("kairos-tiny-teacher", lora={})
+    assert sampling("kairos-tiny")["few_step"] is None and sampling("kairos-tiny")["steps"] == 50
+    own = sampling("kairos-tiny", lora={})["few_step"]  # a LoRA changes no sampler
+    assert own is not None and len(own.config.sampling_times) == 4
+
+
+def test_a_model_without_a_base_makes_clips_as_long_and_large_as_it_has_seen():
+    long, small = {"frames": 13, "height": 48, "width": 48}, {"frames": 13, "height": 32, "width": 32}
+    stage = TINY["stages"][0] | {"buckets": [CLIP, small, long]}
+    better = TINY["stages"][0] | {"name": "better", "objective": "preference"}
+    seen = {"height": 48, "width": 48, "num_frames": 13}
+    for defaults in ({}, {"height": 64, "num_inference_steps": 7}):
+        recipe = build_recipe(changed(stages=[stage, better], defaults=defaults), "recipe")
+        for one_stage in recipe.stages:
+            found = sampler_of(recipe, one_stage)[1]
+            assert {name: found[name] for name in seen} == {
+                name: defaults.get(name, value) for name, value in seen.items()
+            }
+            assert found["num_inference_steps"] == defaults.get("num_inference_steps", 50)
+
+
+def test_a_lora_is_added_to_a_whole_model_or_its_weights_which_all_commands_take(tmp_path, kairos):
+    from kairos.presets import load_pipeline
+    from kairos.weights import load_transformer_file
+
+    before = load_pipeline("kairos-tiny").transformer.get_parameter("blocks.0.ffn.0.weight")
+    up, down = torch.ones(before.shape[0], 1), torch.full((1, before.shape[1]), 0.5)
+    layer, file = "transformer.blocks.0.ffn.0", tmp_path / "lora.safetensors"
+    save_file({f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}, file)
+
+    def export(source, output):
+        return kairos("train", "export", source, output, "--lora", f"{file}:2", "--dtype", "float32")
+
+    for source, output in (("kairos-tiny", "whole"), (tmp_path / "whole", "one.safetensors")):
+        status, _, said = export(source, tmp_path / output)
+        assert status == 0, said
+    whole = load_pipeline(tmp_path / "whole")
+    assert whole.config.defaults["num_inference_steps"] == 4
+    assert not any(str(ASSETS) in text.read_text() for text in (tmp_path / "whole").rglob("*.json"))
+    once, twice = whole.transformer, load_transformer_file(tmp_path / "one.safetensors")
+    for times, model in ((1, once), (2, twice)):
+        after = model.get_parameter("blocks.0.ffn.0.weight")
+        torch.testing.assert_close(after, before + times * torch.ones_like(before))
+    status, _, said = kairos("train", "export", file, tmp_path / "two.safetensors")
+    assert status == 2 and "is a LoRA, which is added to a LinearDiT: kairos generate --lora" in said
+
+
+def test_whole_models_are_merged_by_name_and_by_folder(tmp_path, kairos):
+    from kairos.weights import load_transformer_file
+
+    shutil.copytree(ASSETS / "kairos-tiny", tmp_path / "mine")
+    command = [
+        "train",
+        "merge",
+        f"{tmp_path / 'mine'}:3",
+        "kairos-tiny-teacher",
+        "-o",
+        tmp_path / "m.safetensors",
+    ]
+    status, _, said = kairos(*command, "--method", "ties", "--base", "kairos-tiny")
+    assert status == 0, said
+    status, _, said = kairos(*command)
+    assert status == 0, said
+    one, two, merged = (
+        load_transformer_file(path, dtype=torch.float32).state_dict()
+        for path in (ASSETS / "kairos-tiny", ASSETS / "kairos-tiny-teacher", tmp_path / "m.safetensors")
+    )
+    for name, value in merged.items():
+        torch.testing.assert_close(value, 0.75 * one[name] + 0.25 * two[name], rtol=0.01, atol=0.01)
+    status, _, said = kairos("train", "merge", "kairos-tini", "-o", tmp_path / "m.safetensors")
+    assert status == 2 and "no model or folder 'kairos-tini'; did you mean 'kairos-tiny'" in said
 
 
 def test_lora_needs_a_small_part_of_the_memory():

@@ -13,6 +13,7 @@ from diffusers import AutoencoderKLWan
 
 from kairos import UserError
 from kairos.training import vae as vae_training
+from kairos.training.fit import fit
 from kairos.training.vae import (
     VAEStage,
     _draw,
@@ -126,6 +127,91 @@ def test_the_loss_of_placement_sees_outlines_and_trembling_before_noise():
     trembling = moved * torch.tensor([1.0, -1, 1, -1]).view(4, 1, 1)
     assert placement_loss(trembling) > 2 * still
     assert placement_loss(torch.zeros(1, 3, 1, 64, 64)) == 0
+
+
+def test_a_vae_that_has_finished_is_refused_where_what_it_was_made_of_has_changed(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(
+        vae_training, "train_stage", lambda vae, stage, number, *_, **__: trained.append(number)
+    )
+    monkeypatch.setattr(vae_training, "measure_latents", lambda *_: None)
+    stages = tuple(VAEStage(steps=steps, num_frames=1, batch_size=2) for steps in (1, 2))
+    longer = (stages[0], VAEStage(steps=3, num_frames=1, batch_size=2))
+    one, other = build_vae(base_dim=8), build_vae(base_dim=8)
+
+    def run(**options):
+        options = {"stages": stages, "scenes": ("uniform",), "start": one} | options
+        train_vae(tmp_path, **options | {"start": copy.deepcopy(options["start"])})
+
+    run()
+    run()
+    assert trained == [0, 1]
+    for options in ({"stages": longer}, {"stages": stages[:1]}, {"scenes": ("ramp",)}, {"seed": 1}):
+        with pytest.raises(
+            UserError, match=r"vae was made from other options, .*; delete .* to make it again"
+        ):
+            run(**options)
+    with pytest.raises(UserError, match="vae was made from other weights"):
+        run(start=other)
+    (tmp_path / "finished").unlink()  # as where it was stopped in a later stage
+    with pytest.raises(UserError, match="stage vae/stage-1 was made from other options"):
+        run(stages=longer)
+    (tmp_path / "stage-1" / "finished").unlink()
+    run(stages=longer)
+    assert trained == [0, 1, 1]
+    for file in tmp_path.rglob("finished"):
+        file.write_text("")  # of an earlier version, which does not say
+    run(seed=1)
+
+
+def test_a_checkpoint_of_other_origins_does_not_count_and_one_that_does_not_say_does(tmp_path):
+    module, steps = torch.nn.Linear(1, 1), []
+
+    def run(until, origins):
+        def loss(step):
+            steps.append(step)
+            return module(torch.ones(1)).sum()
+
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        fit(tmp_path, module, optimizer, until, loss, lambda _: 1.0, seed=0, origins=origins)
+
+    for until, origins in ((1, None), (2, {"options": "a"}), (3, {"options": "a"}), (3, {"options": "b"})):
+        run(until, origins)
+    assert steps == [0, 1, 2, 0, 1, 2]
+
+
+def test_a_vae_with_a_stage_more_goes_on_from_those_that_have_finished(tmp_path):
+    stage = VAEStage(steps=1, num_frames=1, batch_size=2)
+    folder, options = tmp_path / "vae", {"scenes": ("uniform",)}
+
+    def weights(of=folder):
+        return AutoencoderKLWan.from_pretrained(of).state_dict()["decoder.conv_in.bias"]
+
+    def run(*stages):
+        torch.manual_seed(0)
+        train_vae(folder, stages=stages, start=build_vae(base_dim=8), **options)
+
+    run(stage)
+    first, begun = weights(), (folder / "stage-0" / "checkpoint.pt").stat().st_mtime_ns
+    run(stage, stage)
+    assert (folder / "stage-0" / "checkpoint.pt").stat().st_mtime_ns == begun
+    assert torch.equal(weights(folder / "stage-0"), first) and not torch.equal(weights(), first)
+    run(stage)
+    assert torch.equal(weights(), first)
+    with pytest.raises(UserError, match=r"stage vae/stage-0 was made from other options.*delete .*stage-0"):
+        run(VAEStage(steps=2, num_frames=1, batch_size=2))
+
+
+def test_a_loss_that_is_no_number_is_not_kept(tmp_path, monkeypatch):
+    def loss(vae, video, *rest):
+        value = vae.decoder.conv_in.bias.sum() * float("nan")
+        return value, value
+
+    monkeypatch.setattr(vae_training, "vae_loss", loss)
+    stage = VAEStage(steps=1, num_frames=1, batch_size=2)
+    with pytest.raises(UserError, match="stage-0: step 1 has loss nan; go on from the last checkpoint"):
+        train_vae(tmp_path, stages=(stage,), scenes=("uniform",), start=build_vae(base_dim=8))
+    assert not list(tmp_path.rglob("checkpoint.pt"))
 
 
 def test_a_vaes_training_that_is_stopped_goes_on_to_the_same_weights(tmp_path, monkeypatch):

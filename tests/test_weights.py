@@ -516,6 +516,14 @@ def test_other_weights_and_another_configuration_have_another_fingerprint(model,
     assert fingerprint({"vae": model}) != said
 
 
+def test_a_fingerprint_reads_a_tensor_to_its_end():
+    layer = torch.nn.Linear(64, 64)
+    said = fingerprint({"layer": layer})
+    with torch.no_grad():
+        layer.weight[-1, -1] += 1
+    assert fingerprint({"layer": layer}) != said
+
+
 @pytest.mark.parametrize(
     ("layer", "down", "up"),
     [

@@ -438,7 +438,9 @@ def test_a_clip_is_shown_without_its_pixels_and_compared_by_what_it_is():
 
 
 def test_an_exported_data_set_has_clips_captions_and_states_that_agree(tmp_path):
-    count = export(str(tmp_path), scenes=("uniform", "push"), splits=("train", "out"), clips=2, seed=7, num_frames=5)
+    count = export(
+        str(tmp_path), scenes=("uniform", "push"), splits=("train", "out"), clips=2, seed=7, num_frames=5
+    )
     assert count == 8
     manifest = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
     states = [json.loads(line) for line in (tmp_path / "states.jsonl").read_text().splitlines()]

@@ -176,7 +176,7 @@ COLUMNS = {
 }
 """What the table shows, where there is such a thing: heading -> measure and which of its numbers."""
 OWN = ("permanence", "contact")
-LEGEND = """velocity: its error beside its floors (truth, VAE); motion: to the truth's; teacher: to the teacher's;
+LEGEND = """velocity: its error beside its floors (truth, VAE); motion: to the truth's; teacher: to its;
 kept: count, colours; law: possible preferred to impossible; text: all as captioned; dB: the VAE's PSNR;
 own: the ball comes out again (occlusion), the balls meet and part (collision)"""
 
@@ -192,7 +192,7 @@ def table(results: dict[str, Any]) -> "Table":
         for heading, (name, which) in COLUMNS.items()
         if any(measures.get(name, {}).get(which) is not None for measures in every)
     }
-    view = Table(title=results["model"], box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    view = Table(title=results["model"], box=SIMPLE_HEAD, padding=0, pad_edge=False)
     for heading in ("scene", *columns, "own"):
         view.add_column(heading, justify="left" if heading == "scene" else "right", no_wrap=True)
     for split, found in results["splits"].items():

@@ -41,7 +41,7 @@ def import_libraries() -> None:
 def device_and_dtype(device: str, dtype: str) -> tuple[Any, Any]:
     """torch's own of what the command line says. Raises UserError for a device that cannot be used.
 
-    A GPU that is named becomes the current one: its memory is asked for, and streams are made, without a name.
+    A GPU that is named becomes the current one: memory is asked for, and streams are made, without a number.
     """
     import torch
 
@@ -50,9 +50,9 @@ def device_and_dtype(device: str, dtype: str) -> tuple[Any, Any]:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.device(name)
+        torch.empty(1, device=found).cpu()
         if found.type == "cuda" and found.index is not None:
             torch.cuda.set_device(found)
-        torch.empty(1, device=found).cpu()
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise UserError(f"device {device!r} cannot be used: {one_line(error)}; try --device cpu") from error
     return found, dtype_for(found, dtype)

@@ -170,7 +170,7 @@ def export(
     weights: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", show_default=False, help="A LinearDiT: a model by name, a file or a folder."
+            metavar="MODEL", show_default=False, help="A model by name or folder, or a LinearDiT's weights."
         ),
     ],
     output: Annotated[
@@ -178,7 +178,8 @@ def export(
         typer.Argument(
             metavar="OUTPUT",
             show_default=False,
-            help="NAME.safetensors for the released single file, or a folder for diffusers' layout.",
+            help="NAME.safetensors for the released single file, or a folder for diffusers' layout: of a "
+            "whole model a whole one.",
         ),
     ],
     dtype: Annotated[str, option("bfloat16 or float32.", "NAME")] = "bfloat16",
@@ -194,19 +195,30 @@ def export(
 
     if dtype not in ("bfloat16", "float32"):
         raise UserError(f"dtype must be bfloat16 or float32, got {dtype!r}")
+    from kairos.cli.machine import import_libraries
+
+    import_libraries()
     import torch
 
     from kairos.data.files import prepare_file, prepare_folder
-    from kairos.training.materials import released_config, weights_of
+    from kairos.presets import load_pipeline
+    from kairos.training.materials import is_whole, released_config, save_whole, weights_of
     from kairos.weights import load_transformer_file, save_folder, save_original
     from kairos.weights.lora import apply_loras, parse_lora
 
     loras, path = [parse_lora(one) for one in lora or ()], weights_of(weights)
-    single = output.suffix == ".safetensors"
+    single, precision = output.suffix == ".safetensors", getattr(torch, dtype)
     prepare_file(output) if single else prepare_folder(output)
-    model = load_transformer_file(path, dtype=getattr(torch, dtype), otherwise=released_config(weights))
+    if whole := not single and is_whole(weights):
+        pipeline = load_pipeline(weights, dtype=precision)
+        model = pipeline.transformer
+    else:
+        model = load_transformer_file(path, dtype=precision, otherwise=released_config(weights))
     apply_loras(model, loras)
-    (save_original if single else save_folder)(model, output)
+    if whole:
+        save_whole(pipeline, output)
+    else:
+        (save_original if single else save_folder)(model, output)
     _say(f"{output}: {sum(p.numel() for p in model.parameters()) / 1e6:,.2f} M parameters")
 
 

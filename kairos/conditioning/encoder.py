@@ -273,9 +273,14 @@ def _hidden_states(text_encoder: Qwen2_5_VLForConditionalGeneration, **inputs: T
     """The last hidden states (B, T, C), after the last norm.
 
     Of the model inside: no logits are wanted, and for hidden states the outer one keeps those of every layer,
-    by hooks with which it cannot be pickled.
+    by hooks with which it cannot be pickled. But an encoder that something is wrapped around, or that was
+    compiled or hooked as a whole, is called as a whole.
     """
-    return text_encoder.model(**inputs, use_cache=False).last_hidden_state
+    plain = isinstance(text_encoder, Qwen2_5_VLForConditionalGeneration)
+    if plain and text_encoder._compiled_call_impl is None and not hasattr(text_encoder, "_diffusers_hook"):
+        return text_encoder.model(**inputs, use_cache=False).last_hidden_state
+    made = text_encoder(**inputs, use_cache=False, output_hidden_states=True, logits_to_keep=1)
+    return made.hidden_states[-1]
 
 
 def _is_hooked(module: torch.nn.Module) -> bool:

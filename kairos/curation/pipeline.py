@@ -15,9 +15,9 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ from kairos.curation.ledger import Ledger
 from kairos.curation.plugins.captions import Captions
 from kairos.curation.scoring import ScoreTask, score_clip
 from kairos.curation.selection import choose
-from kairos.curation.settings import Settings, hash_of, read_settings
+from kairos.curation.settings import Limits, Settings, hash_of, read_settings
 from kairos.curation.shards import write_shards
 from kairos.curation.source import SplitTask, clip_file, split_source
 from kairos.curation.stages import Stage, hashes_of, stages_of
@@ -88,8 +88,8 @@ def curate(
     with Ledger(output / "work") as ledger:
         _clean(output)
         _keep_settings(output, settings)
-        with _workplace(ray, workers) as (run, cores):
-            execute = partial(run, workers=cores, limit_s=limits.task_s, memory_gb=limits.memory_gb)
+        with ExitStack() as held:
+            execute = _executor(ray, workers, limits, held)
             _split(ledger, found, output, settings, execute)
             _score(ledger, output, settings, execute)
         _caption(ledger, settings)
@@ -178,15 +178,22 @@ def clip_rows(ledger: Ledger, settings: Settings) -> Iterator[dict[str, Any]]:
         yield row | scores
 
 
-@contextmanager
-def _workplace(ray: str | None, workers: int | None) -> Iterator[tuple[Execute, int]]:
-    """Who does the work, and on how many cores."""
-    here = workers or len(os.sched_getaffinity(0))
+def _executor(ray: str | None, workers: int | None, limits: Limits, held: ExitStack) -> Execute:
+    """Who does the work; a cluster is held from the first task on, if there is one."""
+    options: dict[str, Any] = {"limit_s": limits.task_s, "memory_gb": limits.memory_gb}
     if ray is None:
-        yield run_locally, here
-        return
-    with cluster(ray, workers=here if ray == "local" else workers, on_gpus=False) as (_, there):
-        yield run_on_ray, there
+        return partial(run_locally, workers=workers or len(os.sched_getaffinity(0)), **options)
+
+    @cache
+    def room() -> int:
+        here = len(os.sched_getaffinity(0)) if ray == "local" else None
+        return held.enter_context(cluster(ray, workers=workers or here, on_gpus=False))[1]
+
+    def execute(task: Callable[[Any], Any], items: Iterable[Any]) -> Generator[tuple[Any, Any], None, None]:
+        if pending := list(items):
+            yield from run_on_ray(task, pending, workers=room(), **options)
+
+    return execute
 
 
 def _split(ledger: Ledger, found: list[Source], output: Path, settings: Settings, execute: Execute) -> None:

@@ -49,7 +49,8 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 @contextmanager
 def whole_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """A hidden folder in `folder` whose files, and those of its folders, take their places there at the end;
-    on any failure none of them does. What else is in `folder` stays. Raises as `write_atomically`."""
+    on any failure none of them does. What else is in `folder` stays, but for shards of weights that would be
+    read in place of the new ones. Raises as `write_atomically`."""
     folder = Path(folder)
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -62,6 +63,11 @@ def whole_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
                 place = folder / file.relative_to(name)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(file, place)
+            made = {folder / file.relative_to(name) for file in files}
+            for home in {place.parent for place in made if place.suffix == ".safetensors"}:
+                shards = (*home.glob("*-of-*.safetensors"), *home.glob("*.safetensors.index.json"))
+                for before in set(shards) - made:
+                    before.unlink()
 
 
 def _finish(file: Path) -> None:
@@ -129,7 +135,10 @@ def explained(path: Path) -> Iterator[None]:
         said = _IN_RUST.search(str(error))
         if said is None or isinstance(error, KairosError):
             raise
-        raise _failure(path, OSError(int(said[1]), os.strerror(int(said[1])))) from error
+        number = int(said[1])
+        windows = os.name == "nt"  # there it is the system's own number, which Python translates
+        told = OSError(0, "", None, number) if windows else OSError(number, os.strerror(number))
+        raise _failure(path, told) from error
 
 
 def _failure(path: Path, error: OSError) -> KairosError:

@@ -21,8 +21,8 @@ PROBE_S = 5.0
 def cluster(address: str, *, workers: int | None, on_gpus: bool) -> Iterator[tuple[Any, int]]:
     """Ray, connected to `address`, and how many workers it has room for.
 
-    address: "local" starts one here, for as long as it is needed. workers: how many to have; None is one for
-    each GPU, or each core.
+    address: "local" starts one here, for as long as it is needed; a process that is connected stays where it
+    is. workers: how many to have; None is one for each GPU, or each core.
 
     Raises:
         UserError: where Ray is not installed, nobody is at the address, or it has too few GPUs or cores.
@@ -33,18 +33,9 @@ def cluster(address: str, *, workers: int | None, on_gpus: bool) -> Iterator[tup
     except ImportError:
         extras = '"kairos-world[ray]", for curation "kairos-world[curation]"'
         raise UserError(f"Ray is missing; pip install {extras}") from None
-    options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "ERROR"}
-    if address == "local":
-        options["include_dashboard"] = False
-        options |= {} if on_gpus else {"num_cpus": workers or 1, "num_gpus": 0}
-    else:
-        probe(address)
-    try:
-        ray.init(**options)
-    except Exception as error:  # Ray raises bare ones, too
-        if address == "local":
-            raise MachineError(f"Ray does not start on this machine: {one_line(error)}") from error
-        raise UserError(f"no Ray at {address} ({one_line(error)}); start one, or take --ray local") from error
+    connected = ray.is_initialized()
+    if not connected:
+        connect(ray, address, workers or 1, on_gpus)
     try:
         kind = "GPU" if on_gpus else "CPU"
         there = int(ray.cluster_resources().get(kind, 0))
@@ -58,7 +49,24 @@ def cluster(address: str, *, workers: int | None, on_gpus: bool) -> Iterator[tup
             logger.warning("of %d %ss %d are free; the others are used once they are", wanted, kind, free)
         yield ray, wanted
     finally:
-        ray.shutdown()
+        if not connected:
+            ray.shutdown()
+
+
+def connect(ray: Any, address: str, cores: int, on_gpus: bool) -> None:
+    """Start Ray here, with so many cores where it is not for GPUs, or connect to where it is."""
+    options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "ERROR"}
+    if address == "local":
+        options["include_dashboard"] = False
+        options |= {} if on_gpus else {"num_cpus": cores, "num_gpus": 0}
+    else:
+        probe(address)
+    try:
+        ray.init(**options)
+    except Exception as error:  # Ray raises bare ones, too
+        if address == "local":
+            raise MachineError(f"Ray does not start on this machine: {one_line(error)}") from error
+        raise UserError(f"no Ray at {address} ({one_line(error)}); start one, or take --ray local") from error
 
 
 def probe(address: str) -> None:

@@ -23,13 +23,12 @@ from kairos.errors import UserError
 from kairos.models.transformer import PromptMemory, TransformerState
 from kairos.models.vae import SPATIAL, TEMPORAL
 from kairos.pipeline import (
-    MAX_GUIDANCE,
     OPENING_FRAMES,
     KairosPipeline,
+    check_guidance,
     denoise,
     far_from,
     is_guided,
-    is_number,
     repeated,
     whole,
 )
@@ -74,8 +73,7 @@ def stream(
     defaults = pipeline.config.defaults
     steps = defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps
     guidance = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
-    if not (is_number(guidance) and 0 <= guidance <= MAX_GUIDANCE):
-        raise UserError(f"guidance_scale must be a number from 0 to {MAX_GUIDANCE}, got {guidance!r}")
+    check_guidance(guidance)
     given = pipeline._given_frames(image, video, 1 << 62)
     if isinstance(pipeline.scheduler, FewStepScheduler) or not is_guided(defaults, len(given)):
         guidance = 1.0

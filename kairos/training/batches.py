@@ -108,12 +108,20 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         moved: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+            name: moved_to(device, value) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **moved)
 
     def __len__(self) -> int:
         return len(self.sample)
+
+
+def moved_to(device: torch.device, value: Tensor) -> Tensor:
+    """On the device; to a GPU by a copy that does not wait for what is computed there, which pinned memory
+    allows."""
+    if device.type == "cuda" and value.device.type == "cpu":
+        return value.pin_memory().to(device, non_blocking=True)
+    return value.to(device)
 
 
 def draw_batch(

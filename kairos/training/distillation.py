@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kairos.schedulers import FewStepScheduler
-from kairos.training.batches import Batch, seed_of
+from kairos.training.batches import Batch, moved_to, seed_of
 from kairos.training.cache import ClipSet
 from kairos.training.checkpoint import copy_into, load_optimizer
 from kairos.training.flow import FlowMatching, predict
@@ -42,7 +43,7 @@ class Critic:
 
     def __init__(self, fake_score: Any, seed: int) -> None:
         width = fake_score.config.hidden_size
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             layers = nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1)
         self.head = nn.Sequential(nn.LayerNorm(width, elementwise_affine=False), *layers)
@@ -169,7 +170,7 @@ class DistillationObjective(FlowMatching):
             learned, is_last = self.draw_step(step, part, UNROLLED + number), number == cut.chunks - 1
             made = true  # the first sigma is 1: nothing of it is seen
             for taken, sigma in enumerate(self.sigmas[: learned + 1] if is_last else self.sigmas[:-1]):
-                noise = torch.randn(true.shape, generator=generator).to(true)
+                noise = self.draw(true, generator)
                 sample = (1 - sigma) * made.detach() + sigma * noise
                 with torch.set_grad_enabled(taken == learned):
                     made = sample - sigma * run(sample, sigma, state)[0]
@@ -204,7 +205,7 @@ class DistillationObjective(FlowMatching):
         sigma = low + (high - low) * float(torch.rand((), generator=generator))
         future = slice(batch.cut.past, None)
         with torch.no_grad():
-            noisy = self.noised(batch, made, sigma, self.draw(batch, generator))
+            noisy = self.noised(batch, made, sigma, self.draw(batch.sample, generator))
             real = noisy - sigma * self.guided(batch, noisy, sigma)
             fake = noisy - sigma * self.velocity(self.fake_score, batch, noisy, sigma)
             scale = (made - real)[:, :, future].abs().mean((1, 2, 3, 4), keepdim=True).clamp(min=1e-5)
@@ -223,10 +224,10 @@ class DistillationObjective(FlowMatching):
         """The critic's verdict (B,) on what is to be made, noised; `mismatched`: under another's caption."""
         assert self.critic is not None
         sigma = batch.sigma.clone()
-        spread = torch.rand(len(batch), 1, generator=generator).to(sigma) * CRITIC_SIGMA
-        sigma[:, batch.cut.past :] = spread
+        spread = moved_to(sigma.device, torch.rand(len(batch), 1, generator=generator))
+        sigma[:, batch.cut.past :] = spread * CRITIC_SIGMA
         sigma[:, : batch.cut.past] = 0
-        noise, rates = self.draw(batch, generator), sigma[:, None, :, None, None]
+        noise, rates = self.draw(batch.sample, generator), sigma[:, None, :, None, None]
         noisy = self.with_past(batch, (1 - rates) * latents + rates * noise)
         prompt = batch.prompt_embeds, batch.prompt_mask
         if mismatched:
@@ -244,9 +245,9 @@ class DistillationObjective(FlowMatching):
         last = self.draw_step(step, 0, update + 2)
         with torch.no_grad():
             made = self.make(student, batch, generator, last, with_gradient=False)
-        noise = self.draw(batch, generator)
+        noise = self.draw(batch.sample, generator)
         sigma = batch.sigma.clone()
-        order = torch.randperm(len(batch), generator=generator).to(sigma.device)
+        order = moved_to(sigma.device, torch.randperm(len(batch), generator=generator))
         sigma[:, batch.cut.past :] = sigma[order, batch.cut.past :]
         sigma[:, : batch.cut.past] = 0
         spread = sigma[:, None, :, None, None]
@@ -300,7 +301,7 @@ class DistillationObjective(FlowMatching):
         made = batch.sample if start is None else start
         for number in range(first, last + 1):
             sigma = self.sigmas[number]
-            sample = self.noised(batch, made, sigma, self.draw(batch, generator))
+            sample = self.noised(batch, made, sigma, self.draw(batch.sample, generator))
             with torch.set_grad_enabled(with_gradient and number == last):
                 made = sample - sigma * self.velocity(student, batch, sample, sigma)
         return self.with_past(batch, made)
@@ -311,10 +312,16 @@ class DistillationObjective(FlowMatching):
         scale = self.options.guidance_scale
         if scale == 1 or (batch.cut.past and not self.options.guide_continuation):
             return wanted
-        embeds, mask = (part.to(noisy.device) for part in self.sets[0].embeddings([""]))
+        embeds, mask = self.no_words
         empty = embeds.expand(len(batch), -1, -1), mask.expand(len(batch), -1)
         without = self.velocity(self.teacher, batch, noisy, sigma, prompt=empty)
         return without + scale * (wanted - without)
+
+    @cached_property
+    def no_words(self) -> tuple[Tensor, Tensor]:
+        """The empty prompt's embeddings and mask, on the device."""
+        embeds, mask = self.sets[0].embeddings([""])
+        return embeds.to(self.processes.device), mask.to(self.processes.device)
 
     def velocity(
         self,
@@ -340,13 +347,13 @@ class DistillationObjective(FlowMatching):
         past = batch.cut.past
         return torch.cat([batch.sample[:, :, :past], latents[:, :, past:]], 2) if past else latents
 
-    def draw(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        """Noise for the batch; on a GPU it is drawn there, from a number of the generator's."""
-        device = batch.sample.device
+    def draw(self, like: Tensor, generator: torch.Generator) -> Tensor:
+        """Noise for latents; on a GPU it is drawn there, from a number of the generator's."""
+        device = like.device
         if device.type == "cpu":
-            return torch.randn(batch.sample.shape, generator=generator)
+            return torch.randn(like.shape, generator=generator)
         there = torch.Generator(device).manual_seed(int(torch.randint(1 << 62, (), generator=generator)))
-        return torch.randn(batch.sample.shape, generator=there, device=device)
+        return torch.randn(like.shape, generator=there, device=device)
 
     def generator(self, step: int, part: int, use: int) -> torch.Generator:
         return torch.Generator().manual_seed(

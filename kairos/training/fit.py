@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kairos.data.files import prepare_folder
+from kairos.errors import UserError
 from kairos.training.batches import seed_of
 from kairos.training.checkpoint import (
     check_fits,
@@ -76,6 +78,11 @@ def fit(
                 reported = time.monotonic()
                 logger.info("%s: step %d/%d, %s", folder.name, step, steps, told(float(value.detach())))
             if stop() or step == steps or time.monotonic() - saved > SAVE_EVERY_S:
+                if not math.isfinite(number := float(value.detach())):
+                    raise UserError(
+                        f"{folder.name}: step {step} has loss {number}; go on from the last checkpoint with "
+                        "lower rates"
+                    )
                 weights = {name: parameter.detach() for name, parameter in trained.items()}
                 kept = {"model": weights, "optimizer": optimizer.state_dict(), "step": step}
                 save_checkpoint(folder, kept | {"origins": made_of})

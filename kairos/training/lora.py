@@ -29,7 +29,7 @@ def add_lora(model: Any, options: LoRA, seed: int = 0) -> None:
     config = LoraConfig(r=options.rank, lora_alpha=options.alpha, target_modules=list(options.targets))
     model.requires_grad_(False)
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model.add_adapter(config, adapter_name=ADAPTER)
     except ValueError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +12,7 @@ import torch
 
 from kairos import presets, sizes
 from kairos.conditioning import TEMPLATES, load_text_encoder
+from kairos.data.files import whole_files
 from kairos.errors import UserError
 from kairos.models.vae import quickest_dtype
 from kairos.schedulers import FewStepScheduler, FlowMatchScheduler
@@ -20,6 +23,8 @@ from kairos.weights import load_transformer_file, load_vae_file
 
 if TYPE_CHECKING:
     from kairos.training.recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 UNSHAPED = ("layer_pattern", "window_frames", "dilation", "pad_dilated", "eps", "causal")
 """What the shapes of a LinearDiT's weights do not tell."""
@@ -62,6 +67,22 @@ def weights_of(source: str) -> Path:
 def is_weights(source: str) -> bool:
     """Whether it is a file or a folder that says of itself what it is, and no model by name or preset."""
     return Path(source).exists() and not (Path(source) / presets.MARK).exists()
+
+
+def is_whole(source: str) -> bool:
+    """Whether it is a whole model, by name or folder, and no weights alone."""
+    marks = (presets.MARK, "model_index.json")
+    return bool(source) and (presets.is_name(source) or any((Path(source) / mark).exists() for mark in marks))
+
+
+def save_whole(pipeline: Any, folder: Path) -> None:
+    """A folder in diffusers' layout, whole or not at all. Where a part came from is nobody's business."""
+    with whole_files(folder) as made:
+        pipeline.save_pretrained(made)
+        for file in (made / "model_index.json", *made.glob("*/config.json")):
+            config = json.loads(file.read_text())
+            config.pop("_name_or_path", None)
+            file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def released_config(source: str) -> dict[str, Any]:
@@ -123,7 +144,18 @@ def clip_sets(recipe: Recipe, stage: Stage, encoders: Encoders) -> list[ClipSet]
     """The cached clips of a stage."""
     source = recipe.source(stage)
     what = description(source, stage.buckets)
-    return load_clips(recipe.output / "cache", stage.buckets, encoders, described=what)
+    sets = load_clips(recipe.output / "cache", stage.buckets, encoders, described=what)
+    there = {clips.bucket.frames == 1 for clips in sets}
+    if stage.images and {bucket.frames == 1 for bucket in stage.buckets} - there:
+        only, lacking = ("pictures", "clips") if True in there else ("clips", "pictures")
+        logger.warning(
+            "stage %s: images: %g has no effect: the data have no %s, and every batch is of %s",
+            stage.name,
+            stage.images,
+            lacking,
+            only,
+        )
+    return sets
 
 
 def read_again(recipe: Recipe, stage: Stage, sets: Sequence[ClipSet]) -> dict[str, ClipReference]:
@@ -185,8 +217,7 @@ def defaults_said(recipe: Recipe, stage: Stage) -> dict[str, Any]:
 
 def own_sampler(source: str) -> FewStepScheduler | FlowMatchScheduler | None:
     """The sampler of a model by name or folder; None for weights alone, which say nothing of it."""
-    marks = (presets.MARK, "model_index.json")
-    if not source or not (presets.is_name(source) or any((Path(source) / mark).exists() for mark in marks)):
+    if not is_whole(source):
         return None
     model = presets.locate(source)
     if model.released:

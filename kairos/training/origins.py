@@ -117,12 +117,18 @@ def check_successors(recipe: Recipe, stage: Stage) -> None:
 
 def is_finished(name: str, output: Path, now: Mapping[str, str]) -> bool:
     """Whether the file `finished` is there, and say so. Raises UserError where it says other origins."""
-    file = output / "finished"
-    if not file.exists():
+    kept = origins_of(output)
+    if kept is None:
         return False
-    check_origins(name, output, json.loads(file.read_text() or "{}"), now)
+    check_origins(name, output, kept, now)
     logger.info("%s is finished", output)
     return True
+
+
+def origins_of(output: Path) -> dict[str, str] | None:
+    """What the file `finished` says; None where it is not there."""
+    file = output / "finished"
+    return json.loads(file.read_text() or "{}") if file.exists() else None
 
 
 def finish(output: Path, origins: Mapping[str, str]) -> None:

@@ -305,7 +305,7 @@ class PreferenceObjective(Objective):
         self.pairs, self.stage, self.options, self.processes = pairs, stage, options, here
         self.reference = copy.deepcopy(model).requires_grad_(False).eval()
         shard(self.reference, here)
-        self._right: list[float] = []
+        self._right: list[Tensor] = []
 
     def loss(self, model: nn.Module, step: int, part: int) -> tuple[Tensor, int]:
         size = self.stage.batch_of(self.pairs.better.bucket)
@@ -321,7 +321,7 @@ class PreferenceObjective(Objective):
         own = slice(part * world + self.processes.rank, None, parts)
         seeds = [seed_of(self.stage.seed, step, number) for number in range(size)]
         differences = self.differences(model, order[own].tolist(), past, seeds[own])
-        self._right.append(float((differences < 0).float().mean()))
+        self._right.append((differences < 0).float().mean())  # read after the step, which would wait for it
         return -F.logsigmoid(-self.options.beta / 2 * differences).mean(), len(differences)
 
     def differences(self, model: nn.Module, rows: Sequence[int], past: int, seeds: Sequence[int]) -> Tensor:
@@ -354,7 +354,7 @@ class PreferenceObjective(Objective):
 
     def report(self, model: nn.Module, step: int) -> dict[str, float]:
         """The share of this step's pairs on which the model favours the better clip, more than before."""
-        right, self._right = float(np.mean(self._right)), []
+        right, self._right = float(np.mean([float(part) for part in self._right])), []
         return {"preferred": right}
 
 

@@ -60,15 +60,15 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self.here.first:
+            self.writer = open_writer(self.output / "tensorboard")
             self._shown = threading.excepthook
             threading.excepthook = self._show
-            self.writer = open_writer(self.output / "tensorboard")
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.writer is not None:
             self.writer.close()
-            threading.excepthook = self._shown
+            threading.excepthook = self._shown  # where that fails, the thread may have yet to say it
 
     def _show(self, failed: threading.ExceptHookArgs) -> None:
         """What a thread fails at. TensorBoard's writer raises it again where it is written to."""

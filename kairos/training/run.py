@@ -89,7 +89,7 @@ def build_objective(
     longest = max(sets, key=lambda clips: clips.bucket.frames)
     root = None
     if stage.visible:
-        root = visible_root(encoders.vae.to(here.device), longest, stage.visible, stage.seed)
+        root = visible_root(encoders.vae.to(here.device), longest, stage.visible, stage.seed).to(here.device)
     if stage.objective == "distillation":
         from kairos.training.distillation import DistillationObjective
 

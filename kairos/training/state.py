@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kairos.models.vae import TEMPORAL
+from kairos.training.batches import moved_to
 from kairos.training.cache import ClipSet
 from kairos.training.checkpoint import copy_into, load_optimizer
 from kairos.training.clips import SimulatorSource
@@ -52,7 +53,7 @@ class StateObjective(FlowMatching):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=options.lr, weight_decay=0.0)
-        self.error = float("nan")
+        self.error = torch.tensor(float("nan"))
         model.blocks[options.block].register_forward_hook(self._keep)
 
     def _keep(self, block: nn.Module, inputs: Any, outputs: Any) -> None:
@@ -64,11 +65,11 @@ class StateObjective(FlowMatching):
             flow = flow_loss(model, batch, self.root)
         frames, height, width = batch.sample.shape[2:]
         rows, columns = height // self.patch[0], width // self.patch[1]
-        target = state_maps(self.source, batch.keys, frames, rows, columns).to(flow.device)
+        target = moved_to(flow.device, state_maps(self.source, batch.keys, frames, rows, columns))
         hidden = F.layer_norm(self.hidden.float(), self.hidden.shape[-1:])
         self.update_head(hidden.detach(), target)
         error = map_error(F.linear(hidden, self.head.weight.detach(), self.head.bias.detach()), target)
-        self.error = float(error.detach())
+        self.error = error.detach()
         return flow + self.options.weight * error, len(batch)
 
     def update_head(self, hidden: Tensor, target: Tensor) -> None:
@@ -87,7 +88,7 @@ class StateObjective(FlowMatching):
 
     def report(self, model: nn.Module, step: int) -> dict[str, float]:
         """The error of the maps; 0.28 for one ball in the middle that the head knows nothing of."""
-        return {"state_error": self.error}
+        return {"state_error": float(self.error)}
 
 
 def map_error(maps: Tensor, target: Tensor) -> Tensor:

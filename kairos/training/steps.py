@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kairos.data.files import lock, prepare_folder, whole_files
+from kairos.data.files import lock, prepare_folder
 from kairos.errors import UserError
 from kairos.schedulers import FewStepScheduler
 from kairos.training.cache import build_cache, description
@@ -27,6 +26,7 @@ from kairos.training.materials import (
     read_again,
     sampler_before,
     sampler_of,
+    save_whole,
 )
 from kairos.training.origins import cache_of, finish, hash_of, is_finished, is_trained, options_hash
 from kairos.training.parallel import Processes, processes
@@ -184,13 +184,7 @@ def assemble(recipe: Recipe, here: Processes) -> None:
     for part in (encoders.vae, encoders.text_encoder):
         part.to(torch.bfloat16)
     pipeline = encoders.pipeline(transformer, *sampler_of(recipe, stage))
-    folder = recipe.output / recipe.name
-    with whole_files(folder) as made:
-        pipeline.save_pretrained(made)
-        for file in made.glob("*/config.json"):  # where a part came from is nobody's business
-            config = json.loads(file.read_text())
-            config.pop("_name_or_path", None)
-            file.write_text(json.dumps(config, indent=2) + "\n")
+    save_whole(pipeline, folder := recipe.output / recipe.name)
     logger.info("%s is ready: kairos generate --model %s ...", folder, folder)
 
 

@@ -30,7 +30,7 @@ from kairos.training.ahead import Ahead, workers_for
 from kairos.training.batches import seed_of
 from kairos.training.fit import fit
 from kairos.training.muon import Muon, split_parameters
-from kairos.training.origins import finish, is_finished, options_hash
+from kairos.training.origins import finish, is_finished, options_hash, origins_of
 from kairos.weights.fingerprint import fingerprint
 from kairos.worlds import BACKGROUND, COLORS, simulate
 
@@ -243,16 +243,16 @@ def train_vae(
     """Train and write `output`, a diffusers folder, its latents_mean and latents_std measured.
 
     Each stage has a folder there, with its checkpoints and, at its end, the VAE as it leaves it: a run that
-    was stopped goes on from them. `start`: the VAE to begin with; None: random weights. UserError where what
-    has finished was made of something else.
+    was stopped, or has stages more than had finished, goes on from them. `start`: the VAE to begin with;
+    None: random weights. UserError where a stage that has finished was made of something else.
     """
+    if not any(output.glob("stage-*")) and is_finished("vae", output, {}):
+        return
     begun = {"weights": "" if start is None else fingerprint({"vae": start})}
 
     def made_of(count: int) -> dict[str, str]:
         return begun | {"options": options_hash(stages[:count], scenes, seed)}
 
-    if is_finished("vae", output, made_of(len(stages))):
-        return
     torch.manual_seed(seed)
     vae = build_vae() if start is None else start.float()
     logger.info("VAE of %.2f M parameters", sum(p.numel() for p in vae.parameters()) / 1e6)
@@ -269,8 +269,9 @@ def train_vae(
             measure_latents(vae, scenes)
         save_vae(vae, folder)
         finish(folder, made_of(number + 1))
-    save_vae(vae, output)
-    finish(output, made_of(len(stages)))
+    if origins_of(output) != (made := made_of(len(stages))):
+        save_vae(vae, output)
+        finish(output, made)
 
 
 def save_vae(vae: AutoencoderKLWan, folder: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from kairos.data.files import prepare_folder, whole_file, write_atomically
+from kairos.data.files import whole_file, whole_files
 from kairos.errors import UserError, one_line
 from kairos.models.transformer import KairosTransformer3DModel
 from kairos.weights.files import CONFIG, StoredTensor, fill, header_config, open_weights, written_config
@@ -164,12 +164,9 @@ def infer_transformer_config(
 
 def save_folder(model: KairosTransformer3DModel, folder: str | os.PathLike[str]) -> None:
     """`save_original` in diffusers' layout, its configuration beside the weights."""
-    prepare_folder(folder := Path(folder))
-    save_original(model, folder / DIFFUSERS_FILE)
-    shards = folder.glob(f"{DIFFUSERS_NAME}-*-of-*.safetensors")
-    for before in (*shards, *folder.glob(f"{DIFFUSERS_FILE}.index.json")):  # they would be read in its place
-        before.unlink()
-    write_atomically(folder / "config.json", config_text(model.config).encode())
+    with whole_files(folder) as made:
+        save_original(model, made / DIFFUSERS_FILE)
+        (made / "config.json").write_text(config_text(model.config), encoding="utf-8")
 
 
 def save_original(model: KairosTransformer3DModel, path: str | os.PathLike[str]) -> None:
