@@ -60,9 +60,13 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self.here.first:
-            self.writer = open_writer(self.output / "tensorboard")
             self._shown = threading.excepthook
-            threading.excepthook = self._show
+            threading.excepthook = self._show  # before there is a thread
+            try:
+                self.writer = open_writer(self.output / "tensorboard")
+            except BaseException:
+                threading.excepthook = self._shown
+                raise
         return self
 
     def __exit__(self, *_: object) -> None:
