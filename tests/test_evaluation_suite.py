@@ -235,6 +235,7 @@ def test_records_under_other_settings_or_without_videos_from_captions_are_not_ta
 
 def test_a_student_is_compared_with_its_teacher(tmp_path, caplog):
     settings = Settings(**SMALL)
+    caplog.set_level(logging.WARNING, "kairos")
     evaluate(Oracle(), settings, output=tmp_path / "teacher")
     slow = Oracle(lambda frames, given: frames[np.r_[:given, given - 1 + np.arange(1, 29) // 2]])
     results = evaluate(slow, settings, teacher=str(tmp_path / "teacher"))
