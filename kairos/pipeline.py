@@ -180,9 +180,9 @@ class KairosPipeline(DiffusionPipeline):
             defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps,
         )
         guidance = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
+        check_guidance(guidance)
         if isinstance(self.scheduler, FewStepScheduler):
             guidance = 1.0
-        check_guidance(guidance)
         if output_type not in ("np", "pt", "pil", "latent"):
             raise UserError(f'output_type must be "np", "pt", "pil" or "latent", got {output_type!r}')
         if after_encoding not in ("keep", "cpu", "free"):
@@ -532,7 +532,7 @@ def check_embeds(pair: Any, width: int) -> None:
 def after_answer(answer: Any, latents: Tensor) -> tuple[Tensor, bool]:
     """The latents after what a callback answered to them, and whether the sampling ends there."""
     if not isinstance(answer, Mapping):
-        if answer:
+        if answer is not None and not (isinstance(answer, bool | int | list) and not answer):
             raise UserError(f"callback_on_step_end must answer a dictionary or None, got {answer!r}")
         return latents, False
     if answer and not {"latents", "interrupt", "total"} & set(answer):

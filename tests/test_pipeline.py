@@ -227,6 +227,7 @@ def test_a_callback_is_told_how_many_steps_there_are_in_all_chunks(chunk_causal_
         (True, "must answer a dictionary or None, got True"),
         ("stop", "must answer a dictionary or None, got 'stop'"),
         ({"latent": torch.zeros(1)}, "may answer latents and interrupt, got latent$"),
+        (torch.zeros(1, 16, 3, 4, 4), "must answer a dictionary or None, got tensor"),
         ({"latents": np.zeros((1, 16, 3, 4, 4))}, r"a tensor \(1, 16, 3, 4, 4\), got ndarray"),
         ({"latents": torch.zeros(1, 16, 3, 8, 8)}, r"a tensor \(1, 16, 3, 4, 4\), got \(1, 16, 3, 8, 8\)"),
     ],

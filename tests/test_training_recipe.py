@@ -620,6 +620,10 @@ def test_a_lora_is_added_to_a_whole_model_or_its_weights_which_all_commands_take
         torch.testing.assert_close(after, before + times * torch.ones_like(before))
     status, _, said = kairos("train", "export", file, tmp_path / "two.safetensors")
     assert status == 2 and "is a LoRA, which is added to a LinearDiT: kairos generate --lora" in said
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "diffusion_pytorch_model.safetensors").touch()
+    status, _, said = export("kairos-tiny", tmp_path / "alone")
+    assert status == 2 and "alone holds a LinearDiT alone, and kairos-tiny is a whole model" in said
 
 
 def test_whole_models_are_merged_by_name_and_by_folder(tmp_path, kairos):

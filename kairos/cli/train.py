@@ -205,11 +205,14 @@ def export(
     from kairos.training.materials import is_whole, released_config, save_whole, weights_of
     from kairos.weights import load_transformer_file, save_folder, save_original
     from kairos.weights.lora import apply_loras, parse_lora
+    from kairos.weights.transformer import DIFFUSERS_FILE
 
     loras, path = [parse_lora(one) for one in lora or ()], weights_of(weights)
     single, precision = output.suffix == ".safetensors", getattr(torch, dtype)
     prepare_file(output) if single else prepare_folder(output)
     if whole := not single and is_whole(weights):
+        if (output / DIFFUSERS_FILE).exists():
+            raise UserError(f"{output} holds a LinearDiT alone, and {weights} is a whole model; name another")
         pipeline = load_pipeline(weights, dtype=precision)
         model = pipeline.transformer
     else:

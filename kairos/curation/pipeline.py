@@ -33,7 +33,7 @@ from kairos.curation.stages import Stage, hashes_of, stages_of
 from kairos.curation.tables import HIDDEN, read_rows, write_lines, write_manifest, write_sources
 from kairos.curation.workers import run_locally, run_on_ray
 from kairos.data.files import LOCK, prepare_folder, write_atomically
-from kairos.distributed.fleet import cluster
+from kairos.distributed.fleet import check_address, cluster
 from kairos.errors import MachineError, UserError
 
 logger = logging.getLogger(__name__)
@@ -183,6 +183,7 @@ def _executor(ray: str | None, workers: int | None, limits: Limits, held: ExitSt
     options: dict[str, Any] = {"limit_s": limits.task_s, "memory_gb": limits.memory_gb}
     if ray is None:
         return partial(run_locally, workers=workers or len(os.sched_getaffinity(0)), **options)
+    check_address(ray)
 
     @cache
     def room() -> int:

@@ -59,15 +59,26 @@ def whole_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
             files = [file for file in Path(name).rglob("*") if file.is_file()]
             for file in files:
                 _finish(file)
+            for home in {(folder / file.relative_to(name)).parent for file in files}:
+                if home.exists() and home.stat().st_dev != folder.stat().st_dev:
+                    raise UserError(
+                        f"cannot write {home}: it is on another disk than {folder}; choose another"
+                    )
             for file in files:
                 place = folder / file.relative_to(name)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(file, place)
-            made = {folder / file.relative_to(name) for file in files}
-            for home in {place.parent for place in made if place.suffix == ".safetensors"}:
-                shards = (*home.glob("*-of-*.safetensors"), *home.glob("*.safetensors.index.json"))
-                for before in set(shards) - made:
-                    before.unlink()
+            _remove_shards({folder / file.relative_to(name) for file in files})
+
+
+def _remove_shards(made: set[Path]) -> None:
+    """Of weights that were there under the names of those just `made`, the files that are not among these."""
+    for file in made:
+        if file.suffix == ".safetensors":
+            name = re.sub(r"-\d+-of-\d+$", "", file.stem)
+            there = file.parent.glob(f"{name}-*-of-*.safetensors")
+            for before in {*there, file.with_name(f"{name}.safetensors.index.json")} - made:
+                before.unlink(missing_ok=True)
 
 
 def _finish(file: Path) -> None:

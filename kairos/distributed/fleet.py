@@ -28,11 +28,9 @@ def cluster(address: str, *, workers: int | None, on_gpus: bool) -> Iterator[tup
         UserError: where Ray is not installed, nobody is at the address, or it has too few GPUs or cores.
         MachineError: where "local" does not start.
     """
-    try:
-        import ray
-    except ImportError:
-        extras = '"kairos-world[ray]", for curation "kairos-world[curation]"'
-        raise UserError(f"Ray is missing; pip install {extras}") from None
+    check_address(address)
+    import ray
+
     connected = ray.is_initialized()
     if not connected:
         connect(ray, address, workers or 1, on_gpus)
@@ -69,15 +67,28 @@ def connect(ray: Any, address: str, cores: int, on_gpus: bool) -> None:
         raise UserError(f"no Ray at {address} ({one_line(error)}); start one, or take --ray local") from error
 
 
-def probe(address: str) -> None:
-    """Refuse an address that is none, or where nobody answers."""
-    if address == "auto":
-        return
+def check_address(address: str) -> tuple[str, int] | None:
+    """Host and port of Ray's address, if it has some. UserError where Ray is missing, or this is no address:
+    to be known before any work."""
+    try:
+        import ray  # noqa: F401
+    except ImportError:
+        extras = '"kairos-world[ray]", for curation "kairos-world[curation]"'
+        raise UserError(f"Ray is missing; pip install {extras}") from None
+    if address in ("local", "auto"):
+        return None
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UserError(f"--ray must be local, auto, HOST:PORT or ray://HOST:PORT, got {address!r}")
+    return host, int(port)
+
+
+def probe(address: str) -> None:
+    """Refuse an address where nobody answers."""
+    if (place := check_address(address)) is None:
+        return
     try:
-        socket.create_connection((host, int(port)), timeout=PROBE_S).close()
+        socket.create_connection(place, timeout=PROBE_S).close()
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise UserError(f"no Ray at {address} ({reason}); start one, or take --ray local") from error

@@ -44,7 +44,7 @@ class Critic:
     def __init__(self, fake_score: Any, seed: int) -> None:
         width = fake_score.config.hidden_size
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # the CPU's alone: a GPU's is nobody's to change here
             layers = nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1)
         self.head = nn.Sequential(nn.LayerNorm(width, elementwise_affine=False), *layers)
         fake_score.blocks[len(fake_score.blocks) // 2].register_forward_hook(self._keep)

@@ -71,18 +71,17 @@ def fit(
             value = loss(step)
             optimizer.zero_grad()
             value.backward()
-            nn.utils.clip_grad_norm_(module.parameters(), CLIP_NORM)
+            norm = nn.utils.clip_grad_norm_(module.parameters(), CLIP_NORM)
             optimizer.step()
             step += 1
             if time.monotonic() - reported > TELL_EVERY_S:
                 reported = time.monotonic()
                 logger.info("%s: step %d/%d, %s", folder.name, step, steps, told(float(value.detach())))
             if stop() or step == steps or time.monotonic() - saved > SAVE_EVERY_S:
-                if not math.isfinite(number := float(value.detach())):
-                    raise UserError(
-                        f"{folder.name}: step {step} has loss {number}; go on from the last checkpoint with "
-                        "lower rates"
-                    )
+                read = value.item(), norm.item()
+                if not math.isfinite(sum(read)):
+                    said = "loss {} and a gradient of norm {}".format(*read)
+                    raise UserError(f"{folder.name}: step {step} has {said}; what was saved is as it was")
                 weights = {name: parameter.detach() for name, parameter in trained.items()}
                 kept = {"model": weights, "optimizer": optimizer.state_dict(), "step": step}
                 save_checkpoint(folder, kept | {"origins": made_of})

@@ -30,7 +30,7 @@ def add_lora(model: Any, options: LoRA, seed: int = 0) -> None:
     model.requires_grad_(False)
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # the CPU's alone: a GPU's is nobody's to change here
             model.add_adapter(config, adapter_name=ADAPTER)
     except ValueError as error:
         raise UserError(f"lora.targets {list(options.targets)} name no layer: {one_line(error)}") from error

@@ -243,24 +243,31 @@ def train_vae(
     """Train and write `output`, a diffusers folder, its latents_mean and latents_std measured.
 
     Each stage has a folder there, with its checkpoints and, at its end, the VAE as it leaves it: a run that
-    was stopped, or has stages more than had finished, goes on from them. `start`: the VAE to begin with;
-    None: random weights. UserError where a stage that has finished was made of something else.
+    was stopped, or has stages more than had finished, goes on from the last of them. `start`: the VAE to
+    begin with; None: random weights. UserError where what has finished was made of something else.
     """
-    if not any(output.glob("stage-*")) and is_finished("vae", output, {}):
-        return
     begun = {"weights": "" if start is None else fingerprint({"vae": start})}
 
     def made_of(count: int) -> dict[str, str]:
         return begun | {"options": options_hash(stages[:count], scenes, seed)}
 
+    folders = [output / f"stage-{number}" for number in range(len(stages))]
+    whole = origins_of(output) == made_of(len(stages))
+    if (whole or not any(map(Path.exists, folders))) and is_finished("vae", output, made_of(len(stages))):
+        return
+    finished = [
+        number
+        for number, folder in enumerate(folders)
+        if is_finished(f"vae/{folder.name}", folder, made_of(number + 1))
+    ]
     torch.manual_seed(seed)
     vae = build_vae() if start is None else start.float()
+    if finished:
+        vae = AutoencoderKLWan.from_pretrained(folders[finished[-1]])
     logger.info("VAE of %.2f M parameters", sum(p.numel() for p in vae.parameters()) / 1e6)
-    for number, stage in enumerate(stages):
-        folder = output / f"stage-{number}"
-        if is_finished(f"vae/{folder.name}", folder, made_of(number + 1)):
-            vae = AutoencoderKLWan.from_pretrained(folder)
-            continue
+    (output / "finished").unlink(missing_ok=True)
+    for number in range(finished[-1] + 1 if finished else 0, len(stages)):
+        stage, folder = stages[number], folders[number]
         vae.train().to(device)
         quicken(vae)
         behind = begun | {"options": options_hash(stages[:number])}
@@ -269,9 +276,8 @@ def train_vae(
             measure_latents(vae, scenes)
         save_vae(vae, folder)
         finish(folder, made_of(number + 1))
-    if origins_of(output) != (made := made_of(len(stages))):
-        save_vae(vae, output)
-        finish(output, made)
+    save_vae(vae, output)
+    finish(output, made_of(len(stages)))
 
 
 def save_vae(vae: AutoencoderKLWan, folder: Path) -> None:
