@@ -14,6 +14,7 @@ SETTINGS = {
     "shots": {"detectors": ["adaptive"]},
     "split": {"min_s": 2, "piece_s": 3, "max_s": 6, "frame_step": 8, "short_side": 240},
     "limits": {"task_s": 120},
+    "text": {"samples": 1},
 }
 
 

@@ -233,7 +233,13 @@ def test_a_machine_that_fails_a_run_is_told_from_bad_input(status, said, error, 
         measure(Run("stages", latent_frames=2, **SMALL))
 
 
-def test_results_and_their_plot_are_written(tmp_path: Path, capsys: Any):
+def test_results_and_their_plot_are_written(tmp_path: Path, capsys: Any, monkeypatch):
+    """The first of two lengths is timed in a process of its own, as both would be."""
+
+    def measured(run: Run) -> dict[str, Any]:
+        return measure(run) if run.latent_frames == 1 else asdict(run) | measure_here(run)
+
+    monkeypatch.setattr(bench, "measure", measured)
     with pytest.raises(SystemExit) as ended:
         main(
             [

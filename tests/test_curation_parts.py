@@ -841,7 +841,7 @@ def test_captions_of_an_endpoint_are_retried_paid_once_and_end_with_the_budget(
     monkeypatch.setenv("KAIROS_CAPTION_API_KEY", "secret")
     Endpoint.asked, Endpoint.busy = [], 2
     with ThreadingHTTPServer(("127.0.0.1", 0), Endpoint) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         plugin = {
             "model": "eyes",
             "endpoint": f"http://127.0.0.1:{server.server_port}/v1",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import importlib
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -405,12 +406,14 @@ def test_gpus_that_are_not_there_are_refused() -> None:
         ("rollout", "--rounds", "--rounds must be at least 2"),
     ],
 )
-def test_a_benchmark_of_nothing_is_refused(script: str, option: str, message: str) -> None:
-    command = [sys.executable, f"benchmarks/{script}.py", option, "1"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert message in done.stderr
+def test_a_benchmark_of_nothing_is_refused(
+    script: str, option: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", [script, option, "1"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(ROOT / "benchmarks" / f"{script}.py"), run_name="__main__")
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("parts", [1, 3, 6, 7, 8])

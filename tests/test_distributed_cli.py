@@ -357,22 +357,30 @@ def test_the_references_script_makes_the_list_of_examples(model: Path, tmp_path:
 
 
 def test_ranks_of_torchrun_make_the_list_and_one_of_them_says_what_failed(
-    model: Path, tmp_path: Path
+    kairos: Any, model: Path, tmp_path: Path
 ) -> None:
-    path = tmp_path / "few.json"
-    path.write_text(json.dumps([{"prompt": "a"}, {"prompt": "b", "input_image": "missing.png"}]))
-    ranks = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *command("generate", "--request", path, "--model", model, "--device", "cpu", *SMALL)[1:],
-    ]
-    for said_of_it in ("few-1.mp4: 5 frames", "few-1.mp4: made before"):
-        done = subprocess.run(
-            ranks, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 1
-        assert done.stdout.count(said_of_it) == 1
-        assert done.stderr.count("error: 1 of 2 requests failed: 2; see output/few.report.json") == 1
-        assert "Connection" not in done.stderr
+    """And leave what others have made before."""
+    requests = [{"prompt": "a"}, {"prompt": "b"}]
+    (tmp_path / "few.json").write_text(json.dumps(requests))
+    arguments = ("generate", "--request", "few.json", "--model", model, "--device", "cpu", *SMALL)
+    assert kairos(*arguments, "--gpus", 2)[0] == 0
+    (tmp_path / "output" / "few-2.mp4").unlink()
+    requests.append({"prompt": "c", "input_image": "missing.png"})
+    (tmp_path / "few.json").write_text(json.dumps(requests))
+    ranks = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = subprocess.run(
+        [*ranks, *command(*arguments)[1:]],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    for said in ("few-1.mp4: made before", "few-2.mp4: 5 frames"):
+        assert done.stdout.count(said) == 1
+    assert done.stderr.count("error: 1 of 3 requests failed: 3; see output/few.report.json") == 1
+    assert "Connection" not in done.stderr
 
 
 def test_the_certificate_covers_every_split_and_says_what_it_refused(kairos: Any, model: Path) -> None:

@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from training_parts import MIX, clip_set, small_model, small_stage, stirred
@@ -31,15 +32,18 @@ OPTIONS = {
 }
 OPTIONS["part"] = OPTIONS["adamw"] | {"steps": 1, "precision": "bfloat16", "train": ["blocks.3."]}
 
-FLOW = """
+PROGRAM = """
 import json, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from training_parts import clip_set, small_model, small_stage
+from test_training_parallel import OPTIONS, consistent, watch
+from training_parts import clip_set, small_model, small_stage, stirred
+from kairos.training.distillation import DistillationObjective
 from kairos.training.flow import FlowMatching
 from kairos.training.loop import train
 from kairos.training.parallel import prepare, processes
 from kairos.training.run import train_only
+from kairos.training.stage import Distillation
 folder = Path({folder!r})
 losses = {{}}
 class Recorded(FlowMatching):
@@ -49,43 +53,26 @@ class Recorded(FlowMatching):
         return loss, clips
 with processes() as here:
     clips = clip_set(folder / "cache" / str(here.rank))
-    for name, options in json.loads({options!r}).items():
+    for name, options in OPTIONS.items():
         stage, losses[name], model = small_stage(**options), [], small_model()
         if stage.train:
             train_only(model, stage)
         prepare(model, here, checkpointing=True, compiled=False)
         train(model, Recorded([clips], stage, here), stage, folder / name, here=here)
-    if here.first:
-        (folder / "losses.json").write_text(json.dumps(losses))
-"""
-
-DISTILLATION = """
-import json, sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-from test_training_parallel import consistent, watch
-from training_parts import clip_set, small_model, small_stage, stirred
-from kairos.training.distillation import DistillationObjective
-from kairos.training.loop import train
-from kairos.training.parallel import prepare, processes
-from kairos.training.stage import Distillation
-folder = Path({folder!r})
-options = Distillation(adversarial=0.5, score=0.1, truth=1.0, teacher_steps=2, motion_clips=2)
-stage, model = small_stage(steps=3, distillation=options, precision="float32"), small_model()
-losses = []
-with processes() as here:
-    clips = clip_set(folder / "cache" / str(here.rank))
+    losses["consistent"] = []
     for steps in (2, 3):  # stopped, and gone on with
         alike, pupil = consistent(steps), stirred()
         taught = DistillationObjective(pupil, [clips], alike, alike.distillation, here)
-        watch(taught, losses)
+        watch(taught, losses["consistent"])
         prepare(pupil, here, checkpointing=False, compiled=False)
         train(pupil, taught, alike, folder / "consistent", here=here)
-    if here.first:
-        (folder / "losses.json").write_text(json.dumps(losses))
+    options = Distillation(adversarial=0.5, score=0.1, truth=1.0, teacher_steps=2, motion_clips=2)
+    stage, model = small_stage(steps=3, distillation=options, precision="float32"), small_model()
     student = DistillationObjective(model, [clips], stage, options, here)
     prepare(model, here, checkpointing=False, compiled=False)
     train(model, student, stage, folder / "distilled", here=here)
+    if here.first:
+        (folder / "losses.json").write_text(json.dumps(losses))
 """
 
 
@@ -109,18 +96,20 @@ def watch(objective: DistillationObjective, losses: list[float]) -> None:
     objective.loss = noted  # type: ignore[method-assign]
 
 
-def run_twofold(program: str, folder: Path, **values: str) -> None:
-    """Run a program of two processes; it has to end well."""
+@pytest.fixture(scope="module")
+def twofold(tmp_path_factory) -> tuple[Path, dict[str, list[float]]]:
+    """What two processes have made, all in one start of them: the folder, and the losses of each training."""
+    folder = tmp_path_factory.mktemp("twofold")
     file = folder / "program.py"
-    file.write_text(program.format(tests=str(Path(__file__).parent), folder=str(folder), **values))
+    file.write_text(PROGRAM.format(tests=str(Path(__file__).parent), folder=str(folder)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
+    return folder, json.loads((folder / "losses.json").read_text())
 
 
-def test_two_processes_have_the_loss_curve_of_one(tmp_path):
-    run_twofold(FLOW, tmp_path, options=json.dumps(OPTIONS))
-    together = json.loads((tmp_path / "losses.json").read_text())
+def test_two_processes_have_the_loss_curve_of_one(twofold, tmp_path):
+    folder, together = twofold
     clips = clip_set(tmp_path / "one")
     for name, options in OPTIONS.items():
         stage, alone = small_stage(**options), []
@@ -137,16 +126,16 @@ def test_two_processes_have_the_loss_curve_of_one(tmp_path):
         ema = train(model, Recorded([clips], stage), stage, tmp_path / f"{name}-alone")
         torch.testing.assert_close(torch.tensor(together[name]), torch.tensor(alone), atol=1e-4, rtol=0)
         # One process goes on from the checkpoint of two, which have written a whole model beside it.
-        state = load_checkpoint(tmp_path / name)
+        state = load_checkpoint(folder / name)
         assert state["step"] == stage.steps
-        written = load_transformer_file(tmp_path / name / "ema")
+        written = load_transformer_file(folder / name / "ema")
         for key, value in model.named_parameters():
             assert torch.equal(written.get_parameter(key), state["ema"].get(key, value)), key
         for key, value in ema.items():
             torch.testing.assert_close(state["ema"][key], value, atol=1e-3, rtol=1e-2)
         longer = small_stage(**(options | {"steps": stage.steps + 1}))
-        train(model, FlowMatching([clips], longer), longer, tmp_path / name)
-        assert load_checkpoint(tmp_path / name)["step"] == longer.steps
+        train(model, FlowMatching([clips], longer), longer, folder / name)
+        assert load_checkpoint(folder / name)["step"] == longer.steps
 
 
 def test_the_others_wait_for_what_the_first_process_makes_however_long_it_takes(monkeypatch):
@@ -164,21 +153,21 @@ def test_the_others_wait_for_what_the_first_process_makes_however_long_it_takes(
     assert waited == ["patient"] and asked["timeout"] > timedelta(days=7)
 
 
-def test_two_processes_distil_together(tmp_path):
+def test_two_processes_distil_together(twofold, tmp_path):
     """Each has noise of its own; their steps are the same, for both must ask the networks equally often. What
     asks for no noise is what one process does, also where the two go on from their checkpoint."""
-    run_twofold(DISTILLATION, tmp_path)
+    folder, together = twofold
     stage, model, alone = consistent(3), stirred(), []
     taught = DistillationObjective(model, [clip_set(tmp_path / "one")], stage, stage.distillation)
     watch(taught, alone)
     average = train(model, taught, stage, tmp_path / "alone")
-    together = json.loads((tmp_path / "losses.json").read_text())
     assert len(alone) == 3 and max(alone) > 1e-3
-    torch.testing.assert_close(torch.tensor(together), torch.tensor(alone), atol=1e-4, rtol=1e-3)
-    kept = load_checkpoint(tmp_path / "consistent")["ema"]
+    losses = torch.tensor(together["consistent"])
+    torch.testing.assert_close(losses, torch.tensor(alone), atol=1e-4, rtol=1e-3)
+    kept = load_checkpoint(folder / "consistent")["ema"]
     for name, value in average.items():
         torch.testing.assert_close(kept[name], value, atol=1e-3, rtol=1e-2)
-    state, start = load_checkpoint(tmp_path / "distilled"), small_model().state_dict()
+    state, start = load_checkpoint(folder / "distilled"), small_model().state_dict()
     assert state["step"] == 3
     assert all(value.isfinite().all() for value in state["ema"].values())
     assert any(not torch.equal(value, start[key]) for key, value in state["ema"].items())

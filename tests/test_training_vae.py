@@ -179,7 +179,8 @@ def test_a_checkpoint_of_other_origins_does_not_count_and_one_that_does_not_say_
     assert steps == [0, 1, 2, 0, 1, 2]
 
 
-def test_a_vae_with_a_stage_more_goes_on_from_those_that_have_finished(tmp_path):
+def test_a_vae_with_a_stage_more_goes_on_from_those_that_have_finished(tmp_path, monkeypatch):
+    monkeypatch.setattr(vae_training, "MEASURED_CLIPS", 1)
     stage = VAEStage(steps=1, num_frames=1, batch_size=2)
     folder, options = tmp_path / "vae", {"scenes": ("uniform",)}
 
@@ -228,6 +229,7 @@ def test_a_vaes_training_that_is_stopped_goes_on_to_the_same_weights(tmp_path, m
         VAEStage(steps=4, num_frames=5, batch_size=2, noise=0.5, anchor=0.1),
     )
     seen, loss = [], vae_training.vae_loss
+    monkeypatch.setattr(vae_training, "MEASURED_CLIPS", 2)
 
     def run(folder, stop_at=None):
         def counted(vae, *rest):
