@@ -442,16 +442,17 @@ def matmul_flops(device: str, dtype: torch.dtype, size: int, clock: str = "wall"
 
     products = torch.backends.cuda.matmul
     own, products.allow_tf32 = products.allow_tf32, True
-    a, b = torch.randn(2, size, size, device=device).to(dtype)
-    best = float("inf")
-    now = clocks()[clock]
-    for _ in range(10):
-        since = now()
-        product = a @ b
-        if product.is_cuda:
-            torch.cuda.synchronize()
-        best = min(best, now() - since)
-    products.allow_tf32 = own
+    best, now = float("inf"), clocks()[clock]
+    try:
+        a, b = torch.randn(2, size, size, device=device).to(dtype)
+        for _ in range(10):
+            since = now()
+            product = a @ b
+            if product.is_cuda:
+                torch.cuda.synchronize()
+            best = min(best, now() - since)
+    finally:
+        products.allow_tf32 = own
     return 2 * size**3 / best
 
 

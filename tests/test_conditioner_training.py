@@ -60,45 +60,41 @@ def test_a_seed_gives_one_prompt_encoder(trained, tmp_path):
         torch.testing.assert_close(again.state_dict()[name], tensor, rtol=0, atol=0)
 
 
-def test_a_prompt_encoders_training_that_was_killed_goes_on_to_the_same_weights(
-    trained, tmp_path, monkeypatch
-):
-    options = {"scenes": SCENES, "captions": 90, "vocabulary": 400, "steps": 3, "batch_size": 4}
-    targets, steps = conditioner.label_targets, []
+@pytest.fixture
+def killed(tmp_path, monkeypatch):
+    """Trains into `tmp_path` and is killed at its last step; gives a list that grows with each batch."""
+    monkeypatch.setattr("kairos.training.minimise.SAVE_EVERY_S", -1.0)
+    targets, batches = conditioner.label_targets, []
 
-    def killed(*what):
-        steps.append(1)
-        if len(steps) == 3:
-            raise RuntimeError("killed")
-        return targets(*what)
+    def train(**options):
+        def label(*what):
+            batches.append(1)
+            if len(batches) == options["steps"]:
+                raise RuntimeError("killed")
+            return targets(*what)
 
-    monkeypatch.setattr("kairos.training.fit.SAVE_EVERY_S", -1.0)
-    monkeypatch.setattr(conditioner, "label_targets", killed)
-    with pytest.raises(RuntimeError, match="killed"):
-        train_conditioner(tmp_path, **options)
-    train_conditioner(tmp_path, **options)
-    assert len(steps) == 3 + 1 + 1  # the last step again, and the measure
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+            patch.setattr(conditioner, "label_targets", label)
+            train_conditioner(tmp_path, scenes=SCENES, vocabulary=400, batch_size=4, **options)
+        monkeypatch.setattr(conditioner, "label_targets", lambda *what: batches.append(1) or targets(*what))
+        return batches
+
+    return train
+
+
+def test_a_prompt_encoders_training_that_was_killed_goes_on_to_the_same_weights(trained, tmp_path, killed):
+    batches = killed(captions=90, steps=3)
+    train_conditioner(tmp_path, scenes=SCENES, captions=90, vocabulary=400, steps=3, batch_size=4)
+    assert len(batches) == 3 + 1 + 1  # the last step again, and the measure
     again = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "text_encoder").float()
     for name, tensor in trained[2].state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
 
 
-def test_a_prompt_encoder_of_other_words_begins_anew(tmp_path, monkeypatch):
-    options = {"scenes": SCENES, "vocabulary": 400, "steps": 2, "batch_size": 4}
-    targets, steps = conditioner.label_targets, []
-
-    def killed(*what):
-        steps.append(1)
-        if len(steps) == 2:
-            raise RuntimeError("killed")
-        return targets(*what)
-
-    monkeypatch.setattr("kairos.training.fit.SAVE_EVERY_S", -1.0)
-    monkeypatch.setattr(conditioner, "label_targets", killed)
-    with pytest.raises(RuntimeError, match="killed"):
-        train_conditioner(tmp_path, captions=90, **options)
-    train_conditioner(tmp_path, captions=91, **options)
-    assert len(steps) == 2 + 2 + 1  # both steps again, and the measure
+def test_a_prompt_encoder_of_other_words_begins_anew(tmp_path, killed):
+    batches = killed(captions=90, steps=2)
+    train_conditioner(tmp_path, scenes=SCENES, captions=91, vocabulary=400, steps=2, batch_size=4)
+    assert len(batches) == 2 + 2 + 1  # both steps again, and the measure
 
 
 def test_the_tokenizer_writes_any_text_and_keeps_its_special_tokens():

@@ -162,7 +162,7 @@ def test_a_decoders_training_that_was_killed_goes_on_where_its_weights_are_the_s
         train_decoder(tmp_path / folder, DecoderStage(steps=3), vae, model, clips, references, **options)
         return AutoencoderKLWan.from_pretrained(tmp_path / folder).state_dict()
 
-    monkeypatch.setattr("kairos.training.fit.SAVE_EVERY_S", -1.0)
+    monkeypatch.setattr("kairos.training.minimise.SAVE_EVERY_S", -1.0)
     whole = train("whole", origins={"weights": "a"})
     with pytest.raises(RuntimeError, match="killed"):
         train("killed", kill_at=3, origins={"weights": "a"})

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKLWan
 
 from kairos import UserError
 from kairos.training import vae as vae_training
-from kairos.training.fit import fit
+from kairos.training.minimise import minimise
 from kairos.training.vae import (
     VAEStage,
     _draw,
@@ -172,7 +172,7 @@ def test_a_checkpoint_of_other_origins_does_not_count_and_one_that_does_not_say_
             return module(torch.ones(1)).sum()
 
         optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-        fit(tmp_path, module, optimizer, until, loss, lambda _: 1.0, seed=0, origins=origins)
+        minimise(tmp_path, module, optimizer, until, loss, lambda _: 1.0, seed=0, origins=origins)
 
     for until, origins in ((1, None), (2, {"options": "a"}), (3, {"options": "a"}), (3, {"options": "b"})):
         run(until, origins)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from kairos.data.files import whole_files
-from kairos.training.fit import fit
+from kairos.training.minimise import minimise
 from kairos.training.muon import Muon, split_parameters
 from kairos.training.origins import options_hash
 from kairos.training.precision import has_bfloat16
@@ -86,7 +86,7 @@ def train_conditioner(
         return min(1, (step + 1) / 30) * min(1, (steps - step) / (0.4 * steps))
 
     words = {"options": options_hash(scenes, seed, captions, vocabulary)}  # others would have other numbers
-    fit(output, both, optimizer, steps, loss, rate, seed=seed, origins=words)
+    minimise(output, both, optimizer, steps, loss, rate, seed=seed, origins=words)
     both.eval()
     measured = measure(encoder, heads, tokenizer, answers, scenes, seed)
     with whole_files(output) as made:

@@ -24,7 +24,7 @@ from kairos.schedulers import FlowMatchScheduler
 from kairos.training.batches import row_at, seed_of
 from kairos.training.cache import ClipSet
 from kairos.training.clips import ClipReference
-from kairos.training.fit import fit
+from kairos.training.minimise import minimise
 from kairos.training.muon import Muon, split_parameters
 from kairos.training.parallel import ALONE, Processes
 from kairos.training.samples import sample_latents, sampling_of
@@ -104,7 +104,7 @@ def train_decoder(
         return decoder_loss(decode(vae, latents) - pixels(torch.stack(true), device), stage.moving)
 
     rate = partial(falling_rate, stage.final_lr, stage.steps)
-    fit(output, vae, optimizer, stage.steps, loss, rate, seed=seed, origins=origins)
+    minimise(output, vae, optimizer, stage.steps, loss, rate, seed=seed, origins=origins)
     save_vae(vae, output)
 
 

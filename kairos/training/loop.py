@@ -25,7 +25,7 @@ from kairos.training.checkpoint import (
     save_checkpoint,
     trained_parameters,
 )
-from kairos.training.fit import stop_signal
+from kairos.training.minimise import stop_signal
 from kairos.training.muon import Muon, split_parameters
 from kairos.training.objective import Objective
 from kairos.training.parallel import ALONE, Processes, local, whole

@@ -174,7 +174,7 @@ def manifest_pairs(
     writer, vae = PairWriter(folder, encoders, of, device), encoders.vae
     for line, files, caption, given in listed:
         try:
-            both = [read_whole(file, bucket, fps) for file in files]
+            both = [read_clip(file, bucket, fps) for file in files]
         except UserError as error:  # of what the file holds; one bad clip is no reason to lose the others
             logger.warning("%s, line %d: left out: %s", manifest, line, error)
             continue
@@ -190,7 +190,7 @@ def manifest_pairs(
     writer.close({})
 
 
-def read_whole(file: Path, bucket: Bucket, fps: float) -> NDArray[np.uint8]:
+def read_clip(file: Path, bucket: Bucket, fps: float) -> NDArray[np.uint8]:
     """The frames (F, H, W, 3) of a clip in its bucket. UserError where there are too few."""
     frames = read_video(file, fps=fps, max_frames=bucket.frames)
     if len(frames) < bucket.frames:

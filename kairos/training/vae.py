@@ -28,7 +28,7 @@ from kairos.models.vae import normalisation, quickest_dtype
 from kairos.models.vae_layers import quicken
 from kairos.training.ahead import Ahead, workers_for
 from kairos.training.batches import seed_of
-from kairos.training.fit import fit
+from kairos.training.minimise import minimise
 from kairos.training.muon import Muon, split_parameters
 from kairos.training.origins import finish, is_finished, options_hash, origins_of
 from kairos.weights.fingerprint import fingerprint
@@ -313,7 +313,7 @@ def train_stage(
             average = squared.detach() if average is None else average.lerp(squared.detach(), 0.05)
             return value
 
-        fit(
+        minimise(
             folder,
             vae,
             optimizer,

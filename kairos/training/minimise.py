@@ -32,7 +32,7 @@ SAVE_EVERY_S, TELL_EVERY_S = 300.0, 15.0
 CLIP_NORM = 1.0
 
 
-def fit(
+def minimise(
     folder: Path,
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
